@@ -1,0 +1,174 @@
+"""Lion: the local optimizer. It never communicates, and steps every tensor it is given in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .param_groups import (
+    DecayWarning,
+    KeptAsIs,
+    check_and_wrap_state,
+    check_group,
+    check_params,
+    complete_group,
+    complete_loaded_groups,
+    hyper_parameters,
+    make_defaults,
+    momentum_dtype,
+    new_momentum,
+)
+from .update.dispatch import LionUpdate
+from .update.segments import Columns
+
+
+class Lion(Optimizer):
+    """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
+
+    Elementwise, so it is right wherever each rank steps the tensors it holds: one device, DDP, FSDP,
+    tensor parallelism. State: ``exp_avg`` a parameter, in the parameter's shape, made at the first
+    step for every parameter that requires a gradient. The rule is in lion_dist/update/reference.py.
+
+    Args:
+        params: parameters, named parameters or groups; strided float32, bfloat16 or float16.
+        lr: learning rate >= 0, 3 to 10 times smaller than AdamW's; a number or a one-element tensor,
+            which is read on its device.
+        betas: two numbers in [0, 1). (0.95, 0.98) for language models or unstable training.
+        weight_decay: decoupled from the gradient and multiplied by lr; 3 to 10 times AdamW's.
+        use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
+            The results are the same bits.
+        decoupled_weight_decay: divides weight_decay by the group's initial lr, so that the decay at
+            that lr does not depend on it.
+        momentum_dtype: dtype of exp_avg; None: the parameter's (float32 for float16 parameters).
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError, TypeError: for hyper-parameters or parameters that cannot be used; from step(),
+            for gradients that cannot, before anything is changed.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        *,
+        momentum_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        self._start(use_triton)
+        defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
+        super().__init__(params, defaults)
+
+    def _start(self, use_triton: bool | None) -> None:
+        """What is not state: made anew by the constructor, unpickling, deepcopy and load."""
+        self._use_triton = use_triton
+        self._update = LionUpdate(use_triton)
+        self._decay_warning = DecayWarning()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            complete_group(group, self.defaults)
+            check_group(group)
+            check_params(group["params"], [p for g in self.param_groups[:-1] for p in g["params"]])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter whose ``grad`` is not None.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        hypers = [hyper_parameters(group) for group in self.param_groups]
+        for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+            self._decay_warning.check(i, group, hyper)
+        columns = self._columns()
+        if columns.params:
+            self._update.step(columns, hypers)
+        return loss
+
+    def _columns(self) -> Columns:
+        columns = Columns([], [], [], [])
+        new: list[tuple[Tensor, Tensor]] = []
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                state, g = self.state.get(p), p.grad
+                if not state:
+                    if not p.requires_grad and g is None:
+                        continue
+                    state = {"exp_avg": new_momentum(p, momentum_dtype(p, group))}
+                    new.append((p, state["exp_avg"]))
+                columns.params.append(p)
+                columns.grads.append(g)
+                columns.exp_avgs.append(state["exp_avg"])
+                columns.groups.append(i)
+        if new:
+            self._update.prepare(columns)  # raises for a bad gradient before there is any new state
+            for p, exp_avg in new:
+                self.state[p]["exp_avg"] = exp_avg
+        return columns
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_use_triton": self._use_triton}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by unpickling and deepcopy on an empty object, and by load_state_dict on this one.
+        previous = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        complete_loaded_groups(self.param_groups, previous, self.defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                saved = self.state.get(p, {}).get("exp_avg")
+                if isinstance(saved, KeptAsIs):
+                    dtype = group["momentum_dtype"] or saved.tensor.dtype
+                    self.state[p]["exp_avg"] = new_momentum(p, dtype).copy_(saved.tensor)
+        self._start(self._use_triton)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of `Lion`, of ``lion_pytorch.Lion`` or of
+        ``ShardedLion.full_state_dict()``, copying its tensors.
+
+        Each momentum keeps the dtype it was saved in, unless the group it lands in names a
+        ``momentum_dtype``. Groups take the saved hyper-parameters, as in every torch optimizer.
+
+        Raises:
+            ValueError: the state_dict does not fit this optimizer; nothing has been changed.
+        """
+
+        # As the last of the pre-hooks it sees what the others made of the state_dict.
+        def wrap(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            return check_and_wrap_state(given, self.param_groups)
+
+        handle = self.register_load_state_dict_pre_hook(wrap)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()

@@ -1,0 +1,472 @@
+"""ShardedLion: Lion for replicated parameters, with the momentum sharded over the ranks.
+
+Each rank steps the slices of the parameters that it owns (sharding/layout.py) and the ranks then bring
+the parameters together. Nothing is re-homed: parameters stay where they are, and only the shard of the
+momentum and a small pack of tails are allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .param_groups import (
+    KEYS,
+    DecayWarning,
+    Group,
+    check_and_wrap_state,
+    check_group,
+    check_params,
+    complete_group,
+    complete_loaded_groups,
+    hyper_parameters,
+    make_defaults,
+    momentum_dtype,
+)
+from .sharding.collectives import (
+    Agreement,
+    all_gather_in_place,
+    all_reduce_sum,
+    broadcast_from_first,
+    check_device,
+)
+from .sharding.layout import ShardLayout
+from .update.dispatch import LionUpdate
+from .update.reference import clip_coefficient
+from .update.segments import Columns, Segment, flat, is_dense, laid_out_like
+
+
+class _Shard:
+    """Parameters of one dtype whose momenta share a dtype, and this rank's part of those momenta.
+
+    Attributes:
+        params: the parameters, dense, all on one device; same_layout_as strides are checked each step.
+        layout: their cut; parameter numbers are indices into ``params``.
+        exp_avg: the momentum shard, shape (layout.shard_numel,).
+        pack: staging for the tails, shape (layout.pack_numel,), dtype of the parameters.
+    """
+
+    def __init__(self, params: list[Tensor], dtype: torch.dtype, world_size: int) -> None:
+        self.params = params
+        self.layout = ShardLayout.make([p.numel() for p in params], world_size)
+        device = params[0].device
+        self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)
+        self.pack = torch.zeros(self.layout.pack_numel, dtype=params[0].dtype, device=device)
+        self._described = self._describe()
+        self._addresses: list[int] = []
+        self._buffers: list[Tensor] = []  # what the all-gather completes: heads in place, and the pack
+        self._tails: list[Tensor] = []  # where the tails lie in the parameters ...
+        self._packed_tails: list[Tensor] = []  # ... and in the pack
+
+    def _describe(self) -> list[tuple[Any, ...]]:
+        return [(p.dtype, p.shape, p.stride()) for p in self.params]
+
+    def refresh(self) -> None:
+        """Follows parameters that have moved; raises for ones that have become something else."""
+        described = self._describe()
+        if described != self._described:
+            i = next(i for i, (a, b) in enumerate(zip(described, self._described, strict=True)) if a != b)
+            raise ValueError(
+                f"a parameter changed from (dtype, shape, strides) {self._described[i]} to {described[i]} under "
+                "ShardedLion: convert the model before making the optimizer"
+            )
+        addresses = [p.data_ptr() for p in self.params]
+        if addresses == self._addresses:
+            return
+        flats = [flat(p) for p in self.params]
+        heads = [f[:head] for f, head in zip(flats, self.layout.heads, strict=True) if head]
+        self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
+        self._tails = [flats[t.param][t.start : t.start + t.length] for t in self.layout.tails]
+        self._packed_tails = [self.pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
+        self._addresses = addresses
+
+    def gather_params(self, group: dist.ProcessGroup) -> None:
+        """Brings every rank's slices to every rank: heads in place, tails through the pack."""
+        # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
+        if self._tails:
+            torch._foreach_copy_(self._packed_tails, self._tails)
+        all_gather_in_place(self._buffers, group)
+        if self._tails:
+            torch._foreach_copy_(self._tails, self._packed_tails)
+        torch.autograd.graph.increment_version(self.params)  # collectives write unseen by autograd
+
+    def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
+        """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.
+        Where ``keep`` is False this rank only contributes, and gets empty tensors."""
+        rank, layout = dist.get_rank(group), self.layout
+
+        def gathered(numel: int, shard_offset: int) -> Tensor:
+            whole = torch.empty(numel * layout.world_size, dtype=self.exp_avg.dtype, device=self.exp_avg.device)
+            whole.narrow(0, rank * numel, numel).copy_(self.exp_avg.narrow(0, shard_offset, numel))
+            all_gather_in_place([whole] if numel else [], group)
+            return whole
+
+        pack = gathered(layout.pack_numel // layout.world_size, layout.pack_shard_offset)
+        tails, offset = {t.param: t for t in layout.tails}, 0
+        for i, p in enumerate(self.params):
+            numel = layout.heads[i] // layout.world_size
+            head = gathered(numel, offset)
+            offset += numel
+            if not keep:
+                yield torch.empty(0)
+                continue
+            exp_avg = torch.empty_strided(p.shape, p.stride(), dtype=self.exp_avg.dtype)
+            flat(exp_avg)[: head.numel()].copy_(head)
+            if i in tails:
+                t = tails[i]
+                flat(exp_avg)[t.start :].copy_(pack[t.pack_offset : t.pack_offset + t.length])
+            yield exp_avg.contiguous()
+
+    def take_exp_avg(self, index: int, exp_avg: Tensor, rank: int) -> None:
+        """Copies this rank's slices of a whole momentum, in the shape of parameter ``index``."""
+        in_order = flat(laid_out_like(exp_avg, self.params[index]))
+        for s in self.layout.slices(rank):
+            if s.param == index:
+                self.exp_avg.narrow(0, s.shard_offset, s.length).copy_(in_order[s.start : s.start + s.length])
+
+
+class ShardedLion(Optimizer):
+    """Lion for parameters replicated on every rank, its momentum sharded over them (ZeRO stage 1).
+
+    Gives the same bits as `Lion` on the same averaged gradients, with a world_size-th of the momentum
+    and of the step's work on each rank. Every rank makes the same calls in the same order: the
+    constructor, step, clip_grad_norm_, add_param_group, full_state_dict and load_state_dict are
+    collective. The constructor compares what the ranks were given and broadcasts the parameters of
+    the group's first rank; the momentum shard is allocated there too.
+
+    Args:
+        params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
+            as for `Lion`, the same on every rank. Parameters are dense and on one device.
+        process_group: the ranks that hold the replicas; None is the default group.
+        stage: 1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel
+            leaves it, and is None on all ranks or on none. (2, the default to come, is not in this
+            version and is refused, so that no script changes its meaning later.)
+        param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
+
+    Raises:
+        RuntimeError: no process group; or, naming the ranks, another rank failed or is absent.
+        ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        stage: int = 2,
+        param_sync: str = "auto",
+        momentum_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "ShardedLion needs an initialised process group: call torch.distributed.init_process_group() first "
+                "(under torchrun), or use lion_dist.Lion on one process"
+            )
+        group = dist.group.WORLD if process_group is None else process_group
+        assert group is not None  # the default group exists once initialised
+        self._group = group
+        self._rank = dist.get_rank(self._group)
+        if self._rank < 0:
+            raise ValueError("this rank is not in process_group; make the optimizer on the group's ranks only")
+        self._constructed = False
+        with Agreement(self._group, "ShardedLion()") as agreement:
+            if stage != 1:
+                raise ValueError(
+                    f"stage must be 1 in this version, got {stage}: pass stage=1 and let DistributedDataParallel "
+                    "average the gradients"
+                )
+            if param_sync not in ("auto", "params"):
+                raise ValueError(f'param_sync must be "auto" or "params" in this version, got {param_sync!r}')
+            defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
+            self._update = LionUpdate(use_triton)
+            super().__init__(params, defaults)
+            agreement.says([f"world size {dist.get_world_size(self._group)}"])
+            agreement.says(self._describe(self.param_groups))
+        self._decay_warning = DecayWarning()
+        self._grad_scale: Tensor | None = None  # clipping to come at the next step
+        self._shards: list[_Shard] = []
+        self._frozen: list[Tensor] = []
+        self._segments: list[Segment] = []
+        self._take_in([p for group in self.param_groups for p in group["params"]])
+        self._constructed = True
+
+    # Parameters ---------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; a collective call, with the same group on every rank."""
+        if not self._constructed:  # by torch's constructor, within the constructor's own agreement
+            self._append_group(param_group)
+            return
+        before = len(self.param_groups)
+        try:
+            with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
+                self._append_group(param_group)
+                agreement.says(self._describe(self.param_groups[before:]))
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self._take_in(self.param_groups[-1]["params"])
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        before = [p for group in self.param_groups for p in group["params"]]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            complete_group(group, self.defaults)
+            check_group(group)
+            check_params(group["params"], before)
+            for i, p in enumerate(group["params"]):
+                check_device(p.device, self._group)
+                device = before[0].device if before else group["params"][0].device
+                if p.device != device:
+                    raise ValueError(
+                        f"parameter {i} of the group is on {p.device}, others on {device}: a rank's must share one"
+                    )
+                if not is_dense(p):
+                    raise ValueError(
+                        f"parameter {i} of the group, shape {tuple(p.shape)}, has gaps between its elements (strides "
+                        f"{p.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
+                    )
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _describe(self, groups: Sequence[Group]) -> list[str]:
+        """What must be equal on all ranks, one line a group and a parameter."""
+        lines = []
+        for i, group in enumerate(groups):
+            values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}
+            lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
+            names = group.get("param_names", [""] * len(group["params"]))
+            for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
+                lines.append(
+                    f"parameter {j} of group {i} {name}: shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, "
+                    + ("trainable" if p.requires_grad else "frozen")
+                )
+        return lines
+
+    @torch.no_grad()
+    def _take_in(self, params: Sequence[Tensor]) -> None:
+        """Makes new parameters equal on all ranks and shards the trainable ones."""
+        broadcast_from_first([flat(p) for p in params if p.numel()], self._group)
+        torch.autograd.graph.increment_version(list(params))
+        self._frozen += [p for p in params if not p.requires_grad]
+        self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
+
+    def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[_Shard]:
+        """Shards of zeros; ``dtypes``: of momenta, by id of the parameter, where not the group's."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        alike: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
+        for p in params:
+            dtype = dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)])
+            alike.setdefault((p.dtype, dtype), []).append(p)
+        world_size = dist.get_world_size(self._group)
+        return [_Shard(same, dtype, world_size) for (_, dtype), same in alike.items()]
+
+    def _set_shards(self, shards: list[_Shard]) -> None:
+        self._shards = shards
+        self._segments, first = [], 0
+        for shard in shards:
+            for s in shard.layout.slices(self._rank):
+                self._segments.append(Segment(first + s.param, s.start, s.start, s.shard_offset, s.length))
+            first += len(shard.params)
+
+    def _adopt_unfrozen(self) -> None:
+        """Shards parameters that were frozen when they were given and no longer are."""
+        unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad]
+        if unfrozen:
+            with Agreement(self._group, "ShardedLion.step() after unfreezing parameters") as agreement:
+                agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
+            self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
+            self._frozen = [p for p in self._frozen if not p.requires_grad]
+
+    # Steps --------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Steps this rank's slices and synchronises the parameters; a collective call.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        hypers = [hyper_parameters(group) for group in self.param_groups]
+        for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+            self._decay_warning.check(i, group, hyper)
+        self._adopt_unfrozen()
+        columns = self._columns()
+        if columns.params:
+            self._update.step(columns, hypers, self._grad_scale)
+        self._grad_scale = None
+        for shard in self._shards:
+            shard.gather_params(self._group)
+        return loss
+
+    def _columns(self) -> Columns:
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        params = [p for shard in self._shards for p in shard.params]
+        for shard in self._shards:
+            shard.refresh()
+        return Columns(
+            params=params,
+            grads=[p.grad for p in params],
+            exp_avgs=[shard.exp_avg for shard in self._shards for _ in shard.params],
+            groups=[group_of[id(p)] for p in params],
+            segments=self._segments,
+        )
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a
+        collective call, for just before step().
+
+        The coefficient is multiplied in by the fused step, so ``p.grad`` itself is not written. The
+        norm is a float64 sum of squares over the shards, rounded once.
+
+        Returns:
+            The norm before clipping: float32, shape (), on the parameters' device, not waited for.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be > 0, got {max_norm}")
+        self._adopt_unfrozen()
+        device = self._shards[0].exp_avg.device if self._shards else torch.device("cpu")
+        total = self._update.sum_of_squares(self._columns())
+        if total is None:
+            total = torch.zeros((), dtype=torch.float64, device=device)
+        if self._shards:
+            all_reduce_sum(total, self._group)
+        if self._grad_scale is not None:  # clipped before: what counts is the gradient as it would be stepped
+            total = total * self._grad_scale.double().square()
+        norm, coefficient = clip_coefficient(total, max_norm)
+        self._grad_scale = coefficient if self._grad_scale is None else self._grad_scale * coefficient
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and clipping that no step() has used."""
+        super().zero_grad(set_to_none)
+        self._grad_scale = None
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> NoReturn:
+        raise RuntimeError(
+            "ShardedLion.state_dict() is not in this version: each rank holds a shard of the momentum. Call "
+            "full_state_dict() on every rank and save what the first one gets"
+        )
+
+    @torch.no_grad()
+    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
+        """The whole state as `Lion.state_dict` would give it; a collective call.
+
+        Momenta are gathered and copied to the CPU one parameter at a time, as plain contiguous tensors
+        in the parameters' shapes. `Lion` and `ShardedLion`, of any world size, load it.
+
+        Args:
+            rank0_only: only the group's first rank keeps it in memory; the others get {}.
+
+        Raises:
+            RuntimeError: ranks that did not make the call within the group's time-out, by number.
+        """
+        with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
+            agreement.says([f"rank0_only={rank0_only}"])
+        keep = not rank0_only or self._rank == 0
+        index_of: dict[int, int] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                index_of[id(p)] = len(index_of)
+        state = {}
+        for shard in self._shards:
+            for p, exp_avg in zip(shard.params, shard.gather_exp_avgs(self._group, keep), strict=True):
+                state[index_of[id(p)]] = {"exp_avg": exp_avg}
+        if not keep:
+            return {}
+        return {**super().state_dict(), "state": dict(sorted(state.items()))}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a whole state, of `full_state_dict` or of `Lion`, keeping this rank's slices; a
+        collective call, with the same state_dict on every rank.
+
+        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``.
+
+        Raises:
+            ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
+                nothing has been changed.
+        """
+        saved: dict[int, Tensor] = {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            checked = check_and_wrap_state(given, self.param_groups)
+            ids = [i for group in checked["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, p in zip(ids, params, strict=True):
+                if checked["state"].get(i):
+                    saved[id(p)] = checked["state"][i]["exp_avg"].tensor
+            return {**checked, "state": {}}
+
+        previous = self.param_groups
+        handle = self.register_load_state_dict_pre_hook(take)
+        try:
+            with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
+                super().load_state_dict(state_dict)
+                agreement.says(self._describe(self.param_groups))
+                agreement.says(
+                    [
+                        f"momentum of parameter {i}: {saved[id(p)].dtype if id(p) in saved else None}"
+                        for i, p in enumerate(p for group in self.param_groups for p in group["params"])
+                    ]
+                )
+        except Exception:
+            self.param_groups = previous
+            raise
+        finally:
+            handle.remove()
+
+        sharded = {id(p) for shard in self._shards for p in shard.params} | saved.keys()
+        dtypes = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in saved:
+                    dtypes[id(p)] = group["momentum_dtype"] or saved[id(p)].dtype
+        params = [p for group in self.param_groups for p in group["params"] if id(p) in sharded]
+        self._frozen = [p for p in self._frozen if id(p) not in sharded]
+        self._set_shards(self._make_shards(params, dtypes))
+        for shard in self._shards:
+            for index, p in enumerate(shard.params):
+                if id(p) in saved:
+                    shard.take_exp_avg(index, saved[id(p)], self._rank)
+        self._grad_scale = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        previous = self.param_groups
+        super().__setstate__(state)
+        complete_loaded_groups(self.param_groups, previous, self.defaults)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "ShardedLion cannot be pickled or deep-copied: it holds a process group and one rank's shard. Use "
+            "full_state_dict()"
+        )

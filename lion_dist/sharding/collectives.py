@@ -1,0 +1,199 @@
+"""Collectives on tensors, and agreement between ranks.
+
+Tensors travel over the process group's backend; agreements, which carry text and must work when the
+ranks no longer fit together, go through the group's key-value store, with no device and no backend.
+All ranks of a group must make the same calls in the same order, as with any collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+# Renamed in torch 2.13, where the old name warns.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Completes buffers of which each rank holds one part: one coalesced group of all-gathers.
+
+    Args:
+        buffers: 1-D, contiguous, of one dtype and device, lengths divisible by the group's size; rank
+            r's part is the r-th of equal parts, where it lies. The same lengths on every rank.
+    """
+    if not buffers:
+        return
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    # Without a device the manager hands the whole list to the backend in one call; gloo has no other way.
+    with c10d._coalescing_manager(group=group, async_ops=True) as handle:
+        for buffer in buffers:
+            length = buffer.numel() // world_size
+            _all_gather(buffer, buffer.narrow(0, rank * length, length), group=group)
+    handle.wait()
+
+
+def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Overwrites dense tensors with those of the group's first rank."""
+    source = dist.get_global_rank(group, 0)
+    works = [dist.broadcast(t, src=source, group=group, async_op=True) for t in tensors]
+    for work in works:
+        work.wait()
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Sums a tensor over the group, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+
+
+_calls: dict[str, int] = {}  # how many agreements this process has begun, by group
+
+
+class Agreement:
+    """A collective call that every rank of a group enters, states its case in, and leaves alike.
+
+        with Agreement(group, "ShardedLion()") as agreement:
+            agreement.says(["parameter 0: shape (3, 4)", ...])
+
+    Leaving it: if the body raised on any rank, it raises on all of them (the local error where there
+    is one); if the ranks said different things, ValueError names the first difference; if ranks are
+    absent when the time-out ends, RuntimeError names them. Otherwise every rank said the same.
+
+    Args:
+        what: the call, for messages; ranks in different calls disagree.
+        timeout: how long to wait for the others; None is the group's own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, what: str, timeout: timedelta | None = None) -> None:
+        self._group = group
+        self._what = what
+        self._lines: list[str] = []
+        self._rank = dist.get_rank(group)
+        self._world_size = dist.get_world_size(group)
+        self._timeout = timeout or group_timeout(group)
+        name = group.group_name
+        _calls[name] = _calls.get(name, 0) + 1
+        store = c10d._get_process_group_store(group)
+        self._store = c10d.PrefixStore(f"lion_dist/{name}/{_calls[name]}", store)
+
+    def says(self, lines: Sequence[str]) -> None:
+        """What this rank holds to be true on all ranks, compared line by line."""
+        self._lines += lines
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # an interrupt: this process is going away, the others will miss it
+        lines = [self._what, *self._lines]
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        case = f"same {digest}" if error is None else f"error {type(error).__name__}: {error}"
+        if self._world_size == 1:
+            return
+        try:
+            self._store.set(f"case/{self._rank}", case)
+            verdict = self._judge() if self._rank == 0 else self._await_verdict()
+        except Exception:
+            if error is not None:  # whatever became of the others, this rank's own error says more
+                return
+            raise
+        if verdict == "agreed":
+            return
+        if error is not None:
+            self._part()
+            return
+        if verdict == "differ":
+            verdict = self._explain(lines)
+        self._part()
+        raise (ValueError if verdict.startswith("differ") else RuntimeError)(f"{self._what}: {verdict}")
+
+    def _judge(self) -> str:
+        """The first rank reads every case and publishes one verdict for all."""
+        absent = self._wait_for([f"case/{r}" for r in range(self._world_size)], self._timeout)
+        if absent:
+            verdict = self._absent(absent)
+        else:
+            cases = [self._store.get(f"case/{r}").decode() for r in range(self._world_size)]
+            errors = [f"rank {r} failed with {c[6:]}" for r, c in enumerate(cases) if c.startswith("error ")]
+            verdict = "; ".join(errors) or ("agreed" if len(set(cases)) == 1 else "differ")
+        self._store.set("verdict", verdict)
+        return verdict
+
+    def _await_verdict(self) -> str:
+        # Longer than the first rank waits, so that its list of the absent arrives.
+        if self._wait_for(["verdict"], self._timeout + timedelta(seconds=10)):
+            return self._absent([r for r in range(self._world_size) if not self._store.check([f"case/{r}"])])
+        return self._store.get("verdict").decode()
+
+    def _explain(self, lines: list[str]) -> str:
+        """Only where ranks differ: finds the first line in which some rank differs from the first rank."""
+        self._store.set(f"lines/{self._rank}", "\n".join(lines))
+        keys = [f"lines/{r}" for r in range(self._world_size)]
+        absent = self._wait_for(keys, self._timeout)
+        if absent:
+            return self._absent(absent)
+        first = self._store.get(keys[0]).decode().split("\n")
+        for r in range(1, self._world_size):
+            other = self._store.get(keys[r]).decode().split("\n")
+            for a, b in zip(first, other, strict=False):
+                if a != b:
+                    return f"different on the ranks. Rank 0: {a}. Rank {r}: {b}. They must be the same"
+            if len(first) != len(other):
+                extra, more = (0, first) if len(first) > len(other) else (r, other)
+                return (
+                    f"different on the ranks. Rank {extra} alone has: {more[min(len(first), len(other))]}. "
+                    "They must be the same"
+                )
+        return "different on the ranks"
+
+    def _part(self) -> None:
+        """Where the call fails, the first rank may be the store's server and about to exit: it lets the
+        others read why first."""
+        self._store.set(f"left/{self._rank}", "")
+        if self._rank == 0:
+            present = [r for r in range(self._world_size) if self._store.check([f"case/{r}"])]
+            self._wait_for([f"left/{r}" for r in present], min(self._timeout, timedelta(seconds=10)))
+
+    def _wait_for(self, keys: list[str], timeout: timedelta) -> list[int]:
+        """The indices of the keys that are not there when the time-out ends."""
+        try:
+            self._store.wait(keys, timeout)
+        except Exception:  # each store has an error type of its own for a time-out
+            return [i for i, key in enumerate(keys) if not self._store.check([key])]
+        return []
+
+    def _absent(self, ranks: list[int]) -> str:
+        return (
+            f"a collective call, but ranks {ranks} of the group had not made it within "
+            f"{self._timeout.total_seconds():g} s. Call it on every rank"
+        )
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta:
+    """How long the group's collectives wait for a rank."""
+    timeouts = []
+    for device in group._device_types:
+        timeout = getattr(group._get_backend(device).options, "_timeout", None)
+        if timeout is not None:
+            timeouts.append(timeout)
+    return max(timeouts, default=c10d.default_pg_timeout)
+
+
+def check_device(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raises where the group's backend cannot carry tensors of this device."""
+    types = {torch.device(d).type for d in group._device_types}
+    if device.type not in types:
+        raise ValueError(
+            f"parameters are on {device}, but the process group ({dist.get_backend(group)}) carries tensors on "
+            f"{sorted(types)}: move the model to its device before making the optimizer, or use another group"
+        )

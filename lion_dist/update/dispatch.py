@@ -1,0 +1,305 @@
+"""Chooses how the rule runs: fused Triton on a GPU, torch.compile for large CPU tensors, else plain
+torch. The only place that tries to import triton.
+
+A `LionUpdate` keeps what can be kept between steps (segment tables, flat views) and finds out at each
+step whether it still holds: tensors move under an optimizer's feet (`.to()`, `p.data = ...`, a load,
+FSDP), so addresses, dtypes, shapes and strides are compared every time, about 0.5 us a tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import HYPER_COLUMNS, LR, HyperParameters
+from .segments import (
+    Columns,
+    Segment,
+    SegmentTable,
+    check_gradient,
+    check_no_shared_memory,
+    flat,
+    is_dense,
+    laid_out_like,
+    same_layout,
+    upload,
+)
+
+try:
+    from . import triton_norm, triton_step
+except ImportError:  # no triton: macOS, Windows, some CPU installations
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+# The rule makes a dozen passes over memory in plain torch; in chunks they stay in the cache.
+CHUNK = 32768
+# torch.compile takes seconds once a process and dtype mix, and saves 20 ms a step for this many elements.
+COMPILE_FROM = 1 << 20
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    if not HAS_TRITON:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+_compiled: Callable[..., None] | None = None
+_compile_works = True
+
+
+def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> None:
+    """`reference.lion_step_` through torch.compile, on 1-D CPU tensors: one graph for all lengths.
+    Without a working C++ compiler it says so once, and plain torch does the work from then on."""
+    global _compiled, _compile_works
+    if _compiled is None:
+        _compiled = torch.compile(reference.lion_step_, dynamic=True, fullgraph=True)
+    if _compile_works:
+        try:
+            _compiled(p, g, m, s)
+            return
+        except Exception as error:  # compilation precedes every write, so nothing has been changed
+            _compile_works = False
+            reason = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(
+                "lion_dist: torch.compile failed, so steps on the CPU run as plain torch, several times slower "
+                f"(a C++ compiler such as g++ is needed). {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+    _chunked_step_(p, g, m, s)
+
+
+def _chunked_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> None:
+    for chunk in zip(p.split(CHUNK), g.split(CHUNK), m.split(CHUNK), strict=True):
+        reference.lion_step_(*chunk, s)
+
+
+def hyper_table(hypers: Sequence[HyperParameters], device: torch.device) -> Tensor:
+    """float64, shape (groups, HYPER_COLUMNS), on ``device``; an lr tensor is copied there without a
+    host synchronisation if it is on a GPU."""
+    rows = [
+        (
+            0.0 if isinstance(h.lr, Tensor) and h.lr.is_cuda else float(h.lr),
+            h.weight_decay,
+            h.beta1,
+            h.beta2,
+            -1.0 if h.maximize else 1.0,
+        )
+        for h in hypers
+    ]
+    assert all(len(row) == HYPER_COLUMNS for row in rows)
+    table = upload(rows, torch.float64, device)
+    for i, h in enumerate(hypers):
+        if isinstance(h.lr, Tensor) and h.lr.is_cuda:
+            table[i, LR].copy_(h.lr.reshape(()), non_blocking=True)
+    return table
+
+
+@dataclass
+class _Plain:
+    """Segments stepped one after another by torch: 1-D views of dense tensors, or any strides whole."""
+
+    segments: list[Segment]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    one_dimensional: bool
+
+
+class LionUpdate:
+    """Applies the rule to the columns of one step.
+
+    Args:
+        use_triton: None: wherever it can (CUDA tensors). True: everywhere, an error where it cannot.
+            False: nowhere.
+    """
+
+    def __init__(self, use_triton: bool | None) -> None:
+        if use_triton and not HAS_TRITON:
+            raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+        self.use_triton = use_triton
+        self._key: list[Any] | None = None
+        self._grad_dtypes: list[torch.dtype] = []
+        self._fused: list[tuple[Any, SegmentTable]] = []
+        self._plain: list[_Plain] = []
+        self._grads: list[Tensor | None] = []
+        self._grad_addresses: list[int] = []
+        self._hypers: dict[torch.device, tuple[list[HyperParameters], Tensor]] = {}
+
+    def prepare(self, columns: Columns) -> None:
+        """Validates the columns and brings tables and views up to date. Changes no parameter and no
+        momentum; what it raises, it raises before anything else happens.
+
+        Raises:
+            TypeError: a sparse gradient, or a dtype that is not a storage dtype.
+            ValueError: shapes or devices that do not match, parameters that share memory,
+                use_triton=True on tensors that Triton cannot reach.
+        """
+        params, grads, exp_avgs = columns.params, columns.grads, columns.exp_avgs
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                check_gradient(i, params[i], g)
+        strides = [p.stride() for p in params]
+        shapes = [p.shape for p in params]
+        grads = [
+            g if g is None or (g.stride() == stride and g.shape == shape) else self._relaid(i, params[i], g)
+            for i, (g, stride, shape) in enumerate(zip(grads, strides, shapes, strict=True))
+        ]
+        if len(self._grad_dtypes) != len(grads):
+            self._grad_dtypes = [p.dtype for p in params]
+        # An absent gradient keeps the dtype it last had, so that coming and going rebuilds nothing.
+        grad_dtypes = [old if g is None else g.dtype for g, old in zip(grads, self._grad_dtypes, strict=True)]
+        key = [
+            [p.data_ptr() for p in params], [p.dtype for p in params], strides, shapes,
+            [m.data_ptr() for m in exp_avgs], [m.dtype for m in exp_avgs],
+            grad_dtypes, columns.groups, columns.segments,
+        ]  # fmt: skip
+        if key != self._key:
+            self._key = None
+            for i, g in enumerate(grads):
+                if g is not None:
+                    check_gradient(i, params[i], g)
+            self._grad_dtypes = grad_dtypes
+            self._build(columns)
+            # Lists the caller may go on to change must be compared by what they hold now.
+            key[-2] = list(columns.groups)
+            self._key = key
+            self._grad_addresses = []
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        if addresses != self._grad_addresses:
+            for _, table in self._fused:
+                table.set_gradients(grads)
+            self._grad_addresses = addresses
+        self._grads = grads
+
+    @staticmethod
+    def _relaid(index: int, p: Tensor, g: Tensor) -> Tensor:
+        check_gradient(index, p, g)
+        return laid_out_like(g, p)
+
+    def _build(self, columns: Columns) -> None:
+        params, exp_avgs = columns.params, columns.exp_avgs
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for i, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
+            by_device.setdefault(p.device, []).append(p)
+            if m.device != p.device:
+                raise ValueError(
+                    f"parameter {i} is on {p.device} and its momentum on {m.device}: move the model before making "
+                    "the optimizer, or load the optimizer's state_dict again after moving it"
+                )
+            if columns.segments is None and m.shape != p.shape:
+                raise ValueError(
+                    f"parameter {i} has shape {tuple(p.shape)} and its momentum {tuple(m.shape)}: the parameter was "
+                    "replaced by another; make a new optimizer"
+                )
+        for same_device in by_device.values():
+            check_no_shared_memory(same_device)
+
+        segments = columns.segments
+        if segments is None:
+            segments = [Segment(i, 0, 0, 0, p.numel()) for i, p in enumerate(params)]
+        fused: dict[tuple[torch.device, Any], list[Segment]] = {}
+        views = _Plain([], [], [], one_dimensional=True)
+        whole = _Plain([], [], [], one_dimensional=False)
+        for s in segments:
+            p, m = params[s.entry], exp_avgs[s.entry]
+            if s.length == 0:
+                continue
+            if columns.segments is None and not (is_dense(p) and same_layout(p, m)):
+                whole.segments.append(s)
+                whole.params.append(p.detach())
+                whole.exp_avgs.append(m)
+            elif self._takes_triton(p.device):
+                mix = triton_step.Mix(p.dtype, self._grad_dtypes[s.entry], m.dtype)
+                fused.setdefault((p.device, mix), []).append(s)
+            else:
+                views.segments.append(s)
+                views.params.append(flat(p)[s.param_start : s.param_start + s.length])
+                views.exp_avgs.append(flat(m)[s.exp_avg_start : s.exp_avg_start + s.length])
+        self._plain = [plain for plain in (views, whole) if plain.segments]
+        self._fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
+
+    def _takes_triton(self, device: torch.device) -> bool:
+        reachable = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
+        if self.use_triton and not reachable:
+            raise ValueError(f"use_triton=True needs parameters on a GPU, got {device}; use_triton=None falls back")
+        # The interpreter is for tests: it is taken where asked for, never because a variable is set.
+        return self.use_triton is True or (self.use_triton is None and reachable and device.type == "cuda")
+
+    def _hyper_table(self, hypers: list[HyperParameters], device: torch.device) -> Tensor:
+        kept = self._hypers.get(device)
+        constant = not any(isinstance(h.lr, Tensor) for h in hypers)  # a tensor is filled in place
+        if constant and kept is not None and kept[0] == hypers:
+            return kept[1]
+        table = hyper_table(hypers, device)
+        if constant:
+            self._hypers[device] = (list(hypers), table)
+        else:
+            self._hypers.pop(device, None)
+        return table
+
+    @torch.no_grad()
+    def step(self, columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
+        """Steps every parameter that has a gradient: one launch a device and mix of dtypes on GPUs.
+
+        Args:
+            columns: see `prepare`, which this calls.
+            hypers: one a parameter group, indexed by ``columns.groups``.
+            grad_scale: float32, shape (), multiplied into every gradient; None is 1.
+        """
+        self.prepare(columns)
+        for mix, table in self._fused:
+            scale = None if grad_scale is None else grad_scale.to(table.device, non_blocking=True)
+            triton_step.lion_step(table, mix, self._hyper_table(hypers, table.device), scale)
+        for plain in self._plain:
+            self._plain_step(plain, columns.groups, hypers, grad_scale)
+        if self._fused:
+            # Autograd must know of writes by address, or a graph that saved a weight would use it changed.
+            stepped = [p for p, g in zip(columns.params, self._grads, strict=True) if g is not None]
+            torch.autograd.graph.increment_version(stepped)
+        self._grads = []  # gradients die when their owner drops them
+
+    def _plain_step(
+        self, plain: _Plain, groups: list[int], hypers: list[HyperParameters], grad_scale: Tensor | None
+    ) -> None:
+        by_group: dict[tuple[torch.device, int], reference.Scalars] = {}
+        for s, p, m in zip(plain.segments, plain.params, plain.exp_avgs, strict=True):
+            g, at = self._grads[s.entry], (p.device, groups[s.entry])
+            if g is None:
+                continue
+            if at not in by_group:
+                row = self._hyper_table(hypers, p.device)[at[1]]
+                scale = None if grad_scale is None else grad_scale.to(p.device)
+                by_group[at] = reference.scalars(row, scale)
+            if plain.one_dimensional:
+                g = flat(g)[s.grad_start : s.grad_start + s.length]
+            if p.device.type != "cpu" or not plain.one_dimensional:
+                reference.lion_step_(p, g, m, by_group[at])
+            elif s.length >= COMPILE_FROM:
+                _compiled_step_(p, g, m, by_group[at])
+            else:
+                _chunked_step_(p, g, m, by_group[at])
+
+    @torch.no_grad()
+    def sum_of_squares(self, columns: Columns) -> Tensor | None:
+        """The sum of squares of the gradients' segments: float64, shape (), or None where there are
+        no segments. Columns must be on one device."""
+        self.prepare(columns)
+        sums = [triton_norm.sum_of_squares(table, mix.grad) for mix, table in self._fused]
+        for plain in self._plain:
+            for s in plain.segments:
+                g = self._grads[s.entry]
+                if g is None:
+                    continue
+                run = flat(g)[s.grad_start : s.grad_start + s.length] if plain.one_dimensional else g
+                sums.append(torch.stack([reference.sum_of_squares(x) for x in run.split(CHUNK)]).sum())
+        self._grads = []
+        return torch.stack(sums).sum() if sums else None

@@ -1,0 +1,135 @@
+"""The Lion rule in plain torch: the definition that every kernel must match bit for bit.
+
+    c = b1*m + (1-b1)*g          u = sign(c)
+    p = p*(1 - lr*wd) - lr*u     m = b2*m + (1-b2)*g
+
+p is a parameter, g its gradient and m its momentum (``exp_avg``), each stored as float32, bfloat16
+or float16. Arithmetic is float32, every product and sum rounded on its own (no fused multiply-add),
+each result rounded once more to its storage dtype. From Chen et al., "Symbolic Discovery of
+Optimization Algorithms" (arXiv 2302.06675), algorithm 2.
+
+Scalars derived from Python numbers (1-b1, 1-lr*wd, ...) are computed in float64 and rounded once to
+float32. Before the rule the gradient is multiplied, in float32, by one scalar: the clipping
+coefficient, negated where the group maximizes.
+
+sign(+0) = sign(-0) = 0. A NaN in c makes p and m NaN, and NaN is stored in one canonical form a dtype
+(`NAN_BITS`). lr = 0 leaves p as it is, whatever it holds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# dtype -> (integer dtype of the same width, bits of the one NaN that is ever stored). Backends
+# disagree about the NaN that a conversion makes (0x7FC0, 0x7FFF and 0xFFFF all occur for bfloat16).
+NAN_BITS = {
+    torch.float32: (torch.int32, 0x7FC00000),
+    torch.bfloat16: (torch.int16, 0x7FC0),
+    torch.float16: (torch.int16, 0x7E00),
+}
+STORAGE_DTYPES = tuple(NAN_BITS)
+
+
+class HyperParameters(NamedTuple):
+    """What one parameter group asks of one step. ``lr`` is a number or a tensor of one element;
+    ``weight_decay`` is what lr is multiplied by (already divided where it was given decoupled)."""
+
+    lr: float | Tensor
+    weight_decay: float
+    beta1: float
+    beta2: float
+    maximize: bool
+
+
+# Columns of a hyper-parameter table, float64, one row a parameter group.
+LR, WEIGHT_DECAY, BETA1, BETA2, GRAD_SIGN = range(5)
+HYPER_COLUMNS = 5
+
+
+class Scalars(NamedTuple):
+    """The rule's scalars, each a float32 tensor of shape ()."""
+
+    lr: Tensor
+    decay: Tensor  # 1 - lr*wd
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    grad_scale: Tensor
+
+
+def scalars(row: Tensor, grad_scale: Tensor | None = None) -> Scalars:
+    """The scalars of one row of a hyper-parameter table, on the row's device.
+
+    Args:
+        row: float64, shape (HYPER_COLUMNS,).
+        grad_scale: float32, shape (); None is 1.
+    """
+    lr, weight_decay, beta1, beta2, sign = row.unbind()
+    scale = sign.float()
+    return Scalars(
+        lr=lr.float(),
+        decay=(1 - lr * weight_decay).float(),
+        beta1=beta1.float(),
+        one_minus_beta1=(1 - beta1).float(),
+        beta2=beta2.float(),
+        one_minus_beta2=(1 - beta2).float(),
+        grad_scale=scale if grad_scale is None else scale * grad_scale,
+    )
+
+
+def _to_storage(x: Tensor, is_nan: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in its storage dtype, NaN in its canonical form; selected as integers, because a float
+    select may itself pass through a conversion that rewrites NaN (a compiler upcasts bfloat16)."""
+    integer, nan_bits = NAN_BITS[dtype]
+    return torch.where(is_nan, nan_bits, x.to(dtype).view(integer)).view(dtype)
+
+
+def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """One step of the rule.
+
+    Args:
+        p, g, m: parameter, gradient, momentum: one shape, each of any storage dtype.
+        s: scalars on the device of p (or on the CPU).
+
+    Returns:
+        The new parameter and the new momentum, in the dtypes of p and m.
+    """
+    p32, m32 = p.float(), m.float()
+    g32 = g.float() * s.grad_scale
+    c = s.beta1 * m32 + s.one_minus_beta1 * g32
+    c_is_nan = c.isnan()
+    p32 = p32 * s.decay - s.lr * torch.sign(c)
+    m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
+    new_p = _to_storage(p32, p32.isnan() | c_is_nan, p.dtype)
+    new_m = _to_storage(m32, m32.isnan() | c_is_nan, m.dtype)
+    return torch.where(s.lr == 0, p, new_p), new_m
+
+
+def lion_step_(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
+    """Writes the rule's results into p and m. Shapes, dtypes and devices as in `lion_rule`."""
+    new_p, new_m = lion_rule(p, g, m, s)
+    p.copy_(new_p)
+    m.copy_(new_m)
+
+
+def sum_of_squares(g: Tensor) -> Tensor:
+    """The sum of g*g, each product and sum in float64; float64, shape ()."""
+    return g.double().square().sum()
+
+
+def clip_coefficient(total: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient norm, and the scalar that brings it to at most max_norm.
+
+    Args:
+        total: sum of squares of all gradients, float64, shape ().
+
+    Returns:
+        (norm, coefficient), float32, shape (), each computed in float64 and rounded once:
+        sqrt(total), and min(1, max_norm / (sqrt(total) + 1e-6)), NaN where total is NaN.
+    """
+    norm = total.sqrt()
+    return norm.float(), (max_norm / (norm + 1e-6)).clamp(max=1.0).float()

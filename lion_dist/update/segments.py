@@ -1,0 +1,167 @@
+"""Many tensors described once, so that one launch can step them all.
+
+Columns: parameters, gradients and momenta of one step as parallel lists, one entry a parameter.
+Segment: a run of elements, contiguous in memory, of one entry of the columns.
+SegmentTable: the segments of one device and one mix of dtypes, as tensors that a kernel reads.
+Tile: TILE consecutive elements of one segment (the last one of a segment may hold fewer). The
+table maps tiles to segments; at 4 bytes a tile it takes 0.02 % of the parameters' memory.
+Memory order: the order of a tensor's elements by address, the order in which segments count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import STORAGE_DTYPES
+
+TILE = 8192  # elements; a multiple of every block size
+
+
+class Segment(NamedTuple):
+    """``length`` elements of entry number ``entry`` of the columns; starts count elements in memory order."""
+
+    entry: int
+    param_start: int
+    grad_start: int
+    exp_avg_start: int
+    length: int
+
+
+@dataclass
+class Columns:
+    """The tensors of one step, one entry a parameter, and the parameter group of each.
+
+    params, exp_avgs: dense tensors. grads: None where the parameter takes no part in the step.
+    segments: the runs to step; None means every entry whole, with no other restriction on
+    strides than that they do not overlap.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    exp_avgs: list[Tensor]
+    groups: list[int]
+    segments: Sequence[Segment] | None = None
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether t's elements fill one block of memory, each address once, in some order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def may_overlap(t: Tensor) -> bool:
+    """Whether two indices of t may share an address (an expanded tensor, for one)."""
+    reach = 0  # the furthest address, in elements, that the smaller strides get to
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
+        if stride <= reach:
+            return t.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def flat(t: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, as a 1-D view, shape (numel,)."""
+    return t.detach().as_strided((t.numel(),), (1,))
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b, of one shape, put their elements in the same memory order."""
+    return a.stride() == b.stride() or all(
+        x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1
+    )
+
+
+def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
+    """t itself, or a copy of it with the memory order of ``like`` (dtype and device stay t's)."""
+    if t.shape == like.shape and same_layout(t, like):
+        return t
+    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def check_gradient(index: int, p: Tensor, g: Tensor) -> None:
+    """Raises where the rule cannot take g as the gradient of p, parameter number ``index``."""
+    who = f"gradient of parameter {index} (shape {tuple(p.shape)})"
+    if g.layout != torch.strided:
+        raise TypeError(f"{who} is {g.layout}; Lion needs dense gradients (sparse=False, or .to_dense())")
+    if g.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{who} has dtype {g.dtype}; expected float32, bfloat16 or float16")
+    if g.shape != p.shape:
+        raise ValueError(f"{who} has shape {tuple(g.shape)}; expected the parameter's own")
+    if g.device != p.device:
+        raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
+
+
+def check_no_shared_memory(params: Sequence[Tensor]) -> None:
+    """Raises where two of the parameters, all on one device, hold the same memory: a fused step
+    would write it twice in no order."""
+    # Strided parameters with gaps may interleave without sharing an element: only dense ones are certain.
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
+        for index, p in enumerate(params)
+        if p.numel() and is_dense(p)
+    )
+    for (_, end, a), (start, _, b) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"parameters {a} and {b} share memory; tie weights by using one Parameter object in both places"
+            )
+
+
+def upload(rows: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor from Python numbers, copied to the device without a host synchronisation. The
+    pinned staging memory is not reused before the copy has run (torch's host allocator sees to it)."""
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=dtype, device=device)
+    return torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+class SegmentTable:
+    """Segments as a kernel reads them. Rows change when a parameter or momentum moves; gradient
+    addresses are a column of their own, so that a new gradient costs one small copy. No tensor is
+    ever overwritten: a launch that is still waiting on the GPU keeps what it was given.
+
+    Attributes:
+        rows: int64, shape (n, 5): address of p, address of m, length, group, index of the first tile.
+        tile_segments: int32, shape (tiles,): the segment that a tile belongs to.
+        grad_addresses: int64, shape (n,); 0 marks an inactive segment, which no kernel touches.
+    """
+
+    ROW = 5
+
+    def __init__(self, columns: Columns, segments: Sequence[Segment], device: torch.device) -> None:
+        self.device = device
+        rows, lengths, first_tile = [], [], 0
+        for s in segments:
+            p, m = columns.params[s.entry], columns.exp_avgs[s.entry]
+            p_address = p.data_ptr() + s.param_start * p.element_size()
+            m_address = m.data_ptr() + s.exp_avg_start * m.element_size()
+            rows.append((p_address, m_address, s.length, columns.groups[s.entry], first_tile))
+            lengths.append(s.length)
+            first_tile += -(-s.length // TILE)
+        self.tiles = first_tile
+        self.rows = upload(rows, torch.int64, device)
+        tile_counts = torch.tensor([-(-n // TILE) for n in lengths])
+        tile_segments = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), tile_counts)
+        if device.type == "cuda":
+            tile_segments = tile_segments.pin_memory()
+        self.tile_segments = tile_segments.to(device, non_blocking=True)
+        self._grad_offsets = [(s.entry, s.grad_start) for s in segments]
+        self.grad_addresses: Tensor
+
+    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Takes the addresses of this step's gradients (the columns' list, in its order)."""
+        addresses = []
+        for index, start in self._grad_offsets:
+            g = grads[index]
+            addresses.append(0 if g is None else g.data_ptr() + start * g.element_size())
+        self.grad_addresses = upload(addresses, torch.int64, self.device)

@@ -1,0 +1,56 @@
+"""The sum of squares of all gradients of a segment table, in float64, in one launch.
+
+Each program writes the sum of its block to a place of its own and torch adds those up, so that the
+same table gives the same bits every time (atomics would not).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .segments import TILE, SegmentTable
+from .triton_step import _TRITON_DTYPES
+
+BLOCK = 2048
+NUM_WARPS = 4
+
+_ROW = tl.constexpr(SegmentTable.ROW)
+_TILE = tl.constexpr(TILE)
+
+
+@triton.jit
+def _sum_of_squares_kernel(rows, tile_segments, grad_addresses, partial, G: tl.constexpr, BLOCK: tl.constexpr):
+    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    program = tl.program_id(0)
+    tile = program // BLOCKS_PER_TILE
+    segment = tl.load(tile_segments + tile)
+    row = rows + segment.to(tl.int64) * _ROW
+    length = tl.load(row + 2)
+    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+    g_address = tl.load(grad_addresses + segment)
+    if (g_address != 0) & (start < length):
+        offsets = start + tl.arange(0, BLOCK)
+        g = tl.load(g_address.to(tl.pointer_type(G)) + offsets, mask=offsets < length, other=0.0).to(tl.float64)
+        tl.store(partial + program, tl.sum(g * g, axis=0))
+    else:
+        tl.store(partial + program, 0.0)
+
+
+def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype) -> Tensor:
+    """The sum over the active segments; float64, shape (), on the table's device."""
+    programs = table.tiles * (TILE // BLOCK)
+    partial = torch.empty(programs, dtype=torch.float64, device=table.device)
+    with torch.cuda.device_of(table.rows):
+        _sum_of_squares_kernel[(programs,)](
+            table.rows,
+            table.tile_segments,
+            table.grad_addresses,
+            partial,
+            G=_TRITON_DTYPES[grad_dtype],
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return partial.sum()

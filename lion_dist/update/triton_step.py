@@ -1,0 +1,145 @@
+"""The rule as one Triton launch over a segment table; equal to reference.py bit for bit.
+
+A program works on one block of elements: it finds its segment through the tile map, then reads p, g
+and m, and writes p and m, as 1-D memory. Blocks that are whole and 16-byte aligned (all but the last
+of a segment, as a rule) take a path whose accesses the compiler can vectorise; the others are masked.
+
+No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are
+chosen by measurement (benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, WEIGHT_DECAY
+from .segments import TILE, SegmentTable
+
+BLOCK = 2048
+NUM_WARPS = 4
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Storage dtypes of parameters, gradients and momenta of one launch."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    exp_avg: torch.dtype
+
+
+# Module constants that a kernel reads must be constexpr.
+_ROW = tl.constexpr(SegmentTable.ROW)
+_TILE = tl.constexpr(TILE)
+_HYPER_COLUMNS = tl.constexpr(HYPER_COLUMNS)
+_LR, _WEIGHT_DECAY, _GRAD_SIGN = tl.constexpr(LR), tl.constexpr(WEIGHT_DECAY), tl.constexpr(GRAD_SIGN)
+_BETA1, _BETA2 = tl.constexpr(BETA1), tl.constexpr(BETA2)
+_NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
+_NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
+_NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
+
+
+@triton.jit
+def _store(pointer, x, is_nan, mask, DTYPE: tl.constexpr):
+    """Rounds float32 x to DTYPE and stores it, NaN in the one form of reference.NAN_BITS."""
+    if tl.float32 == DTYPE:
+        bits = tl.where(is_nan, _NAN_FLOAT32, x.to(tl.int32, bitcast=True))
+    elif tl.bfloat16 == DTYPE:
+        bits = tl.where(is_nan, _NAN_BFLOAT16, x.to(tl.bfloat16).to(tl.int16, bitcast=True)).to(tl.int16)
+    else:
+        bits = tl.where(is_nan, _NAN_FLOAT16, x.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
+    tl.store(pointer, bits.to(DTYPE, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _step_block(
+    p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    # Scalars are derived from float64 and rounded once, as in reference.scalars.
+    lr64 = tl.load(hyper + _LR)
+    beta1_64 = tl.load(hyper + _BETA1)
+    beta2_64 = tl.load(hyper + _BETA2)
+    lr = lr64.to(tl.float32)
+    decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
+    scale = tl.load(hyper + _GRAD_SIGN).to(tl.float32)
+    if grad_scale is not None:
+        scale = scale * tl.load(grad_scale)
+
+    g = tl.load(g_pointer, mask=mask).to(tl.float32) * scale
+    m = tl.load(m_pointer, mask=mask).to(tl.float32)
+    p = tl.load(p_pointer, mask=mask).to(tl.float32)
+
+    c = beta1_64.to(tl.float32) * m + (1.0 - beta1_64).to(tl.float32) * g
+    c_is_nan = c != c
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
+    p = p * decay - lr * sign
+    m = beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
+
+    _store(m_pointer, m, c_is_nan | (m != m), mask, M)
+    if lr != 0:
+        _store(p_pointer, p, c_is_nan | (p != p), mask, P)
+
+
+@triton.jit
+def _lion_kernel(
+    rows, tile_segments, grad_addresses, hypers, grad_scale,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    program = tl.program_id(0)
+    tile = program // BLOCKS_PER_TILE
+    segment = tl.load(tile_segments + tile)
+    row = rows + segment.to(tl.int64) * _ROW
+    p_address = tl.load(row)
+    m_address = tl.load(row + 1)
+    length = tl.load(row + 2)
+    group = tl.load(row + 3)
+    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+    g_address = tl.load(grad_addresses + segment)
+    if (g_address != 0) & (start < length):
+        hyper = hypers + group * _HYPER_COLUMNS
+        offsets = tl.arange(0, BLOCK)
+        if (start + BLOCK <= length) & (((p_address | g_address | m_address) % 16) == 0):
+            # The hint is what lets a 16-byte access be made of an address that came from memory.
+            p_pointer = tl.multiple_of(p_address.to(tl.pointer_type(P)), 16) + start + offsets
+            g_pointer = tl.multiple_of(g_address.to(tl.pointer_type(G)), 16) + start + offsets
+            m_pointer = tl.multiple_of(m_address.to(tl.pointer_type(M)), 16) + start + offsets
+            _step_block(p_pointer, g_pointer, m_pointer, None, hyper, grad_scale, P, M)
+        else:
+            mask = start + offsets < length
+            p_pointer = p_address.to(tl.pointer_type(P)) + start + offsets
+            g_pointer = g_address.to(tl.pointer_type(G)) + start + offsets
+            m_pointer = m_address.to(tl.pointer_type(M)) + start + offsets
+            _step_block(p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P, M)
+
+
+def lion_step(table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor | None) -> None:
+    """Steps every active segment of the table, in one launch on the table's device.
+
+    Args:
+        table: with the gradients of this step; dtypes as in ``mix``.
+        hypers: float64, shape (groups, HYPER_COLUMNS), on the table's device.
+        grad_scale: float32, shape (), on the table's device, or None for 1.
+    """
+    grid = (table.tiles * (TILE // BLOCK),)
+    with torch.cuda.device_of(table.rows):
+        _lion_kernel[grid](
+            table.rows,
+            table.tile_segments,
+            table.grad_addresses,
+            hypers,
+            grad_scale,
+            P=_TRITON_DTYPES[mix.param],
+            G=_TRITON_DTYPES[mix.grad],
+            M=_TRITON_DTYPES[mix.exp_avg],
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
