@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
-from .update.segments import may_overlap
 
 Group = dict[str, Any]
 

@@ -7,7 +7,7 @@ momentum and a small pack of tails are allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, overload
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .memory_order import flat, is_dense
 from .param_groups import (
     KEYS,
     DecayWarning,
@@ -28,106 +29,11 @@ from .param_groups import (
     make_defaults,
     momentum_dtype,
 )
-from .sharding.collectives import (
-    Agreement,
-    all_gather_in_place,
-    all_reduce_sum,
-    broadcast_from_first,
-    check_device,
-)
-from .sharding.layout import ShardLayout
+from .sharding.collectives import Agreement, all_reduce_sum, broadcast_from_first, check_device
+from .sharding.shard import Shard
 from .update.dispatch import LionUpdate
 from .update.reference import clip_coefficient
-from .update.segments import Columns, Segment, flat, is_dense, laid_out_like
-
-
-class _Shard:
-    """Parameters of one dtype whose momenta share a dtype, and this rank's part of those momenta.
-
-    Attributes:
-        params: the parameters, dense, all on one device; same_layout_as strides are checked each step.
-        layout: their cut; parameter numbers are indices into ``params``.
-        exp_avg: the momentum shard, shape (layout.shard_numel,).
-        pack: staging for the tails, shape (layout.pack_numel,), dtype of the parameters.
-    """
-
-    def __init__(self, params: list[Tensor], dtype: torch.dtype, world_size: int) -> None:
-        self.params = params
-        self.layout = ShardLayout.make([p.numel() for p in params], world_size)
-        device = params[0].device
-        self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)
-        self.pack = torch.zeros(self.layout.pack_numel, dtype=params[0].dtype, device=device)
-        self._described = self._describe()
-        self._addresses: list[int] = []
-        self._buffers: list[Tensor] = []  # what the all-gather completes: heads in place, and the pack
-        self._tails: list[Tensor] = []  # where the tails lie in the parameters ...
-        self._packed_tails: list[Tensor] = []  # ... and in the pack
-
-    def _describe(self) -> list[tuple[Any, ...]]:
-        return [(p.dtype, p.shape, p.stride()) for p in self.params]
-
-    def refresh(self) -> None:
-        """Follows parameters that have moved; raises for ones that have become something else."""
-        described = self._describe()
-        if described != self._described:
-            i = next(i for i, (a, b) in enumerate(zip(described, self._described, strict=True)) if a != b)
-            raise ValueError(
-                f"a parameter changed from (dtype, shape, strides) {self._described[i]} to {described[i]} under "
-                "ShardedLion: convert the model before making the optimizer"
-            )
-        addresses = [p.data_ptr() for p in self.params]
-        if addresses == self._addresses:
-            return
-        flats = [flat(p) for p in self.params]
-        heads = [f[:head] for f, head in zip(flats, self.layout.heads, strict=True) if head]
-        self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
-        self._tails = [flats[t.param][t.start : t.start + t.length] for t in self.layout.tails]
-        self._packed_tails = [self.pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
-        self._addresses = addresses
-
-    def gather_params(self, group: dist.ProcessGroup) -> None:
-        """Brings every rank's slices to every rank: heads in place, tails through the pack."""
-        # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
-        if self._tails:
-            torch._foreach_copy_(self._packed_tails, self._tails)
-        all_gather_in_place(self._buffers, group)
-        if self._tails:
-            torch._foreach_copy_(self._tails, self._packed_tails)
-        torch.autograd.graph.increment_version(self.params)  # collectives write unseen by autograd
-
-    def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
-        """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.
-        Where ``keep`` is False this rank only contributes, and gets empty tensors."""
-        rank, layout = dist.get_rank(group), self.layout
-
-        def gathered(numel: int, shard_offset: int) -> Tensor:
-            whole = torch.empty(numel * layout.world_size, dtype=self.exp_avg.dtype, device=self.exp_avg.device)
-            whole.narrow(0, rank * numel, numel).copy_(self.exp_avg.narrow(0, shard_offset, numel))
-            all_gather_in_place([whole] if numel else [], group)
-            return whole
-
-        pack = gathered(layout.pack_numel // layout.world_size, layout.pack_shard_offset)
-        tails, offset = {t.param: t for t in layout.tails}, 0
-        for i, p in enumerate(self.params):
-            numel = layout.heads[i] // layout.world_size
-            head = gathered(numel, offset)
-            offset += numel
-            if not keep:
-                yield torch.empty(0)
-                continue
-            exp_avg = torch.empty_strided(p.shape, p.stride(), dtype=self.exp_avg.dtype)
-            flat(exp_avg)[: head.numel()].copy_(head)
-            if i in tails:
-                t = tails[i]
-                flat(exp_avg)[t.start :].copy_(pack[t.pack_offset : t.pack_offset + t.length])
-            yield exp_avg.contiguous()
-
-    def take_exp_avg(self, index: int, exp_avg: Tensor, rank: int) -> None:
-        """Copies this rank's slices of a whole momentum, in the shape of parameter ``index``."""
-        in_order = flat(laid_out_like(exp_avg, self.params[index]))
-        for s in self.layout.slices(rank):
-            if s.param == index:
-                self.exp_avg.narrow(0, s.shard_offset, s.length).copy_(in_order[s.start : s.start + s.length])
+from .update.segments import Columns, Segment
 
 
 class ShardedLion(Optimizer):
@@ -195,7 +101,7 @@ class ShardedLion(Optimizer):
             agreement.says(self._describe(self.param_groups))
         self._decay_warning = DecayWarning()
         self._grad_scale: Tensor | None = None  # clipping to come at the next step
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._frozen: list[Tensor] = []
         self._segments: list[Segment] = []
         self._take_in([p for group in self.param_groups for p in group["params"]])
@@ -264,7 +170,7 @@ class ShardedLion(Optimizer):
         self._frozen += [p for p in params if not p.requires_grad]
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
 
-    def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[_Shard]:
+    def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[Shard]:
         """Shards of zeros; ``dtypes``: of momenta, by id of the parameter, where not the group's."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         alike: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
@@ -272,9 +178,9 @@ class ShardedLion(Optimizer):
             dtype = dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)])
             alike.setdefault((p.dtype, dtype), []).append(p)
         world_size = dist.get_world_size(self._group)
-        return [_Shard(same, dtype, world_size) for (_, dtype), same in alike.items()]
+        return [Shard(same, dtype, world_size) for (_, dtype), same in alike.items()]
 
-    def _set_shards(self, shards: list[_Shard]) -> None:
+    def _set_shards(self, shards: list[Shard]) -> None:
         self._shards = shards
         self._segments, first = [], 0
         for shard in shards:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory_order import flat, is_dense, laid_out_like, same_layout
 from . import reference
 from .reference import HYPER_COLUMNS, LR, HyperParameters
 from .segments import (
@@ -24,10 +25,6 @@ from .segments import (
     SegmentTable,
     check_gradient,
     check_no_shared_memory,
-    flat,
-    is_dense,
-    laid_out_like,
-    same_layout,
     upload,
 )
 

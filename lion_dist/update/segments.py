@@ -5,7 +5,7 @@ Segment: a run of elements, contiguous in memory, of one entry of the columns.
 SegmentTable: the segments of one device and one mix of dtypes, as tensors that a kernel reads.
 Tile: TILE consecutive elements of one segment (the last one of a segment may hold fewer). The
 table maps tiles to segments; at 4 bytes a tile it takes 0.02 % of the parameters' memory.
-Memory order: the order of a tensor's elements by address, the order in which segments count.
+Starts and lengths count elements in memory order (memory_order.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory_order import is_dense
 from .reference import STORAGE_DTYPES
 
 TILE = 8192  # elements; a multiple of every block size
@@ -47,45 +48,6 @@ class Columns:
     exp_avgs: list[Tensor]
     groups: list[int]
     segments: Sequence[Segment] | None = None
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether t's elements fill one block of memory, each address once, in some order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
-
-
-def may_overlap(t: Tensor) -> bool:
-    """Whether two indices of t may share an address (an expanded tensor, for one)."""
-    reach = 0  # the furthest address, in elements, that the smaller strides get to
-    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
-        if stride <= reach:
-            return t.numel() > 0
-        reach += stride * (size - 1)
-    return False
-
-
-def flat(t: Tensor) -> Tensor:
-    """A dense tensor's elements in memory order, as a 1-D view, shape (numel,)."""
-    return t.detach().as_strided((t.numel(),), (1,))
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b, of one shape, put their elements in the same memory order."""
-    return a.stride() == b.stride() or all(
-        x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1
-    )
-
-
-def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
-    """t itself, or a copy of it with the memory order of ``like`` (dtype and device stay t's)."""
-    if t.shape == like.shape and same_layout(t, like):
-        return t
-    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def check_gradient(index: int, p: Tensor, g: Tensor) -> None:

@@ -1,0 +1,161 @@
+"""Ranks that do not fit together find out, all of them, and none is left waiting."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lion_dist import ShardedLion
+from lion_dist.sharding.collectives import Agreement
+from tests.bits import assert_same_bits
+from tests.harness import device_of, run_ranks, spawn_only
+
+
+def params(device: torch.device, *shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+
+
+def body_constructor(rank: int, world_size: int) -> None:
+    device = device_of(rank, world_size)
+    odd = rank == world_size - 1  # the rank that is unlike the others
+
+    def check(message: str, odd_error: type[Exception], error: type[Exception], *make: object) -> None:
+        group, kwargs = make[odd]  # type: ignore[misc]
+        with pytest.raises(odd_error if odd else error, match=message):
+            ShardedLion(group, **{"stage": 1, **kwargs})
+
+    shapes = [(4, 5), (6,), (7, 3)]
+    good = params(device, *shapes)
+    other_shape = params(device, (4, 5), (9,), (7, 3))
+    extra = params(device, *shapes, (2,))
+    transposed = [good[0], good[1], nn.Parameter(torch.ones(3, 7, device=device).t())]
+    frozen = params(device, *shapes)
+    frozen[1].requires_grad_(False)
+    named = [("one", good[0]), ("two", good[1]), ("three", good[2])]
+    renamed = [("one", good[0]), ("deux", good[1]), ("three", good[2])]
+    check(
+        r"Rank 0: parameter 1 .*\(6,\).*Rank \d: parameter 1 .*\(9,\)",
+        ValueError,
+        ValueError,
+        (good, {}),
+        (other_shape, {}),
+    )
+    check(r"alone has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
+    check(r"parameter 2 .*strides \(1, 7\)", ValueError, ValueError, (good, {}), (transposed, {}))
+    check(r"parameter 1 .*frozen", ValueError, ValueError, (good, {}), (frozen, {}))
+    check(r"parameter 1 .* deux", ValueError, ValueError, (named, {}), (renamed, {}))
+    check(r"lr=0\.001", ValueError, ValueError, (good, {}), (good, {"lr": 1e-3}))
+    check(r"momentum_dtype", ValueError, ValueError, (good, {}), (good, {"momentum_dtype": torch.bfloat16}))
+    check(r"lr must be", ValueError, RuntimeError, (good, {}), (good, {"lr": -1.0}))
+    check(r"twice", ValueError, RuntimeError, (good, {}), ([*good, good[0]], {}))
+    integers = [torch.ones(3, dtype=torch.int64, device=device)]
+    check(r"torch.int64", TypeError, RuntimeError, (good, {}), (integers, {}))
+    check(r"stage must be", ValueError, RuntimeError, (good, {}), (good, {"stage": 3}))
+    # The group still works, and a second optimizer on the same parameters too.
+    optimizer = ShardedLion(good, stage=1)
+    before = [p.detach().clone() for p in good]
+    more = params(device, (11,) if odd else (10,))
+    with pytest.raises(ValueError, match=r"add_param_group\(\).*\(10,\)"):
+        optimizer.add_param_group({"params": more})
+    with pytest.raises(ValueError if odd else RuntimeError, match="weight_decay"):
+        optimizer.add_param_group({"params": params(device, (3,)), "weight_decay": -1.0 if odd else 0.0})
+    assert len(optimizer.param_groups) == 1
+    for p in good:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, b in zip(good, before, strict=True):
+        assert_same_bits(p, b, "untouched by what was refused")
+
+
+def test_constructor_compares_ranks(tmp_path: Path) -> None:
+    run_ranks(body_constructor, 3, tmp_path)
+
+
+def body_bad_input(rank: int, world_size: int) -> None:
+    """Refused on every rank alike, by step() too, and nothing has been changed."""
+    device = device_of(rank, world_size)
+    for kwargs, message in [
+        ({"lr": -1.0}, "lr must be"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"param_sync": "signs"}, "param_sync"),
+        ({"stage": 2}, "DistributedDataParallel"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ShardedLion(params(device, (5,)), **{"stage": 1, **kwargs})
+    gaps = nn.Parameter(torch.ones(10, 10, device=device)[:, :5])
+    with pytest.raises(ValueError, match="dense"):
+        ShardedLion([gaps], stage=1)
+    with pytest.raises(ValueError, match="share memory"):
+        ShardedLion([nn.Parameter(torch.ones(5, device=device).expand(4, 5))], stage=1)
+
+    first, second = params(device, (300, 3), (200,))
+    optimizer = ShardedLion([{"params": [first], "weight_decay": 0.5}, {"params": [second]}], lr=0.1, stage=1)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    second.grad = torch.sparse_coo_tensor([[1]], [1.0], (200,), device=device)
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    second.grad = torch.ones_like(second)
+    optimizer.param_groups[1]["lr"] = -0.1
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = 0.1
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.clip_grad_norm_(-1.0)
+    second.data = second.data.double()
+    second.grad = None
+    with pytest.raises(ValueError, match="changed from"):
+        optimizer.step()
+    second.data = torch.ones(200, device=device)
+    assert_same_bits(first, torch.ones_like(first), "nothing was stepped")
+    assert all(not shard.exp_avg.any() for shard in optimizer._shards)
+
+
+def test_bad_input_changes_nothing(tmp_path: Path) -> None:
+    run_ranks(body_bad_input, 2, tmp_path)
+
+
+def test_needs_a_process_group() -> None:
+    if dist.is_initialized():
+        pytest.skip("torchrun's ranks have one")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        ShardedLion([nn.Parameter(torch.zeros(3))], stage=1)
+
+
+def body_absent(rank: int, world_size: int) -> tuple[str, float]:
+    start = time.monotonic()
+    if rank == 2:
+        return "", 0.0
+    with pytest.raises(RuntimeError) as error, Agreement(dist.group.WORLD, "roll call"):
+        pass
+    return str(error.value), time.monotonic() - start
+
+
+@spawn_only
+def test_absent_rank_is_named_on_every_other(tmp_path: Path) -> None:
+    results = run_ranks(body_absent, 4, tmp_path, timeout=timedelta(seconds=3))
+    for rank in (0, 1, 3):
+        message, seconds = results[rank]
+        assert "roll call" in message
+        assert "ranks [2]" in message
+        assert seconds < 10
+
+
+def body_different_calls(rank: int, world_size: int) -> None:
+    with (
+        pytest.raises(ValueError, match=r"Rank 0: step.*Rank 1: save"),
+        Agreement(dist.group.WORLD, "save" if rank == 1 else "step"),
+    ):
+        pass
+    with Agreement(dist.group.WORLD, "again") as agreement:  # in step with each other after all of it
+        agreement.says(["the same"])
+
+
+def test_ranks_in_different_calls(tmp_path: Path) -> None:
+    run_ranks(body_different_calls, 3, tmp_path)

@@ -1,0 +1,249 @@
+"""ShardedLion, stage 1, against Lion on the averaged gradient: the same bits, for world sizes 1 to 4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from lion_dist import Lion, ShardedLion
+from lion_dist.update import reference
+from tests.bits import assert_same_bits
+from tests.distributed.toy import SHAPES, Toy
+from tests.harness import device_of, run_ranks
+
+FP32 = (torch.float32,)
+MIXED = (torch.float32, torch.bfloat16, torch.float16)
+STEPS = 20
+MAX_NORM = 5.0
+
+
+def wrapped(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+
+
+def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 7))
+
+
+def train(model: Toy, ddp: nn.Module, optimizer: Any, scheduler: Any, steps: range, clip: bool = False) -> list[Tensor]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    norms = []
+    for step in steps:
+        ddp(step, rank, world_size).backward()
+        if clip:
+            norms.append(optimizer.clip_grad_norm_(MAX_NORM))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def expect(
+    model: Toy, optimizer: Lion, scheduler: Any, steps: range, world_size: int, clip: bool = False
+) -> list[Tensor]:
+    """The same training on one process: Lion over the averaged gradient, clipped by the reference's coefficient."""
+    norms = []
+    for step in steps:
+        for name in SHAPES:
+            getattr(model, name).grad = model.average_gradient(name, step, world_size)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if clip:
+            total = torch.stack([reference.sum_of_squares(g) for g in grads]).sum()
+            norm, coefficient = reference.clip_coefficient(total, MAX_NORM)
+            norms.append(norm)
+            for g in grads:
+                assert g.dtype == torch.float32  # in 16 bits the product would be rounded once more
+                g.mul_(coefficient)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def assert_same_model(got: Toy, expected: Toy) -> None:
+    for name in SHAPES:
+        assert_same_bits(getattr(got, name), getattr(expected, name), name)
+
+
+def assert_same_momentum(got: dict, expected: Lion) -> None:
+    params = [p for group in expected.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        if p in expected.state:
+            assert_same_bits(got["state"][i]["exp_avg"], expected.state[p]["exp_avg"].cpu(), f"exp_avg {i}")
+        else:
+            assert i not in got["state"]
+
+
+def body_equals_lion(rank: int, world_size: int, dtypes: tuple, clip: bool, use_triton: bool | None) -> None:
+    device = device_of(rank, world_size)
+    model = Toy(100 + rank, dtypes, device)  # other weights on every rank: the first rank's must win
+    optimizer = ShardedLion(model.groups(), lr=0.01, stage=1, use_triton=use_triton)
+    expected = Toy(100, dtypes, device)
+    assert_same_model(model, expected)
+    lion = Lion(expected.groups(), lr=0.01)
+    norms = train(model, wrapped(model, device), optimizer, warm_up(optimizer), range(STEPS), clip)
+    expected_norms = expect(expected, lion, warm_up(lion), range(STEPS), world_size, clip)
+    assert_same_model(model, expected)
+    assert_same_momentum(optimizer.full_state_dict(), lion)
+    for got, want in zip(norms, expected_norms, strict=True):
+        assert_same_bits(got.cpu(), want.cpu(), "norm")
+    if clip:
+        assert min(n.item() for n in norms) > MAX_NORM  # the test clips indeed
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dtypes", "clip"), [(FP32, True), (MIXED, False)], ids=["fp32-clipped", "mixed"])
+def test_equals_lion(world_size: int, dtypes: tuple, clip: bool, tmp_path: Path) -> None:
+    run_ranks(body_equals_lion, world_size, tmp_path, (dtypes, clip, None))
+
+
+def test_equals_lion_through_triton(tmp_path: Path) -> None:
+    run_ranks(body_equals_lion, 2, tmp_path, ((torch.float32, torch.float16), False, True))
+
+
+def body_clip_mixed(rank: int, world_size: int) -> None:
+    """In 16 bits the coefficient is multiplied in at float32, within the step: against the rule itself."""
+    device = device_of(rank, world_size)
+    model = Toy(1, MIXED, device)
+    optimizer = ShardedLion(model.parameters(), lr=0.01, weight_decay=0.1, stage=1)
+    expected = Toy(1, MIXED, device)
+    momenta = {
+        n: torch.zeros_like(p, dtype=torch.float32 if p.dtype == torch.float16 else p.dtype)
+        for n, p in expected.named_parameters()
+    }
+    for step in range(5):
+        grads = {n: expected.average_gradient(n, step, world_size) for n in SHAPES}
+        grads = {n: g for n, g in grads.items() if g is not None}
+        for n in SHAPES:
+            getattr(model, n).grad = grads.get(n)
+        norm = optimizer.clip_grad_norm_(MAX_NORM)
+        total = torch.stack([reference.sum_of_squares(g) for g in grads.values()]).sum()
+        expected_norm, coefficient = reference.clip_coefficient(total, MAX_NORM)
+        assert_same_bits(norm, expected_norm, "norm")
+        # A second call sees the gradient as it would be stepped: within the bound, so nothing changes much.
+        assert optimizer.clip_grad_norm_(1e6).item() == pytest.approx(MAX_NORM, rel=1e-5)
+        optimizer.step()
+        row = torch.tensor([0.01, 0.1, 0.9, 0.99, 1.0], dtype=torch.float64, device=device)
+        with torch.no_grad():
+            for n, g in grads.items():
+                reference.lion_step_(getattr(expected, n), g, momenta[n], reference.scalars(row, coefficient))
+        assert_same_model(model, expected)
+    # Clipping that no step used is dropped with the gradients.
+    optimizer.clip_grad_norm_(1e-3)
+    optimizer.zero_grad()
+    assert optimizer._grad_scale is None
+
+
+def test_clip_mixed_dtypes(tmp_path: Path) -> None:
+    run_ranks(body_clip_mixed, 3, tmp_path)
+
+
+def body_subgroup(rank: int, world_size: int) -> None:
+    device = device_of(rank, world_size)
+    members = [0, 2]
+    group = dist.new_group(members)
+    if rank not in members:
+        with pytest.raises(ValueError, match="not in process_group"):
+            ShardedLion([nn.Parameter(torch.zeros(3, device=device))], stage=1, process_group=group)
+        return
+    model, expected = Toy(rank, FP32, device), Toy(0, FP32, device)
+    optimizer = ShardedLion(model.groups(), lr=0.01, stage=1, process_group=group)
+    lion = Lion(expected.groups(), lr=0.01)
+    for step in range(4):
+        for name in SHAPES:
+            for m in (model, expected):
+                getattr(m, name).grad = m.average_gradient(name, step, 2)
+        optimizer.step()
+        lion.step()
+    assert_same_model(model, expected)
+    assert_same_momentum(optimizer.full_state_dict(), lion)
+
+
+def test_process_group_that_is_not_world(tmp_path: Path) -> None:
+    run_ranks(body_subgroup, 3, tmp_path)
+
+
+def body_grows(rank: int, world_size: int) -> None:
+    """A group added and a parameter unfrozen in mid-run, parameters that move, weights loaded in place."""
+    device = device_of(rank, world_size)
+    model, expected = Toy(5 + rank, FP32, device), Toy(5, FP32, device)
+    late = nn.Parameter(torch.full((500,), 1.0 + rank, device=device))
+    late_expected = nn.Parameter(torch.full((500,), 1.0, device=device))
+    optimizer, lion = ShardedLion(model.groups(), lr=0.01, stage=1), Lion(expected.groups(), lr=0.01)
+    for step in range(8):
+        if step == 2:
+            optimizer.add_param_group({"params": [late], "lr": 0.002})
+            lion.add_param_group({"params": [late_expected], "lr": 0.002})
+            assert_same_bits(late, late_expected, "broadcast")
+        if step == 4:
+            model.frozen.requires_grad_()
+            expected.frozen.requires_grad_()
+        if step == 5:
+            model.square.data = model.square.data.clone()
+            model.kernel.data = model.kernel.data.clone(memory_format=torch.preserve_format)
+            assert model.kernel.is_contiguous(memory_format=torch.channels_last)
+        if step == 6:
+            halves = {name: p.detach() / 2 for name, p in expected.named_parameters()}
+            model.load_state_dict(halves)
+            expected.load_state_dict(halves)
+        for m, extra in ((model, late), (expected, late_expected)):
+            for name in SHAPES:
+                getattr(m, name).grad = m.average_gradient(name, step, world_size)
+            if step >= 2:
+                extra.grad = torch.full_like(extra, 0.5 - step)
+            if step >= 4:
+                m.frozen.grad = torch.full_like(m.frozen, step - 5.0)
+        optimizer.step()
+        lion.step()
+        assert_same_model(model, expected)
+        if step >= 2:
+            assert_same_bits(late, late_expected, "late")
+    assert_same_momentum(optimizer.full_state_dict(), lion)
+    # Each rank holds its part of the momentum and no more.
+    total = sum(shard.layout.shard_numel for shard in optimizer._shards)
+    trainable = sum(p.numel() for p in model.parameters()) + 500
+    padding = world_size * 128 * (len(SHAPES) + 1)
+    assert total <= (trainable + padding) / world_size
+    assert sum(shard.exp_avg.numel() for shard in optimizer._shards) == total
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_grows_and_moves(world_size: int, tmp_path: Path) -> None:
+    run_ranks(body_grows, world_size, tmp_path)
+
+
+def body_closure_and_versions(rank: int, world_size: int) -> float:
+    device = device_of(rank, world_size)
+    p = nn.Parameter(torch.ones(1000, device=device))
+    optimizer = ShardedLion([p], lr=0.5, stage=1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 1000
+    assert p[0].item() == 0.5
+    loss = (p * p).sum()  # saves p
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    p.grad = None
+    before = p.detach().clone()
+    optimizer.step()
+    assert_same_bits(p, before, "no gradient, no step")
+    return p[0].item()
+
+
+def test_closure_and_autograd_versions(tmp_path: Path) -> None:
+    assert run_ranks(body_closure_and_versions, 2, tmp_path) == [0.0, 0.0]

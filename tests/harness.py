@@ -1,0 +1,149 @@
+"""Runs one function on several ranks, for tests.
+
+    def body(rank: int, world_size: int, ...) -> result: ...      # module level, so that it can be pickled
+    results = run_ranks(body, world_size=3, tmp_path=tmp_path, args=(...))
+
+Each rank is a process of its own (from a fork server that has torch imported already, so a rank starts
+in a fraction of a second), with one CPU thread, a rendezvous through a file in tmp_path and a short
+collective time-out. A deadline dumps every rank's stack and kills what is left. If any rank fails, the
+test fails with every rank's traceback.
+
+Backend: NCCL where there is a GPU for each rank, else gloo. Under ``torchrun -m pytest`` the function
+runs on the ranks that torchrun made, if they are as many as the test wants; else the test is skipped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+DEADLINE_S = 120.0
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "lion_dist", "tests.harness"])
+
+
+def device_of(rank: int, world_size: int) -> torch.device:
+    """Where a rank's tensors live: a GPU of its own where there are enough, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= world_size:
+        return torch.device("cuda", rank)
+    return torch.device("cpu")
+
+
+def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> None:
+    device = device_of(rank, world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _rank_main(
+    body: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple, timeout: timedelta, deadline: float
+) -> None:
+    torch.set_num_threads(1)
+    with open(folder / f"stack{rank}", "w") as stack:
+        faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
+        try:
+            _init(rank, world_size, f"file://{folder / 'rendezvous'}", timeout)
+            outcome = ("returned", body(rank, world_size, *args))
+        except BaseException:
+            outcome = ("raised", traceback.format_exc())
+        (folder / f"outcome{rank}.tmp").write_bytes(pickle.dumps(outcome))
+        (folder / f"outcome{rank}.tmp").rename(folder / f"outcome{rank}")
+        if dist.is_initialized():
+            # gloo fails a rank whose peer leaves while it still talks to it, so all leave together.
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.set(f"finished/{rank}", "")
+            with contextlib.suppress(RuntimeError):  # one of them was killed: its exit code tells
+                store.wait([f"finished/{r}" for r in range(world_size)], timedelta(seconds=deadline))
+        faulthandler.cancel_dump_traceback_later()
+    # Not by way of interpreter exit: a failed rank may hold threads that wait for its peers.
+    os._exit(0 if outcome[0] == "returned" else 1)
+
+
+def run_ranks(
+    body: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    args: tuple = (),
+    *,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    deadline: float = DEADLINE_S,
+) -> list[Any]:
+    """What ``body(rank, world_size, *args)`` returned, by rank (picklable; no GPU tensors).
+
+    Args:
+        body: a module-level function.
+        timeout: of the process group's collectives.
+        deadline: seconds after which ranks are killed and their stacks shown.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _run_under_torchrun(body, world_size, args, timeout)
+    folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
+    folder.mkdir()
+    processes = [
+        _context.Process(target=_rank_main, args=(body, rank, world_size, folder, args, timeout, deadline))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + deadline + 5
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    results, failures = [], []
+    for rank, process in enumerate(processes):
+        file = folder / f"outcome{rank}"
+        if file.exists():
+            kind, value = pickle.loads(file.read_bytes())
+            results.append(value)
+            if kind == "raised":
+                failures.append(f"--- rank {rank} raised\n{value}")
+        else:
+            stack = (folder / f"stack{rank}").read_text() if (folder / f"stack{rank}").exists() else ""
+            failures.append(f"--- rank {rank} ended with exit code {process.exitcode} and no result\n{stack}")
+    if failures:
+        pytest.fail("\n".join([f"{body.__name__} on {world_size} ranks:", *failures]), pytrace=False)
+    return results
+
+
+def _run_under_torchrun(body: Callable[..., Any], world_size: int, args: tuple, timeout: timedelta) -> list[Any]:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size != ranks:
+        pytest.skip(f"needs {world_size} ranks, torchrun made {ranks}")
+    if not dist.is_initialized():
+        _init(rank, ranks, "env://", timeout)
+        atexit.register(dist.destroy_process_group)
+    results: list[Any] = [None] * ranks
+    try:
+        mine: tuple[str, Any] = ("returned", body(rank, ranks, *args))
+    except Exception:
+        mine = ("raised", traceback.format_exc())
+    dist.all_gather_object(results, mine)
+    failures = [f"--- rank {r} raised\n{value}" for r, (kind, value) in enumerate(results) if kind == "raised"]
+    if failures:
+        pytest.fail("\n".join([f"{body.__name__} on {world_size} ranks:", *failures]), pytrace=False)
+    return [value for _, value in results]
+
+
+def spawn_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a test whose ranks may die or leave a collective half done: not for torchrun's own ranks."""
+    return pytest.mark.skipif("TORCHELASTIC_RUN_ID" in os.environ, reason="needs processes of its own")(function)
