@@ -120,9 +120,11 @@ def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
 
 
 def hyper_parameters(group: Group) -> HyperParameters:
-    """This step's hyper-parameters of a group, with lr as it is if a tensor (never waited for)."""
+    """This step's hyper-parameters of a group; raises where they cannot be used. An lr tensor stays one,
+    and if it is on a GPU its value is not looked at, since that would wait for the GPU."""
     lr = group["lr"]
-    if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
+    waits = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    if not waits and not 0 <= _number(lr) < math.inf:
         raise ValueError(f"lr must be finite and >= 0, got {lr} (did a scheduler pass its end?)")
     _check_rest(group)
     weight_decay = float(group["weight_decay"])

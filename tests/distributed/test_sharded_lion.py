@@ -247,3 +247,25 @@ def body_closure_and_versions(rank: int, world_size: int) -> float:
 
 def test_closure_and_autograd_versions(tmp_path: Path) -> None:
     assert run_ranks(body_closure_and_versions, 2, tmp_path) == [0.0, 0.0]
+
+
+def body_grad_scaler(rank: int, world_size: int) -> None:
+    """Averaged gradients are equal on all ranks, so all of them skip the same steps."""
+    device = device_of(rank, world_size)
+    p = nn.Parameter(torch.ones(1000, device=device))
+    expected = nn.Parameter(p.detach().clone())
+    optimizer, lion = ShardedLion([p], lr=0.25, stage=1), Lion([expected], lr=0.25)
+    scalers = [torch.amp.GradScaler(device.type, init_scale=4.0, growth_interval=3) for _ in range(2)]
+    for step in range(6):
+        for weight, o, scaler in ((p, optimizer, scalers[0]), (expected, lion, scalers[1])):
+            scaler.scale((weight * (float("inf") if step == 2 else 1.0 - step)).sum()).backward()
+            scaler.step(o)
+            scaler.update()
+            o.zero_grad()
+        assert_same_bits(p, expected, f"step {step}")
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 4.0
+    assert p.isfinite().all()
+
+
+def test_grad_scaler(tmp_path: Path) -> None:
+    run_ranks(body_grad_scaler, 2, tmp_path)
