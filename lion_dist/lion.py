@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -24,6 +25,22 @@ from .param_groups import (
 )
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
+
+
+@dataclass
+class _Members:
+    """What a walk through the groups found, kept for the next step if nothing has changed since.
+
+    ids: of all parameters, by group. params, entries, groups: those that are stepped, their state and
+    the number of their group. idle: frozen ones without state. entry_ids: of all state entries.
+    """
+
+    ids: list[list[int]]
+    params: list[Tensor]
+    entries: list[dict[str, Tensor]]
+    groups: list[int]
+    idle: list[Tensor]
+    entry_ids: list[int]
 
 
 class Lion(Optimizer):
@@ -73,6 +90,7 @@ class Lion(Optimizer):
         """What is not state: made anew by the constructor, unpickling, deepcopy and load."""
         self._use_triton = use_triton
         self._update = LionUpdate(use_triton)
+        self._members: _Members | None = None
         self._decay_warning = DecayWarning()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,25 +133,43 @@ class Lion(Optimizer):
         return loss
 
     def _columns(self) -> Columns:
-        columns = Columns([], [], [], [])
-        new: list[tuple[Tensor, Tensor]] = []
+        ids = [[id(p) for p in group["params"]] for group in self.param_groups]
+        members = self._members
+        if (
+            members is None
+            or ids != members.ids
+            or [id(entry) for entry in self.state.values()] != members.entry_ids
+            or not all(members.entries)
+            or any(p.requires_grad or p.grad is not None for p in members.idle)
+        ):
+            members = self._members = self._find_members(ids)
+        return Columns(
+            params=members.params,
+            grads=[p.grad for p in members.params],
+            exp_avgs=[entry["exp_avg"] for entry in members.entries],
+            groups=members.groups,
+        )
+
+    def _find_members(self, ids: list[list[int]]) -> _Members:
+        """Goes through the groups, and makes the state that is missing."""
+        params, entries, groups, idle = [], [], [], []
+        new: dict[Tensor, dict[str, Tensor]] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                state, g = self.state.get(p), p.grad
-                if not state:
-                    if not p.requires_grad and g is None:
+                entry = self.state.get(p)
+                if not entry:
+                    if not p.requires_grad and p.grad is None:
+                        idle.append(p)
                         continue
-                    state = {"exp_avg": new_momentum(p, momentum_dtype(p, group))}
-                    new.append((p, state["exp_avg"]))
-                columns.params.append(p)
-                columns.grads.append(g)
-                columns.exp_avgs.append(state["exp_avg"])
-                columns.groups.append(i)
+                    entry = new[p] = {"exp_avg": new_momentum(p, momentum_dtype(p, group))}
+                params.append(p)
+                entries.append(entry)
+                groups.append(i)
         if new:
-            self._update.prepare(columns)  # raises for a bad gradient before there is any new state
-            for p, exp_avg in new:
-                self.state[p]["exp_avg"] = exp_avg
-        return columns
+            # Raises for a bad gradient before there is any new state.
+            self._update.prepare(Columns(params, [p.grad for p in params], [e["exp_avg"] for e in entries], groups))
+            self.state.update(new)
+        return _Members(ids, params, entries, groups, idle, [id(entry) for entry in self.state.values()])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}

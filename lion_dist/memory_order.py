@@ -30,9 +30,17 @@ def may_overlap(t: Tensor) -> bool:
     return False
 
 
-def flat(t: Tensor) -> Tensor:
-    """A dense tensor's elements in memory order, as a 1-D view, shape (numel,)."""
-    return t.detach().as_strided((t.numel(),), (1,))
+def flat(t: Tensor, start: int = 0, length: int | None = None) -> Tensor:
+    """Elements of a dense tensor in memory order: 1-D, of the same memory, all of them or ``length``
+    from ``start``.
+
+    Not a view to autograd and torch.compile, which would compile anew for each shape of the base; so
+    whoever writes through it tells autograd (`torch.autograd.graph.increment_version`).
+    """
+    shape = (t.numel() - start if length is None else length,)
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(
+        t.untyped_storage(), t.storage_offset() + start, shape, (1,)
+    )
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

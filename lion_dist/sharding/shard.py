@@ -51,10 +51,9 @@ class Shard:
         addresses = [p.data_ptr() for p in self.params]
         if addresses == self._addresses:
             return
-        flats = [flat(p) for p in self.params]
-        heads = [f[:head] for f, head in zip(flats, self.layout.heads, strict=True) if head]
+        heads = [flat(p, 0, head) for p, head in zip(self.params, self.layout.heads, strict=True) if head]
         self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
-        self._tails = [flats[t.param][t.start : t.start + t.length] for t in self.layout.tails]
+        self._tails = [flat(self.params[t.param], t.start, t.length) for t in self.layout.tails]
         self._packed_tails = [self.pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
         self._addresses = addresses
 
@@ -89,10 +88,10 @@ class Shard:
                 yield torch.empty(0)
                 continue
             exp_avg = torch.empty_strided(p.shape, p.stride(), dtype=self.exp_avg.dtype)
-            flat(exp_avg)[: head.numel()].copy_(head)
+            flat(exp_avg, 0, head.numel()).copy_(head)
             if i in tails:
                 t = tails[i]
-                flat(exp_avg)[t.start :].copy_(pack[t.pack_offset : t.pack_offset + t.length])
+                flat(exp_avg, t.start).copy_(pack[t.pack_offset : t.pack_offset + t.length])
             yield exp_avg.contiguous()
 
     def take_exp_avg(self, index: int, exp_avg: Tensor, rank: int) -> None:

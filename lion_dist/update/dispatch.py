@@ -51,27 +51,29 @@ def interpreting() -> bool:
 
 
 _compiled: Callable[..., None] | None = None
-_compile_works = True
+_not_compiled: set[tuple[torch.dtype, ...]] = set()  # mixes of dtypes that torch.compile failed on
 
 
 def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> None:
     """`reference.lion_step_` through torch.compile, on 1-D CPU tensors: one graph for all lengths.
-    Without a working C++ compiler it says so once, and plain torch does the work from then on."""
-    global _compiled, _compile_works
+    Where it cannot be compiled (no C++ compiler), a warning says so once, and plain torch does the work."""
+    global _compiled
     if _compiled is None:
         _compiled = torch.compile(reference.lion_step_, dynamic=True, fullgraph=True)
-    if _compile_works:
+    mix = (p.dtype, g.dtype, m.dtype)
+    if mix not in _not_compiled:
         try:
             _compiled(p, g, m, s)
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed
-            _compile_works = False
-            reason = (str(error).strip().splitlines() or [""])[0]
-            warnings.warn(
-                "lion_dist: torch.compile failed, so steps on the CPU run as plain torch, several times slower "
-                f"(a C++ compiler such as g++ is needed). {type(error).__name__}: {reason}",
-                stacklevel=2,
-            )
+            if not _not_compiled:
+                reason = (str(error).strip().splitlines() or [""])[0]
+                warnings.warn(
+                    "lion_dist: torch.compile failed, so steps on the CPU run as plain torch, several times slower. "
+                    f"Usually a C++ compiler such as g++ is missing. {type(error).__name__}: {reason}",
+                    stacklevel=2,
+                )
+            _not_compiled.add(mix)
     _chunked_step_(p, g, m, s)
 
 
@@ -97,7 +99,7 @@ def hyper_table(hypers: Sequence[HyperParameters], device: torch.device) -> Tens
     table = upload(rows, torch.float64, device)
     for i, h in enumerate(hypers):
         if isinstance(h.lr, Tensor) and h.lr.is_cuda:
-            table[i, LR].copy_(h.lr.reshape(()), non_blocking=True)
+            table[i, LR].copy_(h.lr.reshape(()), non_blocking=device.type == "cuda")
     return table
 
 
@@ -141,36 +143,35 @@ class LionUpdate:
                 use_triton=True on tensors that Triton cannot reach.
         """
         params, grads, exp_avgs = columns.params, columns.grads, columns.exp_avgs
-        for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
-                check_gradient(i, params[i], g)
         strides = [p.stride() for p in params]
-        shapes = [p.shape for p in params]
-        grads = [
-            g if g is None or (g.stride() == stride and g.shape == shape) else self._relaid(i, params[i], g)
-            for i, (g, stride, shape) in enumerate(zip(grads, strides, shapes, strict=True))
-        ]
+        numels = [p.numel() for p in params]
         if len(self._grad_dtypes) != len(grads):
             self._grad_dtypes = [p.dtype for p in params]
-        # An absent gradient keeps the dtype it last had, so that coming and going rebuilds nothing.
-        grad_dtypes = [old if g is None else g.dtype for g, old in zip(grads, self._grad_dtypes, strict=True)]
+        try:
+            # An absent gradient is no reason to rebuild: it is taken for one like the last.
+            grad_dtypes = [old if g is None else g.dtype for g, old in zip(grads, self._grad_dtypes, strict=True)]
+            grad_strides = [old if g is None else g.stride() for g, old in zip(grads, strides, strict=True)]
+            grad_numels = [old if g is None else g.numel() for g, old in zip(grads, numels, strict=True)]
+            if grad_strides != strides or grad_numels != numels:
+                grads = [None if g is None else self._relaid(i, g, columns) for i, g in enumerate(grads)]
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+        except RuntimeError:  # a sparse gradient has no strides and no address
+            self._check_gradients(columns)
+            raise
         key = [
-            [p.data_ptr() for p in params], [p.dtype for p in params], strides, shapes,
-            [m.data_ptr() for m in exp_avgs], [m.dtype for m in exp_avgs],
+            [p.data_ptr() for p in params], [p.dtype for p in params], strides, numels,
+            [m.data_ptr() for m in exp_avgs], [m.dtype for m in exp_avgs], [m.stride() for m in exp_avgs],
             grad_dtypes, columns.groups, columns.segments,
         ]  # fmt: skip
         if key != self._key:
             self._key = None
-            for i, g in enumerate(grads):
-                if g is not None:
-                    check_gradient(i, params[i], g)
+            self._check_gradients(columns)
             self._grad_dtypes = grad_dtypes
             self._build(columns)
             # Lists the caller may go on to change must be compared by what they hold now.
             key[-2] = list(columns.groups)
             self._key = key
             self._grad_addresses = []
-        addresses = [0 if g is None else g.data_ptr() for g in grads]
         if addresses != self._grad_addresses:
             for _, table in self._fused:
                 table.set_gradients(grads)
@@ -178,9 +179,17 @@ class LionUpdate:
         self._grads = grads
 
     @staticmethod
-    def _relaid(index: int, p: Tensor, g: Tensor) -> Tensor:
-        check_gradient(index, p, g)
-        return laid_out_like(g, p)
+    def _check_gradients(columns: Columns) -> None:
+        for i, (p, g) in enumerate(zip(columns.params, columns.grads, strict=True)):
+            if g is not None:
+                check_gradient(i, p, g, may_be_flat=columns.segments is not None)
+
+    @staticmethod
+    def _relaid(index: int, g: Tensor, columns: Columns) -> Tensor:
+        """A gradient in its parameter's memory order: itself, or a copy if it lies otherwise."""
+        p = columns.params[index]
+        check_gradient(index, p, g, may_be_flat=columns.segments is not None)
+        return laid_out_like(g, p) if g.shape == p.shape else g
 
     def _build(self, columns: Columns) -> None:
         params, exp_avgs = columns.params, columns.exp_avgs
@@ -219,8 +228,8 @@ class LionUpdate:
                 fused.setdefault((p.device, mix), []).append(s)
             else:
                 views.segments.append(s)
-                views.params.append(flat(p)[s.param_start : s.param_start + s.length])
-                views.exp_avgs.append(flat(m)[s.exp_avg_start : s.exp_avg_start + s.length])
+                views.params.append(flat(p, s.param_start, s.length))
+                views.exp_avgs.append(flat(m, s.exp_avg_start, s.length))
         self._plain = [plain for plain in (views, whole) if plain.segments]
         self._fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
 
@@ -258,10 +267,11 @@ class LionUpdate:
             triton_step.lion_step(table, mix, self._hyper_table(hypers, table.device), scale)
         for plain in self._plain:
             self._plain_step(plain, columns.groups, hypers, grad_scale)
-        if self._fused:
-            # Autograd must know of writes by address, or a graph that saved a weight would use it changed.
-            stepped = [p for p, g in zip(columns.params, self._grads, strict=True) if g is not None]
-            torch.autograd.graph.increment_version(stepped)
+        # Autograd does not see writes by address, and a graph that saved a weight must not use it changed.
+        params = columns.params
+        if 0 in self._grad_addresses:
+            params = [p for p, g in zip(params, self._grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(params)
         self._grads = []  # gradients die when their owner drops them
 
     def _plain_step(
@@ -277,7 +287,7 @@ class LionUpdate:
                 scale = None if grad_scale is None else grad_scale.to(p.device)
                 by_group[at] = reference.scalars(row, scale)
             if plain.one_dimensional:
-                g = flat(g)[s.grad_start : s.grad_start + s.length]
+                g = flat(g, s.grad_start, s.length)
             if p.device.type != "cpu" or not plain.one_dimensional:
                 reference.lion_step_(p, g, m, by_group[at])
             elif s.length >= COMPILE_FROM:
@@ -296,7 +306,7 @@ class LionUpdate:
                 g = self._grads[s.entry]
                 if g is None:
                     continue
-                run = flat(g)[s.grad_start : s.grad_start + s.length] if plain.one_dimensional else g
+                run = flat(g, s.grad_start, s.length) if plain.one_dimensional else g
                 sums.append(torch.stack([reference.sum_of_squares(x) for x in run.split(CHUNK)]).sum())
         self._grads = []
         return torch.stack(sums).sum() if sums else None

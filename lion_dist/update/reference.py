@@ -81,11 +81,12 @@ def scalars(row: Tensor, grad_scale: Tensor | None = None) -> Scalars:
     )
 
 
-def _to_storage(x: Tensor, is_nan: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in its storage dtype, NaN in its canonical form; selected as integers, because a float
-    select may itself pass through a conversion that rewrites NaN (a compiler upcasts bfloat16)."""
+def _storage_bits(x: Tensor, is_nan: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of x in its storage dtype, NaN in its canonical form. Selections are made among
+    integers, because a float one may pass through a conversion that rewrites NaN (a compiler upcasts
+    bfloat16)."""
     integer, nan_bits = NAN_BITS[dtype]
-    return torch.where(is_nan, nan_bits, x.to(dtype).view(integer)).view(dtype)
+    return torch.where(is_nan, nan_bits, x.to(dtype).view(integer))
 
 
 def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -104,9 +105,10 @@ def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tens
     c_is_nan = c.isnan()
     p32 = p32 * s.decay - s.lr * torch.sign(c)
     m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
-    new_p = _to_storage(p32, p32.isnan() | c_is_nan, p.dtype)
-    new_m = _to_storage(m32, m32.isnan() | c_is_nan, m.dtype)
-    return torch.where(s.lr == 0, p, new_p), new_m
+    new_p = _storage_bits(p32, p32.isnan() | c_is_nan, p.dtype)
+    new_p = torch.where(s.lr == 0, p.view(new_p.dtype), new_p)
+    new_m = _storage_bits(m32, m32.isnan() | c_is_nan, m.dtype)
+    return new_p.view(p.dtype), new_m.view(m.dtype)
 
 
 def lion_step_(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:

@@ -38,9 +38,10 @@ class Segment(NamedTuple):
 class Columns:
     """The tensors of one step, one entry a parameter, and the parameter group of each.
 
-    params, exp_avgs: dense tensors. grads: None where the parameter takes no part in the step.
-    segments: the runs to step; None means every entry whole, with no other restriction on
-    strides than that they do not overlap.
+    grads: None where the parameter takes no part in the step.
+    segments: the runs to step. None: every entry whole, the three tensors of one shape, with any
+        strides that do not overlap. Given: params are dense, and exp_avgs and grads may also be flat
+        buffers, 1-D and contiguous, in which the segments' starts count.
     """
 
     params: list[Tensor]
@@ -50,14 +51,15 @@ class Columns:
     segments: Sequence[Segment] | None = None
 
 
-def check_gradient(index: int, p: Tensor, g: Tensor) -> None:
-    """Raises where the rule cannot take g as the gradient of p, parameter number ``index``."""
+def check_gradient(index: int, p: Tensor, g: Tensor, *, may_be_flat: bool = False) -> None:
+    """Raises where the rule cannot take g as the gradient of p, parameter number ``index``; which
+    ``may_be_flat``, 1-D and contiguous, where segments say what part of it is meant."""
     who = f"gradient of parameter {index} (shape {tuple(p.shape)})"
     if g.layout != torch.strided:
         raise TypeError(f"{who} is {g.layout}; Lion needs dense gradients (sparse=False, or .to_dense())")
     if g.dtype not in STORAGE_DTYPES:
         raise TypeError(f"{who} has dtype {g.dtype}; expected float32, bfloat16 or float16")
-    if g.shape != p.shape:
+    if g.shape != p.shape and not (may_be_flat and g.dim() == 1 and g.is_contiguous()):
         raise ValueError(f"{who} has shape {tuple(g.shape)}; expected the parameter's own")
     if g.device != p.device:
         raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
@@ -119,6 +121,16 @@ class SegmentTable:
         self.tile_segments = tile_segments.to(device, non_blocking=True)
         self._grad_offsets = [(s.entry, s.grad_start) for s in segments]
         self.grad_addresses: Tensor
+
+    def keep_for_launch(self, *others: Tensor | None) -> None:
+        """Called before a launch that reads the table and ``others``: if it is on another stream than the
+        one they were made on, their memory must not be given away before it has run, though they may be
+        replaced long before that."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for t in (self.rows, self.tile_segments, self.grad_addresses, *others):
+                if t is not None:
+                    t.record_stream(stream)
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Takes the addresses of this step's gradients (the columns' list, in its order)."""

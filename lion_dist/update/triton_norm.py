@@ -43,6 +43,7 @@ def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype) -> Tensor:
     """The sum over the active segments; float64, shape (), on the table's device."""
     programs = table.tiles * (TILE // BLOCK)
     partial = torch.empty(programs, dtype=torch.float64, device=table.device)
+    table.keep_for_launch()
     with torch.cuda.device_of(table.rows):
         _sum_of_squares_kernel[(programs,)](
             table.rows,

@@ -129,6 +129,7 @@ def lion_step(table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor 
         grad_scale: float32, shape (), on the table's device, or None for 1.
     """
     grid = (table.tiles * (TILE // BLOCK),)
+    table.keep_for_launch(hypers, grad_scale)
     with torch.cuda.device_of(table.rows):
         _lion_kernel[grid](
             table.rows,

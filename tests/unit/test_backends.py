@@ -1,0 +1,468 @@
+"""Every backend gives the bits of reference.py: the Triton kernel (in the interpreter here, on the GPU in
+tests/gpu), torch.compile and chunked torch, through LionUpdate, the way the optimizers use them.
+
+Sizes sit around what a kernel cuts by: 128 (alignment), 2048 (block), 8192 (tile), 32768 (CPU chunk), 2^20
+(torch.compile from here on). The interpreter rounds to bfloat16 by truncation (facts.md), so bfloat16
+parameters and momenta are compared on the GPU; bfloat16 gradients, which are only read, here too, but without
+subnormals, which it reads wrongly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from lion_dist import Lion
+from lion_dist.update import dispatch, reference
+from lion_dist.update.dispatch import CHUNK, COMPILE_FROM, LionUpdate
+from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
+from lion_dist.update.segments import Columns, SegmentTable
+from tests.bits import assert_same_bits
+from tests.marks import needs_interpreter
+
+# NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+CPU = torch.device("cpu")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Mix = tuple[torch.dtype, torch.dtype, torch.dtype]
+MIXES: list[Mix] = list(itertools.product(STORAGE_DTYPES, repeat=3))
+INTERPRETED = [mix for mix in MIXES if BF16 not in (mix[0], mix[2])]
+SHAPES: list[tuple[int, ...]] = [
+    (0,), (), (1,), (127,), (128,), (129,), (2047,), (2048,), (2049,), (8191,), (8192,), (8193,), (20000,),
+    (3, 0, 2), (37, 19), (2, 3, 5, 7),
+]  # fmt: skip
+HYPERS = [
+    HyperParameters(0.25, 0.1, 0.9, 0.99, False),
+    HyperParameters(1e-2, 0.0, 0.95, 0.98, True),
+    HyperParameters(0.0, 1.0, 0.9, 0.99, False),
+    HyperParameters(1.0, 0.5, 0.0, 0.5, False),
+    HyperParameters(torch.tensor(0.3), 0.7, 0.5, 0.0, True),
+]
+on_triton = pytest.param(True, marks=needs_interpreter, id="interpreter")
+on_torch = pytest.param(False, id="torch")
+both = pytest.mark.parametrize("use_triton", [on_torch, on_triton])
+
+
+def name(mix: Mix) -> str:
+    return "-".join({F32: "fp32", BF16: "bf16", F16: "fp16"}[d] for d in mix)
+
+
+def awkward(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers, and among them zeros of both signs, subnormals, the largest, infinities and NaN."""
+    t = torch.randn(shape, generator=generator)
+    info = torch.finfo(dtype)
+    tiny = info.tiny * (2 if dtype == BF16 and dispatch.interpreting() else 0.5)
+    special = torch.tensor([0.0, -0.0, tiny, -tiny / 2, info.max, -info.max, math.inf, -math.inf, math.nan])
+    where = torch.randint(0, 60, shape, generator=generator)
+    t = torch.where(where < len(special), special[where.clamp(max=len(special) - 1)], t)
+    return t.to(dtype)
+
+
+def tensors(mix: Mix, shapes: list[tuple[int, ...]], seed: int = 0) -> Columns:
+    generator = torch.Generator().manual_seed(seed)
+    made = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
+    return Columns(*made, groups=[i % len(HYPERS) for i in range(len(shapes))])
+
+
+def copy_of(columns: Columns) -> Columns:
+    """With every stride kept."""
+
+    def clones(ts: list[Any]) -> list[Any]:
+        return [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in ts]
+
+    return Columns(clones(columns.params), clones(columns.grads), clones(columns.exp_avgs), columns.groups)
+
+
+def reference_step(columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
+    """The definition, tensor by tensor."""
+    table = dispatch.hyper_table(hypers, CPU)
+    for p, g, m, group in zip(columns.params, columns.grads, columns.exp_avgs, columns.groups, strict=True):
+        if g is not None:
+            reference.lion_step_(p, g, m, reference.scalars(table[group], grad_scale))
+
+
+def assert_same(got: Columns, expected: Columns) -> None:
+    for i, pairs in enumerate(zip(got.params, expected.params, got.exp_avgs, expected.exp_avgs, strict=True)):
+        assert_same_bits(*pairs[:2], f"parameter {i}")
+        assert_same_bits(*pairs[2:], f"momentum {i}")
+
+
+def compare(columns: Columns, use_triton: bool, steps: int) -> None:
+    """Steps with new gradients, some of them None, on a backend and by the definition."""
+    start, expected, update = copy_of(columns), copy_of(columns), LionUpdate(use_triton)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        if step:
+            columns.grads = [
+                None if (i + step) % 4 == 0 else awkward(tuple(g.shape), g.dtype, generator)
+                for i, g in enumerate(start.grads)
+                if g is not None
+            ]
+        update.step(columns, HYPERS)
+        expected.grads = columns.grads
+        reference_step(expected, HYPERS)
+        assert_same(columns, expected)
+    assert not torch.equal(columns.exp_avgs[-1], start.exp_avgs[-1])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mix", INTERPRETED, ids=name)
+def test_interpreter(mix: Mix) -> None:
+    compare(tensors(mix, SHAPES), use_triton=True, steps=2)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mix", [(F32, F32, F32), (F16, F16, F32), (F16, BF16, F16)], ids=name)
+def test_interpreter_for_twenty_steps(mix: Mix) -> None:
+    compare(tensors(mix, [(), (129,), (2049,), (8193,)]), use_triton=True, steps=20)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=name)
+def test_chunked(mix: Mix) -> None:
+    compare(tensors(mix, [*SHAPES, (CHUNK,), (CHUNK + 1,), (3 * CHUNK - 1,)]), use_triton=False, steps=3)
+
+
+@pytest.fixture
+def fresh_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No graph yet, and none left behind: torch gives up on a function at its ninth."""
+    monkeypatch.setattr(dispatch, "_compiled", None)
+    monkeypatch.setattr(dispatch, "_not_compiled", set())
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.usefixtures("fresh_compile")
+@pytest.mark.parametrize("mix", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, BF16)], ids=name)
+def test_compiled(mix: Mix) -> None:
+    """One graph for all lengths and hyper-parameters: a second would cost seconds, a ninth the lot."""
+    columns = tensors(mix, [(COMPILE_FROM,), (COMPILE_FROM + 1,), (COMPILE_FROM + 3 * CHUNK + 5,)])
+    expected, update, before = copy_of(columns), LionUpdate(False), graphs()
+    for hypers in ([HYPERS[0], HYPERS[1], HYPERS[3]], [HYPERS[3], HYPERS[4], HYPERS[1]]):
+        update.step(columns, hypers)
+        reference_step(Columns(expected.params, columns.grads, expected.exp_avgs, columns.groups), hypers)
+    assert_same(columns, expected)
+    assert not dispatch._not_compiled
+    assert graphs() - before == 1
+
+
+@pytest.mark.usefixtures("fresh_compile")
+def test_one_graph_for_all_shapes() -> None:
+    """Parameters reach the compiled rule as 1-D views, so neither rank nor memory order may show."""
+    n, before, found = COMPILE_FROM, graphs(), {}
+    shapes: dict[str, Callable[[], Tensor]] = {
+        "1-D": lambda: torch.randn(n),
+        "2-D": lambda: torch.randn(1024, 1025),
+        "3-D": lambda: torch.randn(16, 256, 257),
+        "4-D": lambda: torch.randn(16, 64, 32, 33),
+        "transposed": lambda: torch.randn(1024, 1025).t(),
+        "channels-last": lambda: torch.randn(16, 64, 32, 33).to(memory_format=torch.channels_last),
+        "view of a buffer": lambda: torch.randn(2 * n)[3 : n + 8],
+    }
+    for shape, make in shapes.items():
+        p = nn.Parameter(make())
+        expected, m = p.detach().clone(), torch.zeros(p.shape)
+        p.grad = torch.randn(p.shape)
+        Lion([p], lr=0.25, use_triton=False).step()
+        reference_step(Columns([expected], [p.grad], [m], [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
+        assert_same_bits(p.detach(), expected, shape)
+        found[shape] = graphs() - before
+    assert not dispatch._not_compiled
+    assert found == dict.fromkeys(shapes, 1)
+
+
+def test_below_the_threshold_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(dispatch, "_compiled_step_", lambda p, g, m, s: sizes.append(p.numel()))
+    LionUpdate(False).step(tensors((F32, F32, F32), [(COMPILE_FROM - 1,), (COMPILE_FROM,)]), HYPERS)
+    assert sizes == [COMPILE_FROM]
+
+
+@pytest.mark.usefixtures("fresh_compile")
+def test_without_a_compiler_plain_torch_steps_and_says_so_once() -> None:
+    columns = tensors((F32, F16, BF16), [(COMPILE_FROM,), (COMPILE_FROM + 1,)])
+    expected = copy_of(columns)
+    no_compiler = {"cpp.cxx": ("/nonexistent/g++",), "force_disable_caches": True}
+    with torch._inductor.config.patch(no_compiler), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            LionUpdate(False).step(columns, HYPERS)
+            reference_step(expected, HYPERS)
+    ours = [str(w.message) for w in caught if "lion_dist" in str(w.message)]
+    assert len(ours) == 1
+    assert "C++ compiler" in ours[0]
+    assert_same(columns, expected)
+
+
+WITHOUT_TRITON = """
+import sys, warnings
+sys.modules["triton"] = None
+import torch
+from lion_dist import Lion
+p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+Lion([p], lr=0.25).step()
+assert p.tolist() == [0.75] * 3, p
+try:
+    Lion([p], use_triton=True)
+except ValueError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("use_triton=True was accepted")
+"""
+
+
+def test_without_triton() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# -- Through the optimizer: groups, schedules, launches
+
+
+def model(dtype: torch.dtype = F32) -> list[nn.Parameter]:
+    """Three groups' worth of parameters, some of them at odd elements of a buffer."""
+    buffer = torch.randn(9000).to(dtype)
+    return [
+        nn.Parameter(torch.randn(37, 19).to(dtype)),
+        nn.Parameter(buffer[3 : 3 + 2049]),
+        nn.Parameter(buffer[2053 : 2053 + 127]),
+        nn.Parameter(torch.randn(()).to(dtype)),
+        nn.Parameter(buffer[2181 : 2181 + 6001].view(17, 353)),
+        nn.Parameter(torch.zeros(0, dtype=dtype)),
+        nn.Parameter(buffer[-1:]),
+    ]
+
+
+def groups_of(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [
+        {"params": params[:2]},
+        {"params": params[2:4], "lr": 0.5, "weight_decay": 0.0, "betas": (0.95, 0.98)},
+        {"params": params[4:], "lr": torch.tensor(0.3), "weight_decay": 0.7, "maximize": True},
+    ]
+
+
+def expected_run(params: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor], Callable[[list, list], None]]:
+    """The same parameters' copies, stepped by the definition."""
+    ps, ms = [p.detach().clone() for p in params], [torch.zeros_like(p).float() for p in params]
+    ms = [m if p.dtype == F16 else m.to(p.dtype) for p, m in zip(ps, ms, strict=True)]
+
+    def step(grads: list[Tensor | None], hypers: list[HyperParameters]) -> None:
+        reference_step(Columns(ps, grads, ms, [0, 0, 1, 1, 2, 2, 2]), hypers)
+
+    return ps, ms, step
+
+
+def set_grads(params: list[nn.Parameter], generator: torch.Generator, absent: int | None = None) -> list[Tensor | None]:
+    """New gradients, at other addresses each step; the old ones may be freed or not."""
+    for i, p in enumerate(params):
+        p.grad = None if i == absent else torch.randn(p.shape, generator=generator).to(p.dtype)
+    return [p.grad for p in params]
+
+
+@both
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_groups_with_a_schedule(use_triton: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty steps: lr as a number and as a tensor, by a scheduler and in place; one gradient in seven absent.
+    Tables are made once: neither a new lr nor a new gradient is a reason to build another."""
+    tables: list[int] = []
+    made = SegmentTable.__init__
+    monkeypatch.setattr(SegmentTable, "__init__", lambda self, *a: (tables.append(len(a[1])), made(self, *a))[1])
+    launches: list[int] = []
+    if use_triton:
+        launch = dispatch.triton_step.lion_step
+        monkeypatch.setattr(
+            dispatch.triton_step, "lion_step", lambda t, *a: (launches.append(len(t.rows)), launch(t, *a))[1]
+        )
+    params = model(dtype)
+    buffer = params[1].detach().as_strided((9000,), (1,), 0)
+    gaps = torch.ones(9000, dtype=torch.bool)
+    for p in (params[1], params[2], params[4], params[6]):
+        gaps[p.storage_offset() : p.storage_offset() + p.numel()] = False
+    between = buffer[gaps].clone()
+    ps, ms, step = expected_run(params)
+    lr_tensor = torch.tensor(0.3)
+    groups = groups_of(params)
+    groups[2]["lr"] = lr_tensor
+    opt = Lion(groups, lr=0.25, weight_decay=0.1, use_triton=use_triton)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
+    generator = torch.Generator().manual_seed(2)
+    for t in range(20):
+        grads = set_grads(params, generator, absent=t % 7 if t else None)
+        hypers = [
+            HyperParameters(0.25 / (1 + t), 0.1, 0.9, 0.99, False),
+            HyperParameters(0.5 / (1 + t), 0.0, 0.95, 0.98, False),
+            HyperParameters(opt.param_groups[2]["lr"].clone(), 0.7, 0.9, 0.99, True),
+        ]
+        before = [(p.detach().clone(), opt.state[p]["exp_avg"].clone()) for p in params] if t else []
+        opt.step()
+        step(grads, hypers)
+        for i, p in enumerate(params):
+            assert_same_bits(p.detach(), ps[i], f"step {t} parameter {i}")
+            assert_same_bits(opt.state[p]["exp_avg"], ms[i], f"step {t} momentum {i}")
+            if t and grads[i] is None:
+                assert_same_bits(p.detach(), before[i][0], "inactive parameter")
+                assert_same_bits(opt.state[p]["exp_avg"], before[i][1], "inactive momentum")
+        scheduler.step()
+        opt.param_groups[2]["lr"].mul_(0.5)
+    assert_same_bits(buffer[gaps], between, "elements between the segments")
+    nonempty = 6
+    assert tables == ([nonempty] if use_triton else [])
+    assert launches == ([nonempty] * 20 if use_triton else [])
+
+
+@needs_interpreter
+def test_one_launch_a_mix_of_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[torch.dtype, int]] = []
+    launch = dispatch.triton_step.lion_step
+    monkeypatch.setattr(
+        dispatch.triton_step,
+        "lion_step",
+        lambda t, mix, *a: (launches.append((mix.param, len(t.rows))), launch(t, mix, *a))[1],
+    )
+    params = [nn.Parameter(torch.randn(n).to(d)) for n, d in [(5, F32), (300, F16), (77, F32), (9, F16), (8193, F32)]]
+    opt = Lion([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], use_triton=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert sorted(launches, key=str) == [(F16, 2), (F32, 3)]
+
+
+@needs_interpreter
+def test_only_a_move_rebuilds_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[int] = []
+    made = SegmentTable.__init__
+    monkeypatch.setattr(SegmentTable, "__init__", lambda self, *a: (tables.append(1), made(self, *a))[1])
+    p, q = (nn.Parameter(torch.ones(300)) for _ in range(2))
+    opt = Lion([p, q], lr=0.25, use_triton=True)
+    built = []
+    for change in (
+        lambda: None,
+        lambda: setattr(p, "grad", torch.ones(300)),
+        lambda: setattr(q, "grad", None),
+        lambda: setattr(q, "grad", torch.ones(300)),
+        lambda: setattr(p, "data", p.data.clone()),
+        lambda: opt.state[q].update(exp_avg=torch.ones(300)),
+    ):
+        if q.grad is None and p.grad is None:
+            p.grad, q.grad = torch.ones(300), torch.ones(300)
+        change()
+        opt.step()
+        built.append(len(tables))
+    # The first step builds one; gradients that come, go or move none; a new parameter or momentum one each.
+    assert built == [1, 1, 1, 1, 2, 3]
+    assert_same_bits(p.detach(), torch.full((300,), 1 - 6 * 0.25))
+    assert_same_bits(q.detach(), torch.full((300,), 1 - 5 * 0.25))
+
+
+@both
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1 / 3, -1.0, math.inf, math.nan])
+def test_grad_scale(use_triton: bool, scale: float) -> None:
+    columns = tensors((F32, BF16, F16), [(3,), (2049,), (9, 9)])
+    expected = copy_of(columns)
+    LionUpdate(use_triton).step(columns, HYPERS, torch.tensor(scale))
+    reference_step(expected, HYPERS, torch.tensor(scale))
+    assert_same(columns, expected)
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+STRIDES: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    "transposed gradient": (lambda: torch.randn(64, 33), lambda: torch.randn(33, 64).t()),
+    "transposed parameter": (lambda: torch.randn(33, 64).t(), lambda: torch.randn(64, 33)),
+    "both transposed": (lambda: torch.randn(33, 64).t(), lambda: torch.randn(33, 64).t()),
+    "channels-last parameter": (lambda: channels_last(4, 6, 5, 7), lambda: torch.randn(4, 6, 5, 7)),
+    "channels-last gradient": (lambda: torch.randn(4, 6, 5, 7), lambda: channels_last(4, 6, 5, 7)),
+    "expanded gradient": (lambda: torch.randn(50, 7), lambda: torch.randn(7).expand(50, 7)),
+    "gradient with gaps": (lambda: torch.randn(50, 7), lambda: torch.randn(50, 9)[:, 1:8]),
+    "parameter with gaps": (lambda: torch.randn(50, 9)[:, :5], lambda: torch.randn(50, 5)),
+    "gaps everywhere": (lambda: torch.randn(50, 9)[:, :5], lambda: torch.randn(50, 11)[:, 3:8]),
+    "every other element": (lambda: torch.randn(600)[::2], lambda: torch.randn(300)),
+    "one row of odd stride": (lambda: torch.randn(90).as_strided((1, 40), (77, 1)), lambda: torch.randn(1, 40)),
+}
+
+
+@both
+@pytest.mark.parametrize(("make_p", "make_g"), STRIDES.values(), ids=STRIDES.keys())
+def test_strides(use_triton: bool, make_p: Callable[[], Tensor], make_g: Callable[[], Tensor]) -> None:
+    p, plain_neighbour = nn.Parameter(make_p()), nn.Parameter(torch.randn(130))
+    params = [p, plain_neighbour]
+    storage = p.detach().as_strided((p.untyped_storage().nbytes() // 4,), (1,), 0)
+    storage_before, expected = storage.clone(), [q.detach().clone() for q in params]
+    momenta = [torch.zeros_like(e, memory_format=torch.contiguous_format) for e in expected]
+    opt = Lion(params, lr=0.25, weight_decay=0.1, use_triton=use_triton)
+    strides = p.stride()
+    for _ in range(3):
+        p.grad, plain_neighbour.grad = make_g(), torch.randn(130)
+        grads = [q.grad.clone() for q in params]
+        opt.step()
+        reference_step(Columns(expected, grads, momenta, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)])
+    for q, e, m in zip(params, expected, momenta, strict=True):
+        assert_same_bits(q.detach(), e)
+        assert_same_bits(opt.state[q]["exp_avg"], m)
+    assert p.stride() == strides
+    assert_same_bits(p.grad, grads[0], "the gradient is only read")
+    own = torch.zeros(len(storage), dtype=torch.bool)
+    own.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
+    assert_same_bits(storage[~own], storage_before[~own], "elements in the gaps")
+
+
+@both
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
+    """Small integers: every order of the sums is exact, so both must give the integer itself. Sums beyond 2^24
+    would show an accumulation in float32."""
+    shapes = [(1,), (2047,), (8193,), (20000,), (37, 19)]
+    grads: list[Tensor | None] = [torch.randint(-200, 201, shape).to(dtype) for shape in shapes]
+    grads[3][::3] = 255  # type: ignore[index]
+    expected = sum(int(g.long().square().sum()) for g in grads if g is not None)
+    assert expected > 1 << 26
+    params, exp_avgs = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+    columns = Columns(params, [*grads, None], exp_avgs, [0] * len(shapes))
+    columns.params, columns.exp_avgs = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
+    columns.groups = [0] * 6
+    total = LionUpdate(use_triton).sum_of_squares(columns)
+    assert total is not None
+    assert total.dtype == torch.float64
+    assert total.shape == ()
+    assert total.item() == expected
+
+
+@both
+def test_sum_of_squares_of_nothing(use_triton: bool) -> None:
+    assert LionUpdate(use_triton).sum_of_squares(Columns([], [], [], [])) is None
+    inactive = Columns([torch.zeros(5)], [None], [torch.zeros(5)], [0])
+    total = LionUpdate(use_triton).sum_of_squares(inactive)
+    assert total is None or total.item() == 0
+
+
+@both
+def test_autograd_notices_a_step_between_forward_and_backward(use_triton: bool) -> None:
+    """A kernel writes by address; without the version counter the backward would use the new weight silently."""
+    w, x = nn.Parameter(torch.randn(5, 5)), torch.randn(5, 5, requires_grad=True)
+    untouched = nn.Parameter(torch.randn(5, 5))
+    opt = Lion([w, untouched], use_triton=use_triton)
+    loss, other = (x @ w).square().sum(), (x @ untouched).square().sum()
+    w.grad = torch.ones(5, 5)
+    version = untouched._version
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert untouched._version == version
+    other.backward()

@@ -1,0 +1,152 @@
+"""The walls of the house, read from the sources: maths (update/) and bytes (sharding/) meet only in the
+two optimizers, and triton is tried in one place. Imports are read with ast, wherever in a file they stand."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lion_dist
+
+PACKAGE = Path(lion_dist.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = ("lion_dist", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.AST, module: str, is_package: bool = False) -> set[str]:
+    """Absolute dotted names of all that is imported below a node of ``module``."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".") if is_package else module.split(".")[:-1]
+            base = base[: len(base) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {prefix} | {f"{prefix}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> set[str]:
+    return imports_of(parse(path), module_name(path), path.name == "__init__.py")
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def closure(path: Path) -> set[str]:
+    """What a file imports, and what the files of lion_dist that it imports import in their turn."""
+    by_name = {module_name(p): p for p in FILES if p != PACKAGE / "__init__.py"}
+    found, todo = set(), [path]
+    while todo:
+        new = imports(todo.pop()) - found
+        found |= new
+        todo += [by_name[name] for name in new if name in by_name]
+    return found
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(PACKAGE)) for p in paths]
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Every identifier, and every string that is no longer than one (group["lr"])."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.arg | ast.keyword):
+            found.add(node.arg or "")
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.distributed as dist", "torch.distributed"),
+        ("from torch import distributed", "torch.distributed"),
+        ("def f():\n    from ..sharding.layout import ShardLayout", "lion_dist.sharding.layout"),
+        ("from .. import sharding", "lion_dist.sharding"),
+        ("from . import triton_step", "lion_dist.update.triton_step"),
+        ("from .triton_step import Mix", "lion_dist.update.triton_step"),
+        ("try:\n    import triton.language as tl\nexcept ImportError: pass", "triton.language"),
+    ],
+)
+def test_the_reader_of_imports_sees(source: str, expected: str) -> None:
+    assert expected in imports_of(ast.parse(source), "lion_dist.update.dispatch")
+
+
+def test_the_reader_of_names_sees() -> None:
+    assert {"lr", "beta1", "betas", "sign"} <= names_in(ast.parse("f(beta1=group['lr'])\nx.betas\ndef sign(): ..."))
+
+
+def test_files_are_found() -> None:
+    assert {"update/reference.py", "sharding/layout.py", "lion.py"} <= set(ids(FILES))
+
+
+UPDATE = [p for p in FILES if p.parent.name == "update"]
+SHARDING = [p for p in FILES if p.parent.name == "sharding"]
+
+
+@pytest.mark.parametrize("path", UPDATE, ids=ids(UPDATE))
+def test_maths_never_communicates(path: Path) -> None:
+    for name in closure(path):
+        assert not within(name, "torch.distributed"), name
+        assert not within(name, "lion_dist.sharding"), name
+    assert "distributed" not in {n.attr for n in ast.walk(parse(path)) if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", SHARDING, ids=ids(SHARDING))
+def test_bytes_know_no_rule(path: Path) -> None:
+    for name in closure(path):
+        assert not within(name, "lion_dist.update"), name
+    rule = {"beta", "betas", "beta1", "beta2", "lr", "weight_decay", "maximize", "lion_rule", "momentum_dtype"}
+    assert not names_in(parse(path)) & rule
+
+
+def test_the_layout_knows_no_torch() -> None:
+    assert {name.split(".")[0] for name in imports(PACKAGE / "sharding/layout.py")} <= {
+        "__future__", "collections", "dataclasses", "hashlib", "math", "itertools", "typing",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids(FILES))
+def test_triton_is_tried_in_one_place(path: Path) -> None:
+    def of_triton(names: set[str]) -> bool:
+        return any(within(n, "triton") or n.startswith("lion_dist.update.triton_") for n in names)
+
+    module, is_kernel = module_name(path), path.parent.name == "update" and path.name.startswith("triton_")
+    if path.name != "dispatch.py" and not is_kernel:
+        assert not of_triton(imports(path))
+    tries = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Try)]
+    tried = any(of_triton(imports_of(node, module)) for node in tries)
+    assert tried == (path.name == "dispatch.py")
+    if is_kernel:
+        plain = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert any(of_triton(imports_of(node, module)) for node in plain)
+
+
+def test_the_wings_meet_only_in_the_optimizers() -> None:
+    both = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if all(any(within(n, f"lion_dist.{wing}") for n in imports(path)) for wing in ("update", "sharding"))
+    }
+    assert both <= {"lion.py", "sharded_lion.py"}
