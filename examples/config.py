@@ -1,0 +1,136 @@
+"""The options of a training run.
+
+A *preset* is a set of defaults for the size of the model and of the run; every option on the command line overrides
+it. A *step* is one optimizer step; it takes `accumulation` *micro-steps*, each a forward and backward of `batch_size`
+windows on every rank.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch
+
+from model import GPTConfig
+from strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line says of a field of Config; `least` is the smallest value allowed."""
+
+    help: str
+    least: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run; the defaults are those of the preset `tiny`."""
+
+    strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero1"
+    data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
+    out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
+    resume: Annotated[bool, Option("continue from the checkpoint in --out")] = False
+    device: Annotated[str, Option("cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu"
+    deterministic: Annotated[bool, Option("the same bits each time on a GPU too; on a CPU they always are")] = False
+
+    steps: Annotated[int, Option("optimizer steps", least=1)] = 700
+    batch_size: Annotated[int, Option("windows per rank and micro-step", least=1)] = 16
+    accumulation: Annotated[int, Option("micro-steps per step", least=1)] = 1
+    seq_len: Annotated[int, Option("bytes per window", least=1)] = 128
+    layers: Annotated[int, Option("blocks of the model", least=1)] = 4
+    width: Annotated[int, Option("size of its residual stream", least=1)] = 128
+    heads: Annotated[int, Option("attention heads", least=1)] = 4
+
+    lr: Annotated[float, Option("peak learning rate", least=0)] = 1e-3
+    warmup: Annotated[int, Option("steps in which the learning rate rises to its peak", least=0)] = 50
+    beta1: Annotated[float, Option("Lion's beta1", least=0)] = 0.95
+    beta2: Annotated[float, Option("Lion's beta2", least=0)] = 0.98
+    weight_decay: Annotated[float, Option("of matrices; norms have none", least=0)] = 0.1
+    clip: Annotated[float, Option("largest norm of the gradients; 0: no clipping", least=0)] = 1.0
+    seed: Annotated[int, Option("of the first weights, the batches and the sample", least=0)] = 0
+
+    log_every: Annotated[int, Option("steps between two points of the training curve", least=1)] = 10
+    eval_every: Annotated[int, Option("steps between two validations", least=1)] = 100
+    eval_windows: Annotated[int, Option("windows in a validation", least=1)] = 256
+    checkpoint_every: Annotated[int, Option("steps between two checkpoints; there is one at the end", least=1)] = 100
+    sample: Annotated[int, Option("bytes of text to generate at the end", least=0)] = 400
+
+    def __post_init__(self) -> None:
+        for name, (_, option) in options().items():
+            value = getattr(self, name)
+            if option.least is not None and not value >= option.least:
+                raise ValueError(f"{flag(name)} must be at least {option.least}, got {value}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        self.model()
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.strategy
+
+    def model(self) -> GPTConfig:
+        return GPTConfig(self.layers, self.width, self.heads, self.seq_len)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that made the checkpoint: all that decides the weights,
+        but for how the work lies on the ranks (strategy, world size, batch_size and accumulation may change)."""
+        names = ("layers", "width", "heads", "seq_len", "steps", "warmup", "lr", "beta1", "beta2", "weight_decay")
+        return {name: getattr(self, name) for name in (*names, "clip", "seed")}
+
+
+# `tiny` suits two CPU cores, `small` (25 M parameters) a GPU; either takes two or three minutes there.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "steps": 2000,
+        "batch_size": 64,
+        "seq_len": 512,
+        "layers": 8,
+        "width": 512,
+        "heads": 8,
+        "lr": 2e-4,
+        "warmup": 200,
+        "weight_decay": 1.0,
+        "eval_every": 250,
+        "checkpoint_every": 500,
+    },
+}
+
+
+def options() -> dict[str, tuple[type, Option]]:
+    """Each field of Config: the type that its text on the command line is read as, and its Option."""
+    fields = {}
+    for name, hint in get_type_hints(Config, include_extras=True).items():
+        kind, option = get_args(hint)
+        fields[name] = (Path if kind == (Path | None) else kind, option)
+    return fields
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of Config's options and --preset, which is read ahead because it decides the others' defaults."""
+    presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = "small" if torch.cuda.is_available() else "tiny"
+    presets.add_argument("--preset", choices=PRESETS, default=default, help="size of the model and of the run")
+    parser = argparse.ArgumentParser(
+        usage="train.py [options]",
+        description="Train a small GPT on bytes with Lion.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[presets],
+        allow_abbrev=False,
+    )
+    for name, (kind, option) in options().items():
+        default = getattr(Config, name)
+        if kind is bool:
+            parser.add_argument(flag(name), action="store_true", default=default, help=option.help)
+        else:
+            parser.add_argument(flag(name), type=kind, default=default, help=option.help)
+    preset = presets.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    return parser

@@ -1,0 +1,12 @@
+"""Ways to spread one training job over ranks, one short file each.
+
+A *strategy* owns what differs between them: what the forward goes through, which optimizer steps, how gradients are
+clipped, and how the optimizer's state becomes one dict that every other strategy can load. `Single` says what the
+training loop calls; to add one, write its file and name it here.
+"""
+
+from strategies.ddp import DDP
+from strategies.single import Single
+from strategies.zero1 import Zero1
+
+STRATEGIES: dict[str, type[Single]] = {"single": Single, "ddp": DDP, "zero1": Zero1}

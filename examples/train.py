@@ -1,0 +1,251 @@
+"""Train a small GPT on bytes with Lion, on one process or many, on CPUs (gloo) or GPUs (NCCL).
+
+    torchrun --nproc_per_node 2 examples/train.py                 momentum sharded over two ranks
+    torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash
+    python examples/train.py --strategy single                    one process
+    python examples/train.py --help
+
+Losses and entropies are in nats per byte. The last line on stdout is
+
+    val_loss=<loss> unigram=<entropy> bigram=<entropy> tokens_per_s=<of all ranks> peak_mib=<of rank 0>
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from config import Config, make_parser
+from data import Corpus, bigram_entropy, load_corpus, training_batch, unigram_entropy, validation_batches
+from model import GPT
+from report import History, peak_mib, printable, save_curve
+from strategies import STRATEGIES
+from strategies.single import Groups, Single
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the `size` of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def find_world(config: Config) -> World:
+    """Read what torchrun set (without it: one process alone) and take this rank's device.
+
+    Raises:
+        ValueError: the strategy or the machine cannot hold so many processes.
+    """
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, size, local_rank, local_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    if config.strategy == "single" and size > 1:
+        raise ValueError(
+            f"--strategy single is for one process, but WORLD_SIZE is {size}: start it as "
+            "`python examples/train.py --strategy single`, or choose another strategy"
+        )
+    if config.device == "cpu":
+        # torchrun allows every rank one thread: share the cores out instead.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        return World(rank, size, torch.device("cpu"))
+    if config.device != "cuda":
+        raise ValueError(f"--device must be cpu or cuda, got {config.device!r}")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here for {local_size} processes; start "
+            "fewer of them, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return World(rank, size, torch.device("cuda", local_rank))
+
+
+def start_process_group(world: World) -> None:
+    on_gpu = world.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method="env://" if "RANK" in os.environ else "tcp://127.0.0.1:0",  # without torchrun: a group of one
+        rank=world.rank,
+        world_size=world.size,
+        device_id=world.device if on_gpu else None,
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Matrices decay; the gains and biases of norms do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def lr_factor(step: int, warmup: int, steps: int) -> float:
+    """A straight rise over `warmup` steps, then half a cosine down to a tenth of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * cos(pi * (step - warmup) / max(1, steps - warmup))
+
+
+def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction: str = "mean") -> Tensor:
+    """The loss of predicting each window's bytes but the first, from those before it."""
+    windows = windows.to(device, non_blocking=True).long()
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        logits = module(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction=reduction)
+
+
+def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, step: int) -> Tensor:
+    """Accumulate gradients, clip, step; the mean loss of this rank's windows, not waited for."""
+    strategy.optimizer.zero_grad()
+    mean_loss = torch.zeros((), device=world.device)
+    for micro_step in range(config.accumulation):
+        place = {"seed": config.seed, "step": step, "micro_step": micro_step, "rank": world.rank}
+        windows = training_batch(corpus.train, config.batch_size, config.seq_len, **place)
+        last = micro_step == config.accumulation - 1
+        with nullcontext() if last else strategy.no_sync():
+            loss = loss_on(strategy.wrapped, windows, world.device) / config.accumulation
+            loss.backward()
+        mean_loss += loss.detach()
+    if config.clip:
+        strategy.clip(config.clip)
+    strategy.optimizer.step()
+    return mean_loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> float:
+    """The mean loss over the validation windows, which the ranks share out. Every rank must call it."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)  # sum of losses, number of bytes
+    share = {"rank": world.rank, "world_size": world.size}
+    for windows in validation_batches(
+        corpus.validation, config.eval_windows, config.batch_size, config.seq_len, **share
+    ):
+        total[0] += loss_on(model, windows, world.device, reduction="sum")
+        total[1] += len(windows) * config.seq_len
+    if world.size > 1:
+        dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | None) -> str:
+    """The job itself, in a process group if the strategy needs one; the line that sums it up."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model()).to(world.device)
+    if resumed:
+        model.load_state_dict(resumed["model"])
+    groups = parameter_groups(model, config.weight_decay)
+    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2))
+    scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
+    first_step, history = 0, History(train=[], validation=[])
+    if resumed:
+        strategy.load_optimizer_state(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        first_step, history = resumed["step"], resumed["history"]
+
+    writes = world.rank == 0  # prints, draws and saves for all
+    bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not writes, mininterval=1.0)
+    unigram, bigram = unigram_entropy(corpus.validation), bigram_entropy(corpus.validation)
+    read_per_step = world.size * config.accumulation * config.batch_size * config.seq_len
+    if writes:
+        bar.write(
+            f"{config.strategy} on {world.size} x {world.device.type}, steps {first_step} to {config.steps}: "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters; a step reads {read_per_step:,} bytes of text "
+            f"and each rank sends {strategy.bytes_sent_per_step(world.size):,} (by arithmetic)"
+        )
+        bar.write(
+            f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} held out, of unigram "
+            f"entropy {unigram:.4f} and bigram entropy {bigram:.4f}"
+        )
+
+    seconds, clock = 0.0, time.perf_counter()  # of training alone
+    for step in range(first_step, config.steps):
+        loss = train_step(strategy, corpus, config, world, step)
+        scheduler.step()
+        done = step + 1
+        bar.update()
+        if writes and done % config.log_every == 0:
+            history["train"].append((done, loss.item()))
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        evaluates, saves = (done % n == 0 or done == config.steps for n in (config.eval_every, config.checkpoint_every))
+        if evaluates or saves:
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - clock
+            if evaluates:
+                val_loss = evaluate(model, corpus, config, world)
+                history["validation"].append((done, val_loss))
+                if writes:
+                    bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
+            if saves:
+                optimizer_state = strategy.optimizer_state()
+                if writes:
+                    checkpoint = {
+                        "step": done,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer_state,
+                        "scheduler": scheduler.state_dict(),
+                        "history": history,
+                        "run": identity(config, corpus),
+                    }
+                    save_checkpoint(config.folder, checkpoint)
+            clock = time.perf_counter()
+    bar.close()
+
+    val_loss = history["validation"][-1][1]
+    if writes:
+        curve = config.folder / "curve.png"
+        save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
+        prompt = bytes(corpus.validation[:64].tolist())
+        text = model.generate(prompt, config.sample, seed=config.seed)
+        print(f"curve: {curve}\nsample, after the first {len(prompt)} bytes held out:\n{printable(text)}")
+    tokens_per_s = (config.steps - first_step) * read_per_step / seconds if seconds else 0.0
+    return (
+        f"val_loss={val_loss:.4f} unigram={unigram:.4f} bigram={bigram:.4f} "
+        f"tokens_per_s={tokens_per_s:.0f} peak_mib={peak_mib(world.device):.0f}"
+    )
+
+
+def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+    return {**config.identity(), "data (sha256)": corpus.digest}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(argv)
+    options = vars(parser.parse_args(argv))
+    del options["preset"]
+    try:
+        config = Config(**options)
+        world = find_world(config)
+        corpus = load_corpus(config.data, config.seq_len)
+        resumed = load_checkpoint(config.folder, identity(config, corpus)) if config.resume else None
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    if config.strategy == "single":  # in no process group: Lion itself never communicates
+        summary = train(config, world, corpus, resumed)
+    else:
+        start_process_group(world)
+        summary = train(config, world, corpus, resumed)
+        dist.barrier()  # gloo aborts if a rank leaves while another is still talking to it
+        dist.destroy_process_group()
+    if world.rank == 0:
+        print(summary, flush=True)
+
+
+if __name__ == "__main__":
+    main()

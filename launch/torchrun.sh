@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains on several nodes. Run it on every node, in any order, with the same HEAD_NODE; arguments go to
+# examples/train.py. The nodes share this folder, or have each a copy with its .venv made (launch/setup).
+#
+#   HEAD_NODE       host name or address of one of the nodes, which the others can reach; required
+#   NODES           number of nodes; required
+#   NPROC           processes per node (all GPUs)
+#   PORT            a free port on HEAD_NODE (29400)
+#   JOB             a name that no other job on HEAD_NODE and PORT has at the time (lion)
+#
+#   HEAD_NODE=node1 NODES=2 launch/torchrun.sh --out runs/two-nodes --resume
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${HEAD_NODE:?set it to the host name of one of the nodes}" "${NODES:?set it to the number of nodes}"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m torch.distributed.run \
+    --nnodes "$NODES" \
+    --nproc_per_node "${NPROC:-gpu}" \
+    --rdzv_backend c10d \
+    --rdzv_endpoint "$HEAD_NODE:${PORT:-29400}" \
+    --rdzv_id "${JOB:-lion}" \
+    examples/train.py "$@"
