@@ -316,26 +316,26 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
 
 
 def sweep(repeats: int, cycles: float) -> dict[str, Any]:
-    """Device time of ours for every block size and number of warps. Two passes, so that drift is seen."""
-    shipped = triton_step.BLOCK, triton_step.NUM_WARPS
-    configs = [(block, warps) for block in (1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
+    """Device time of ours for every block size and number of warps. Three passes, so that drift is seen."""
+    configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
     raw: dict[str, Any] = {}
+    with freed():
+        bandwidth = copy_bandwidth(repeats)
     for mode, dtype in MODES.items():
-        with freed():
-            bandwidth = copy_bandwidth(repeats)
         with freed():
             model = Model.random(llama_shapes(), dtype)
             floor = model.step_bytes / statistics.median(bandwidth) * 1e3
             step = make_ours(model.groups())
             times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
+            shipped = triton_step.LAUNCH[dtype.itemsize]
             try:
-                for config in configs * 2:
-                    triton_step.BLOCK, triton_step.NUM_WARPS = config
+                for config in configs * 3:
+                    triton_step.LAUNCH[dtype.itemsize] = config
                     step()  # compiles at its first turn
                     (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
                     times[config] += readings
             finally:
-                triton_step.BLOCK, triton_step.NUM_WARPS = shipped
+                triton_step.LAUNCH[dtype.itemsize] = shipped
             del model, step
         raw[mode] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
         print(f"\n{mode}, ms a step (fraction of the floor, {floor:.2f} ms); shipped: {shipped[0]}, {shipped[1]} warps")

@@ -36,8 +36,8 @@ class Config:
     device: Annotated[str, Option("cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu"
     deterministic: Annotated[bool, Option("the same bits each time on a GPU too; on a CPU they always are")] = False
 
-    steps: Annotated[int, Option("optimizer steps", least=1)] = 700
-    batch_size: Annotated[int, Option("windows per rank and micro-step", least=1)] = 16
+    steps: Annotated[int, Option("optimizer steps", least=1)] = 1000
+    batch_size: Annotated[int, Option("windows per rank and micro-step", least=1)] = 8
     accumulation: Annotated[int, Option("micro-steps per step", least=1)] = 1
     seq_len: Annotated[int, Option("bytes per window", least=1)] = 128
     layers: Annotated[int, Option("blocks of the model", least=1)] = 4
@@ -45,10 +45,10 @@ class Config:
     heads: Annotated[int, Option("attention heads", least=1)] = 4
 
     lr: Annotated[float, Option("peak learning rate", least=0)] = 1e-3
-    warmup: Annotated[int, Option("steps in which the learning rate rises to its peak", least=0)] = 50
+    warmup: Annotated[int, Option("steps in which the learning rate rises to its peak", least=0)] = 100
     beta1: Annotated[float, Option("Lion's beta1", least=0)] = 0.95
     beta2: Annotated[float, Option("Lion's beta2", least=0)] = 0.98
-    weight_decay: Annotated[float, Option("of matrices; norms have none", least=0)] = 0.1
+    weight_decay: Annotated[float, Option("of matrices; norms have none", least=0)] = 0.5
     clip: Annotated[float, Option("largest norm of the gradients; 0: no clipping", least=0)] = 1.0
     seed: Annotated[int, Option("of the first weights, the batches and the sample", least=0)] = 0
 
@@ -81,21 +81,21 @@ class Config:
         return {name: getattr(self, name) for name in (*names, "clip", "seed")}
 
 
-# `tiny` suits two CPU cores, `small` (25 M parameters) a GPU; either takes two or three minutes there.
+# `tiny` suits two CPU cores, which need two to three minutes for it; `small` (25 M parameters) suits a GPU.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
-        "steps": 2000,
-        "batch_size": 64,
+        "steps": 3000,
+        "batch_size": 32,
         "seq_len": 512,
         "layers": 8,
         "width": 512,
         "heads": 8,
-        "lr": 2e-4,
+        "lr": 3e-4,
         "warmup": 200,
         "weight_decay": 1.0,
         "eval_every": 250,
-        "checkpoint_every": 500,
+        "checkpoint_every": 1000,
     },
 }
 

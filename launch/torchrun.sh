@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several nodes. Run it on every node, in any order, with the same HEAD_NODE; arguments go to
-# examples/train.py. The nodes share this folder, or have each a copy with its .venv made (launch/setup).
+# examples/train.py. The nodes share this folder, or each has a copy; .venv is made beforehand (launch/setup). For
+# --resume every node reads the checkpoint, so --out must then be on a disk that they share.
 #
 #   HEAD_NODE       host name or address of one of the nodes, which the others can reach; required
 #   NODES           number of nodes; required

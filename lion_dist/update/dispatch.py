@@ -252,9 +252,9 @@ class LionUpdate:
             self._hypers.pop(device, None)
         return table
 
-    @torch.no_grad()
     def step(self, columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
         """Steps every parameter that has a gradient: one launch a device and mix of dtypes on GPUs.
+        To be called without gradients enabled (torch.no_grad).
 
         Args:
             columns: see `prepare`, which this calls.

@@ -20,8 +20,8 @@ from torch import Tensor
 from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, WEIGHT_DECAY
 from .segments import TILE, SegmentTable
 
-BLOCK = 2048
-NUM_WARPS = 4
+# Bytes of a parameter element -> (elements a block, warps a block).
+LAUNCH = {4: (1024, 4), 2: (1024, 2)}
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -128,7 +128,8 @@ def lion_step(table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor 
         hypers: float64, shape (groups, HYPER_COLUMNS), on the table's device.
         grad_scale: float32, shape (), on the table's device, or None for 1.
     """
-    grid = (table.tiles * (TILE // BLOCK),)
+    block, num_warps = LAUNCH[mix.param.itemsize]
+    grid = (table.tiles * (TILE // block),)
     table.keep_for_launch(hypers, grad_scale)
     with torch.cuda.device_of(table.rows):
         _lion_kernel[grid](
@@ -140,7 +141,7 @@ def lion_step(table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor 
             P=_TRITON_DTYPES[mix.param],
             G=_TRITON_DTYPES[mix.grad],
             M=_TRITON_DTYPES[mix.exp_avg],
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            BLOCK=block,
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )

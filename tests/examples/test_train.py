@@ -141,13 +141,30 @@ def body_loaded(rank: int, world_size: int, out: Path) -> None:
     assert_same_checkpoint({**saved, "model": model.state_dict(), "optimizer": full}, saved)
 
 
+on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @spawn_only
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
+@on_proc
+@on_gpu
+def test_killed_run_resumes_on_gpus(tmp_path: Path) -> None:
+    """With --deterministic, which a GPU needs for it; autocast to bfloat16, NCCL."""
+    ranks = min(2, torch.cuda.device_count())
+    options = ("--device", "cuda", "--deterministic", "--steps", "200")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_well(ranks, whole, *options)
+    assert kill_after_checkpoint(ranks, killed, *options) < 200
+    run_well(ranks, killed, "--resume", *options)
+    assert_same_checkpoint(checkpoint(killed), checkpoint(whole))
+
+
+@spawn_only
+@on_proc
 def test_killed_run_resumes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_well(2, whole)
-    step = kill_after_checkpoint(2, killed)
-    assert step < 24  # else there was nothing left to resume
+    assert kill_after_checkpoint(2, killed) < 24  # else there was nothing left to resume
     for ranks in (1, 3):
         run_ranks(body_loaded, ranks, tmp_path, (killed,))
         copy = tmp_path / f"on{ranks}"
