@@ -46,9 +46,10 @@ class _Members:
 class Lion(Optimizer):
     """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
 
-    Elementwise, so it is right wherever each rank steps the tensors it holds: one device, DDP, FSDP,
-    tensor parallelism. State: ``exp_avg`` a parameter, in the parameter's shape, made at the first
-    step for every parameter that requires a gradient. The rule is in lion_dist/update/reference.py.
+    Elementwise, so it is right wherever each rank steps whole the tensors it holds: one device, DDP. (DTensor
+    parameters, as of FSDP2 and tensor parallelism, are refused in this version.) State: ``exp_avg`` a
+    parameter, in the parameter's shape, made at the first step for every parameter that requires a
+    gradient. The rule is in lion_dist/update/reference.py.
 
     Args:
         params: parameters, named parameters or groups; strided float32, bfloat16 or float16.
@@ -178,6 +179,7 @@ class Lion(Optimizer):
         # Called by unpickling and deepcopy on an empty object, and by load_state_dict on this one.
         previous = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        warning = self.__dict__.get("_decay_warning")
         complete_loaded_groups(self.param_groups, previous, self.defaults)
         for group in self.param_groups:
             for p in group["params"]:
@@ -186,6 +188,7 @@ class Lion(Optimizer):
                     dtype = group["momentum_dtype"] or saved.tensor.dtype
                     self.state[p]["exp_avg"] = new_momentum(p, dtype).copy_(saved.tensor)
         self._start(self._use_triton)
+        self._decay_warning = warning or self._decay_warning  # once an optimizer, however often it loads
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

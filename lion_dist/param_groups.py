@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
@@ -46,6 +47,8 @@ def make_defaults(
 def _number(lr: float | Tensor) -> float:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, (int, float, Tensor)):
+        raise TypeError(f"lr must be a number or a tensor of one element, got {lr!r}")
     return float(lr)
 
 
@@ -68,9 +71,13 @@ def check_group(group: Group) -> None:
 
 def _check_rest(group: Group) -> None:
     betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     weight_decay = group["weight_decay"]
+    if not isinstance(weight_decay, (int, float)):
+        raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}")
 
@@ -81,6 +88,11 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
     seen = {id(p) for p in already}
     for i, p in enumerate(params):
         who = f"parameter {i} of the group (shape {tuple(p.shape)})"
+        if is_traceable_wrapper_subclass(p) or p.is_meta:
+            raise TypeError(
+                f"{who} is a {'meta tensor' if p.is_meta else type(p).__name__}, which has no memory of its own to "
+                "step: materialise the model before making the optimizer (DTensors are not supported in this version)"
+            )
         if p.is_complex():
             raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
         if p.layout != torch.strided or p.dtype not in STORAGE_DTYPES:
@@ -180,6 +192,11 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError('expected an optimizer state_dict with keys "state" and "param_groups"')
     saved_groups = state_dict["param_groups"]
+    if not isinstance(state_dict["state"], dict) or not all(
+        isinstance(g, dict) and {"params", "lr"} <= g.keys() and isinstance(g["params"], (list, tuple))
+        for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
+    ):
+        raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
     saved_sizes, sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
     if saved_sizes != sizes:
         raise ValueError(f"the state_dict has parameter groups of sizes {saved_sizes}; this optimizer has {sizes}")
@@ -195,6 +212,8 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
         if not entry:
             state[i] = {}
             continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"state of parameter {i!r} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
         if set(entry) != {"exp_avg"}:
             raise ValueError(
                 f"state of parameter {i!r} has entries {sorted(map(str, entry))}; Lion's has 'exp_avg' alone. "

@@ -8,12 +8,14 @@ momentum and a small pack of tails are allocated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import TensorWeakRef
 
 from .memory_order import flat, is_dense
 from .param_groups import (
@@ -33,7 +35,28 @@ from .sharding.collectives import Agreement, all_reduce_sum, broadcast_from_firs
 from .sharding.shard import Shard
 from .update.dispatch import LionUpdate
 from .update.reference import clip_coefficient
-from .update.segments import Columns, Segment
+from .update.segments import Columns, Segment, check_no_shared_memory
+
+
+@dataclass
+class _Clipping:
+    """Clipping that a step is to multiply in, and the gradients that it was computed from."""
+
+    scale: Tensor
+    grads: list[TensorWeakRef | None]
+    versions: list[int]
+
+    @staticmethod
+    def of(scale: Tensor, grads: Sequence[Tensor | None]) -> _Clipping:
+        refs = [None if g is None else TensorWeakRef(g) for g in grads]
+        return _Clipping(scale, refs, [0 if g is None else g._version for g in grads])
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the gradients, as they were."""
+        return len(grads) == len(self.grads) and all(
+            (ref is None and g is None) or (ref is not None and g is not None and ref() is g and g._version == version)
+            for ref, g, version in zip(self.grads, grads, self.versions, strict=True)
+        )
 
 
 class ShardedLion(Optimizer):
@@ -55,7 +78,9 @@ class ShardedLion(Optimizer):
         param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
 
     Raises:
-        RuntimeError: no process group; or, naming the ranks, another rank failed or is absent.
+        RuntimeError: no process group; or, naming the ranks, another rank failed or is absent. (In step()
+            and clip_grad_norm_(), which take no time to compare notes, a rank that fails alone leaves the
+            others to the collective's own time-out, or to its end as a process.)
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 
@@ -100,7 +125,7 @@ class ShardedLion(Optimizer):
             agreement.says([f"world size {dist.get_world_size(self._group)}"])
             agreement.says(self._describe(self.param_groups))
         self._decay_warning = DecayWarning()
-        self._grad_scale: Tensor | None = None  # clipping to come at the next step
+        self._clipping: _Clipping | None = None
         self._shards: list[Shard] = []
         self._frozen: list[Tensor] = []
         self._segments: list[Segment] = []
@@ -118,7 +143,7 @@ class ShardedLion(Optimizer):
         try:
             with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
                 self._append_group(param_group)
-                agreement.says(self._describe(self.param_groups[before:]))
+                agreement.says(self._describe(self.param_groups, before))
         except Exception:
             del self.param_groups[before:]
             raise
@@ -144,20 +169,22 @@ class ShardedLion(Optimizer):
                         f"parameter {i} of the group, shape {tuple(p.shape)}, has gaps between its elements (strides "
                         f"{p.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
                     )
+            check_no_shared_memory([*before, *group["params"]])
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _describe(self, groups: Sequence[Group]) -> list[str]:
-        """What must be equal on all ranks, one line a group and a parameter."""
+    def _describe(self, groups: Sequence[Group], first: int = 0) -> list[str]:
+        """What must be equal on all ranks, one line a group from number ``first`` and a parameter."""
         lines = []
-        for i, group in enumerate(groups):
+        for i, group in enumerate(groups[first:], first):
             values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}
             lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
             names = group.get("param_names", [""] * len(group["params"]))
             for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
                 lines.append(
                     f"parameter {j} of group {i} {name}: shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, "
+                    + f"{p.device.type}, "
                     + ("trainable" if p.requires_grad else "frozen")
                 )
         return lines
@@ -190,12 +217,12 @@ class ShardedLion(Optimizer):
 
     def _adopt_unfrozen(self) -> None:
         """Shards parameters that were frozen when they were given and no longer are."""
-        unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad]
+        unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
         if unfrozen:
             with Agreement(self._group, "ShardedLion.step() after unfreezing parameters") as agreement:
                 agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
-            self._frozen = [p for p in self._frozen if not p.requires_grad]
+            self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -207,7 +234,9 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Steps this rank's slices and synchronises the parameters; a collective call.
+        """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters, and
+        which gradients are None, must be the same on every rank: where they are not, a parameter's slices
+        are stepped differently, though its replicas stay equal.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -224,15 +253,30 @@ class ShardedLion(Optimizer):
             self._decay_warning.check(i, group, hyper)
         self._adopt_unfrozen()
         columns = self._columns()
+        if self._clipping is not None and not self._clipping.fits(columns.grads):
+            raise ValueError(
+                "the gradients have changed since clip_grad_norm_() was called: call it just before step(), or "
+                "zero_grad() if they are new and not to be clipped"
+            )
         if columns.params:
-            self._update.step(columns, hypers, self._grad_scale)
-        self._grad_scale = None
+            self._update.step(columns, hypers, self._clipping.scale if self._clipping else None)
+        self._clipping = None
         for shard in self._shards:
             shard.gather_params(self._group)
         return loss
 
-    def _columns(self) -> Columns:
+    def _group_of(self) -> dict[int, int]:
+        """The number of each parameter's group, by id; raises if the groups hold others than were given."""
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        if group_of.keys() != {id(p) for shard in self._shards for p in shard.params} | {id(p) for p in self._frozen}:
+            raise ValueError(
+                "parameters were added to or removed from param_groups: use add_param_group() on every rank, or make "
+                "a new ShardedLion"
+            )
+        return group_of
+
+    def _columns(self) -> Columns:
+        group_of = self._group_of()
         params = [p for shard in self._shards for p in shard.params]
         for shard in self._shards:
             shard.refresh()
@@ -258,22 +302,25 @@ class ShardedLion(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         self._adopt_unfrozen()
-        device = self._shards[0].exp_avg.device if self._shards else torch.device("cpu")
-        total = self._update.sum_of_squares(self._columns())
+        columns = self._columns()
+        total = self._update.sum_of_squares(columns)
         if total is None:
+            device = self._shards[0].exp_avg.device if self._shards else "cpu"
             total = torch.zeros((), dtype=torch.float64, device=device)
         if self._shards:
             all_reduce_sum(total, self._group)
-        if self._grad_scale is not None:  # clipped before: what counts is the gradient as it would be stepped
-            total = total * self._grad_scale.double().square()
+        # Clipped before: what counts is the gradient as it would be stepped.
+        before = self._clipping.scale if self._clipping and self._clipping.fits(columns.grads) else None
+        if before is not None:
+            total = total * before.double().square()
         norm, coefficient = clip_coefficient(total, max_norm)
-        self._grad_scale = coefficient if self._grad_scale is None else self._grad_scale * coefficient
+        self._clipping = _Clipping.of(coefficient if before is None else before * coefficient, columns.grads)
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used."""
         super().zero_grad(set_to_none)
-        self._grad_scale = None
+        self._clipping = None
 
     # State --------------------------------------------------------------------------------------
 
@@ -297,6 +344,7 @@ class ShardedLion(Optimizer):
             RuntimeError: ranks that did not make the call within the group's time-out, by number.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
+            self._group_of()
             agreement.says([f"rank0_only={rank0_only}"])
         keep = not rank0_only or self._rank == 0
         index_of: dict[int, int] = {}
@@ -361,10 +409,8 @@ class ShardedLion(Optimizer):
         self._frozen = [p for p in self._frozen if id(p) not in sharded]
         self._set_shards(self._make_shards(params, dtypes))
         for shard in self._shards:
-            for index, p in enumerate(shard.params):
-                if id(p) in saved:
-                    shard.take_exp_avg(index, saved[id(p)], self._rank)
-        self._grad_scale = None
+            shard.take_exp_avgs(saved, self._rank)
+        self._clipping = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -53,9 +53,6 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
-_calls: dict[str, int] = {}  # how many agreements this process has begun, by group
-
-
 class Agreement:
     """A collective call that every rank of a group enters, states its case in, and leaves alike.
 
@@ -78,10 +75,10 @@ class Agreement:
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         self._timeout = timeout or group_timeout(group)
-        name = group.group_name
-        _calls[name] = _calls.get(name, 0) + 1
-        store = c10d._get_process_group_store(group)
-        self._store = c10d.PrefixStore(f"lion_dist/{name}/{_calls[name]}", store)
+        # Counted in the store, so that calls of another process group, with another store, do not count.
+        store = c10d.PrefixStore(f"lion_dist/{group.group_name}", c10d._get_process_group_store(group))
+        call = store.add(f"calls/{self._rank}", 1)
+        self._store = c10d.PrefixStore(str(call), store)
 
     def says(self, lines: Sequence[str]) -> None:
         """What this rank holds to be true on all ranks, compared line by line."""
@@ -173,9 +170,11 @@ class Agreement:
         return []
 
     def _absent(self, ranks: list[int]) -> str:
+        if not ranks:
+            return f"the first rank of the group was too late: nothing within {self._timeout.total_seconds():g} s"
         return (
             f"a collective call, but ranks {ranks} of the group did not make it within the time-out of "
-            f"{self._timeout.total_seconds():g} s. Call it on every rank"
+            f"{self._timeout.total_seconds():g} s. Call it on every rank; to go on, make a new process group"
         )
 
 

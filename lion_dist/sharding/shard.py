@@ -65,7 +65,8 @@ class Shard:
         all_gather_in_place(self._buffers, group)
         if self._tails:
             torch._foreach_copy_(self._tails, self._packed_tails)
-        torch.autograd.graph.increment_version(self.params)  # collectives write unseen by autograd
+        # Collectives write unseen by autograd. Without a gradient a parameter is gathered as it was.
+        torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
 
     def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
         """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.
@@ -94,9 +95,10 @@ class Shard:
                 flat(exp_avg, t.start).copy_(pack[t.pack_offset : t.pack_offset + t.length])
             yield exp_avg.contiguous()
 
-    def take_exp_avg(self, index: int, exp_avg: Tensor, rank: int) -> None:
-        """Copies this rank's slices of a whole momentum, in the shape of parameter ``index``."""
-        in_order = flat(laid_out_like(exp_avg, self.params[index]))
-        for s in self.layout.slices(rank):
-            if s.param == index:
-                self.exp_avg.narrow(0, s.shard_offset, s.length).copy_(in_order[s.start : s.start + s.length])
+    def take_exp_avgs(self, exp_avgs: dict[int, Tensor], rank: int) -> None:
+        """Copies this rank's slices of whole momenta in the shapes of their parameters, by ``id`` of these."""
+        for s in sorted(self.layout.slices(rank), key=lambda s: s.param):
+            p = self.params[s.param]
+            if id(p) in exp_avgs:
+                in_order = laid_out_like(exp_avgs[id(p)], p)
+                self.exp_avg.narrow(0, s.shard_offset, s.length).copy_(flat(in_order, s.start, s.length))

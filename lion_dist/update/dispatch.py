@@ -39,6 +39,8 @@ else:
 CHUNK = 32768
 # torch.compile takes seconds once a process and dtype mix, and saves 20 ms a step for this many elements.
 COMPILE_FROM = 1 << 20
+# There are 27 mixes of dtypes, each a graph; torch's own limit is 8.
+RECOMPILE_LIMIT = 64
 
 
 def interpreting() -> bool:
@@ -63,7 +65,8 @@ def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> No
     mix = (p.dtype, g.dtype, m.dtype)
     if mix not in _not_compiled:
         try:
-            _compiled(p, g, m, s)
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                _compiled(p, g, m, s)
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed
             if not _not_compiled:
@@ -189,6 +192,8 @@ class LionUpdate:
         """A gradient in its parameter's memory order: itself, or a copy if it lies otherwise."""
         p = columns.params[index]
         check_gradient(index, p, g, may_be_flat=columns.segments is not None)
+        if not is_dense(p):  # stepped whole by torch, whatever the strides
+            return g
         return laid_out_like(g, p) if g.shape == p.shape else g
 
     def _build(self, columns: Columns) -> None:
@@ -196,6 +201,11 @@ class LionUpdate:
         by_device: dict[torch.device, list[Tensor]] = {}
         for i, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
             by_device.setdefault(p.device, []).append(p)
+            if p.numel() and p.data_ptr() == 0:
+                raise TypeError(
+                    f"parameter {i} ({type(p).__name__}) has no memory of its own (a DTensor, a meta tensor or one "
+                    "whose storage was freed), so it cannot be stepped"
+                )
             if m.device != p.device:
                 raise ValueError(
                     f"parameter {i} is on {p.device} and its momentum on {m.device}: move the model before making "
@@ -208,7 +218,6 @@ class LionUpdate:
                 )
         for same_device in by_device.values():
             check_no_shared_memory(same_device)
-
         segments = columns.segments
         if segments is None:
             segments = [Segment(i, 0, 0, 0, p.numel()) for i, p in enumerate(params)]

@@ -139,7 +139,7 @@ def body_clip_mixed(rank: int, world_size: int) -> None:
     # Clipping that no step used is dropped with the gradients.
     optimizer.clip_grad_norm_(1e-3)
     optimizer.zero_grad()
-    assert optimizer._grad_scale is None
+    assert optimizer._clipping is None
 
 
 def test_clip_mixed_dtypes(tmp_path: Path) -> None:
@@ -269,3 +269,49 @@ def body_grad_scaler(rank: int, world_size: int) -> None:
 
 def test_grad_scaler(tmp_path: Path) -> None:
     run_ranks(body_grad_scaler, 2, tmp_path)
+
+
+def body_stale_clipping(rank: int, world_size: int) -> None:
+    """Clipping belongs to the gradients it was computed from: a step that was skipped must not leave it behind."""
+    device = device_of(rank, world_size)
+    p = nn.Parameter(torch.ones(1000, device=device))
+    optimizer = ShardedLion([p], lr=0.25, stage=1)
+    for bad in (float("inf"), float("nan")):
+        p.grad = torch.full_like(p, bad)
+        optimizer.clip_grad_norm_(1.0)
+        p.grad = torch.full_like(p, 2.0)  # without step() or the optimizer's zero_grad()
+        with pytest.raises(ValueError, match="changed since clip_grad_norm_"):
+            optimizer.step()
+        assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(2 * 1000**0.5)
+        p.grad.mul_(3)
+        assert optimizer.clip_grad_norm_(1.0).item() == pytest.approx(6 * 1000**0.5)
+        before = p.detach().clone()
+        optimizer.step()
+        assert_same_bits(p, before - 0.25, "a step of finite gradients")
+
+
+def test_clipping_does_not_outlive_its_gradients(tmp_path: Path) -> None:
+    run_ranks(body_stale_clipping, 2, tmp_path)
+
+
+def body_edited_groups(rank: int, world_size: int) -> None:
+    device = device_of(rank, world_size)
+    a, b, c = (nn.Parameter(torch.ones(300, device=device)) for _ in range(3))
+    optimizer = ShardedLion([a, b], stage=1)
+    optimizer.param_groups[0]["params"].append(c)
+    for call in (optimizer.step, optimizer.full_state_dict, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(ValueError, match="add_param_group"):
+            call()
+    del optimizer.param_groups[0]["params"][1:]
+    with pytest.raises(ValueError, match="removed from param_groups"):
+        optimizer.step()
+    # A frozen parameter that is given a gradient is stepped, as Lion steps it.
+    frozen = nn.Parameter(torch.ones(300, device=device), requires_grad=False)
+    optimizer = ShardedLion([a, frozen], lr=0.25, stage=1)
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    assert_same_bits(frozen, torch.full_like(frozen, 0.75), "frozen, with a gradient")
+
+
+def test_edited_groups_are_noticed(tmp_path: Path) -> None:
+    run_ranks(body_edited_groups, 2, tmp_path)

@@ -900,3 +900,31 @@ def test_bad_state_dicts(make: Callable[[], Any], message: str) -> None:
     run(Lion(expected, lr=0.25), expected, range(2))
     run(opt, params, range(1, 2))
     assert_same_params(params, expected)
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    with pytest.raises(TypeError, match="meta"):
+        Lion([nn.Parameter(torch.zeros(3, device="meta"))])
+    p = nn.Parameter(torch.zeros(3))
+    opt = Lion([p])
+    p.grad = torch.ones(3)
+    opt.step()
+    p.untyped_storage().resize_(0)  # as FSDP1 frees a flat parameter
+    with pytest.raises(TypeError, match="no memory of its own"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"), [({"lr": "1e-3"}, "lr"), ({"betas": 0.9}, "betas"), ({"weight_decay": None}, "weight_decay")]
+)
+def test_arguments_of_the_wrong_type_are_named(bad: dict, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        Lion([nn.Parameter(torch.zeros(3))], **bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"state": [], "param_groups": []}, {"state": {}, "param_groups": [{}]}, {"state": {}, "param_groups": 3}]
+)
+def test_malformed_state_dicts_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="param_groups"):
+        Lion([nn.Parameter(torch.zeros(3))]).load_state_dict(bad)
