@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,10 +45,14 @@ def make_defaults(
     return defaults
 
 
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real)  # NumPy's scalars among them
+
+
 def _number(lr: float | Tensor) -> float:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    if not isinstance(lr, (int, float, Tensor)):
+    if not (_is_number(lr) or isinstance(lr, Tensor)):
         raise TypeError(f"lr must be a number or a tensor of one element, got {lr!r}")
     return float(lr)
 
@@ -71,12 +76,12 @@ def check_group(group: Group) -> None:
 
 def _check_rest(group: Group) -> None:
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
+    if not isinstance(betas, (tuple, list)) or not all(_is_number(beta) for beta in betas):
         raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     weight_decay = group["weight_decay"]
-    if not isinstance(weight_decay, (int, float)):
+    if not _is_number(weight_decay):
         raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}")
