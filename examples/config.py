@@ -63,6 +63,9 @@ class Config:
             value = getattr(self, name)
             if option.least is not None and not value >= option.least:
                 raise ValueError(f"{flag(name)} must be at least {option.least}, got {value}")
+        for name in ("beta1", "beta2"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be less than 1, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
         self.model()

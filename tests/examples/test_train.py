@@ -184,6 +184,7 @@ def test_bad_options_say_what_to_do(tmp_path: Path) -> None:
         (["--data", str(tmp_path / "absent")], "absent"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
+        (["--beta2", "1"], "--beta2 must be less than 1"),
     ):
         done = run(0, tmp_path / "out", "--strategy", "single", *options)
         assert done.returncode == 2
