@@ -82,6 +82,20 @@ def start_process_group(world: World) -> None:
     )
 
 
+def leave_together(world: World) -> None:
+    """Ends the process group when every rank is done with it: gloo fails a rank whose peer has left.
+
+    Through the store and not by dist.barrier(): with that, a thread of gloo's would still be letting go of the
+    barrier while Python shuts down, and now and then abort the process.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    for stage in ("finished", "left"):  # twice, since the first rank may be the store's server: it goes last
+        store.set(f"{stage}/{world.rank}", "")
+        if stage == "finished" or world.rank == 0:
+            store.wait([f"{stage}/{rank}" for rank in range(world.size)])
+    dist.destroy_process_group()
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """Matrices decay; the gains and biases of norms do not."""
     parameters = list(model.parameters())
@@ -241,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         start_process_group(world)
         summary = train(config, world, corpus, resumed)
-        dist.barrier()  # gloo aborts if a rank leaves while another is still talking to it
-        dist.destroy_process_group()
+        leave_together(world)
     if world.rank == 0:
         print(summary, flush=True)
 

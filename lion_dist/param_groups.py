@@ -238,3 +238,19 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
 def new_momentum(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros in p's shape and on its device; in p's memory order where p is dense."""
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
+    """What must be equal on all ranks, one line a group from number ``first`` and one a parameter."""
+    lines = []
+    for i, group in enumerate(groups[first:], first):
+        values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}
+        lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
+        names = group.get("param_names", [""] * len(group["params"]))
+        for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
+            lines.append(
+                f"parameter {j} of group {i} {name}: shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, "
+                + f"{p.device.type}, "
+                + ("trainable" if p.requires_grad else "frozen")
+            )
+    return lines

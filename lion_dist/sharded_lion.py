@@ -2,79 +2,65 @@
 
 Each rank steps the slices of the parameters that it owns (sharding/layout.py) and the ranks then bring
 the parameters together. Nothing is re-homed: parameters stay where they are, and only the shard of the
-momentum and a small pack of tails are allocated.
+momentum (in stage 2 of the gradients too) and small packs of tails are allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils.weak import TensorWeakRef
 
+from .clipping import Clipping, same_gradients
 from .memory_order import flat, is_dense
 from .param_groups import (
-    KEYS,
     DecayWarning,
-    Group,
     check_and_wrap_state,
     check_group,
     check_params,
     complete_group,
     complete_loaded_groups,
+    describe_groups,
     hyper_parameters,
     make_defaults,
     momentum_dtype,
 )
-from .sharding.collectives import Agreement, all_reduce_sum, broadcast_from_first, check_device
+from .sharding.collectives import Agreement, all_reduce_sum, broadcast_from_first, check_device, explaining
+from .sharding.grad_reducer import GradReducer
 from .sharding.shard import Shard
 from .update.dispatch import LionUpdate
 from .update.reference import clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
 
 
-@dataclass
-class _Clipping:
-    """Clipping that a step is to multiply in, and the gradients that it was computed from."""
-
-    scale: Tensor
-    grads: list[TensorWeakRef | None]
-    versions: list[int]
-
-    @staticmethod
-    def of(scale: Tensor, grads: Sequence[Tensor | None]) -> _Clipping:
-        refs = [None if g is None else TensorWeakRef(g) for g in grads]
-        return _Clipping(scale, refs, [0 if g is None else g._version for g in grads])
-
-    def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these are the gradients, as they were."""
-        return len(grads) == len(self.grads) and all(
-            (ref is None and g is None) or (ref is not None and g is not None and ref() is g and g._version == version)
-            for ref, g, version in zip(self.grads, grads, self.versions, strict=True)
-        )
-
-
 class ShardedLion(Optimizer):
-    """Lion for parameters replicated on every rank, its momentum sharded over them (ZeRO stage 1).
+    """Lion for parameters replicated on every rank, its momentum sharded over them (ZeRO stages 1 and 2).
 
     Gives the same bits as `Lion` on the same averaged gradients, with a world_size-th of the momentum
     and of the step's work on each rank. Every rank makes the same calls in the same order: the
-    constructor, step, clip_grad_norm_, add_param_group, full_state_dict and load_state_dict are
-    collective. The constructor compares what the ranks were given and broadcasts the parameters of
-    the group's first rank; the momentum shard is allocated there too.
+    constructor, step, clip_grad_norm_, add_param_group, broadcast_buffers, full_state_dict and
+    load_state_dict are collective. The constructor compares what the ranks were given and broadcasts the
+    parameters of the group's first rank; shards are allocated there too. Buffers, such as BatchNorm's running
+    statistics, are each rank's own: `broadcast_buffers` makes them equal once.
 
     Args:
         params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
             as for `Lion`, the same on every rank. Parameters are dense and on one device.
         process_group: the ranks that hold the replicas; None is the default group.
-        stage: 1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel
-            leaves it, and is None on all ranks or on none. (2, the default to come, is not in this
-            version and is refused, so that no script changes its meaning later.)
+        stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
+            backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
+            Every rank makes the same backward passes, each of which reaches a parameter on every rank; which
+            parameters may differ. A parameter that no rank has a gradient of is not stepped. GradScaler and
+            torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here.
+            1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
+            is None on all ranks or on none.
+        bucket_mb: MiB of gradients that stage 2 reduces together; up to three buckets of gradients exist at a time.
         param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
 
     Raises:
@@ -96,6 +82,7 @@ class ShardedLion(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         stage: int = 2,
         param_sync: str = "auto",
+        bucket_mb: float = 64,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
@@ -112,20 +99,22 @@ class ShardedLion(Optimizer):
             raise ValueError("this rank is not in process_group; make the optimizer on the group's ranks only")
         self._constructed = False
         with Agreement(self._group, "ShardedLion()") as agreement:
-            if stage != 1:
-                raise ValueError(
-                    f"stage must be 1 in this version, got {stage}: pass stage=1 and let DistributedDataParallel "
-                    "average the gradients"
-                )
+            if stage not in (1, 2):
+                raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+            if not bucket_mb > 0:
+                raise ValueError(f"bucket_mb must be > 0, got {bucket_mb!r}")
             if param_sync not in ("auto", "params"):
                 raise ValueError(f'param_sync must be "auto" or "params" in this version, got {param_sync!r}')
             defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
             self._update = LionUpdate(use_triton)
             super().__init__(params, defaults)
-            agreement.says([f"world size {dist.get_world_size(self._group)}"])
-            agreement.says(self._describe(self.param_groups))
+            agreement.says([f"world size {dist.get_world_size(self._group)}, stage {stage}, bucket_mb {bucket_mb}"])
+            agreement.says(describe_groups(self.param_groups))
+        self._reducer = GradReducer(self._group, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
+        # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
+        self._step_supports_amp_scaling = stage == 2
         self._decay_warning = DecayWarning()
-        self._clipping: _Clipping | None = None
+        self._clipping: Clipping | None = None
         self._shards: list[Shard] = []
         self._frozen: list[Tensor] = []
         self._segments: list[Segment] = []
@@ -143,7 +132,7 @@ class ShardedLion(Optimizer):
         try:
             with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
                 self._append_group(param_group)
-                agreement.says(self._describe(self.param_groups, before))
+                agreement.says(describe_groups(self.param_groups, before))
         except Exception:
             del self.param_groups[before:]
             raise
@@ -174,21 +163,6 @@ class ShardedLion(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _describe(self, groups: Sequence[Group], first: int = 0) -> list[str]:
-        """What must be equal on all ranks, one line a group from number ``first`` and a parameter."""
-        lines = []
-        for i, group in enumerate(groups[first:], first):
-            values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}
-            lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
-            names = group.get("param_names", [""] * len(group["params"]))
-            for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
-                lines.append(
-                    f"parameter {j} of group {i} {name}: shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, "
-                    + f"{p.device.type}, "
-                    + ("trainable" if p.requires_grad else "frozen")
-                )
-        return lines
-
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks and shards the trainable ones."""
@@ -208,11 +182,14 @@ class ShardedLion(Optimizer):
         return [Shard(same, dtype, world_size) for (_, dtype), same in alike.items()]
 
     def _set_shards(self, shards: list[Shard]) -> None:
+        if self._reducer is not None:
+            self._reducer.set_shards(shards)
         self._shards = shards
         self._segments, first = [], 0
         for shard in shards:
             for s in shard.layout.slices(self._rank):
-                self._segments.append(Segment(first + s.param, s.start, s.start, s.shard_offset, s.length))
+                grad_start = s.start if self._reducer is None else s.shard_offset
+                self._segments.append(Segment(first + s.param, s.start, grad_start, s.shard_offset, s.length))
             first += len(shard.params)
 
     def _adopt_unfrozen(self) -> None:
@@ -224,7 +201,30 @@ class ShardedLion(Optimizer):
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
             self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
 
+    @torch.no_grad()
+    def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
+        """Overwrites tensors that are no parameters (``model.buffers()``) with those of the group's first rank,
+        once; a collective call. The optimizer never synchronises them by itself."""
+        given = list(buffers)
+        with Agreement(self._group, "ShardedLion.broadcast_buffers()") as agreement:
+            for b in given:
+                check_device(b.device, self._group)
+            agreement.says([f"buffer {i}: shape {tuple(b.shape)}, {b.dtype}" for i, b in enumerate(given)])
+        for b in given:
+            sent = b.contiguous()  # itself, or a copy where a buffer has gaps
+            broadcast_from_first([sent], self._group)
+            if sent is not b:
+                b.copy_(sent)
+
     # Steps --------------------------------------------------------------------------------------
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around every backward of a step but the last, in stage 2: gradients add up in ``p.grad``, at full size,
+        and are reduced with the last. (Without it each backward's are reduced or, where they come too late for
+        the bucket they belong to, at step().) In stage 1 it is the wrapper's to do."""
+        if self._reducer is None:
+            raise RuntimeError("with stage=1 use the no_sync() of DistributedDataParallel, which reduces the gradients")
+        return self._reducer.no_sync()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -244,6 +244,11 @@ class ShardedLion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                "ShardedLion with stage=2 does not support GradScaler, which checks p.grad: train in bfloat16 without "
+                "it, or use stage=1 with DistributedDataParallel"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -252,17 +257,20 @@ class ShardedLion(Optimizer):
         for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             self._decay_warning.check(i, group, hyper)
         self._adopt_unfrozen()
-        columns = self._columns()
-        if self._clipping is not None and not self._clipping.fits(columns.grads):
+        if self._clipping is not None and not self._clipping.fits():
             raise ValueError(
                 "the gradients have changed since clip_grad_norm_() was called: call it just before step(), or "
                 "zero_grad() if they are new and not to be clipped"
             )
+        if self._reducer is not None and self._clipping is None:
+            self._reducer.reduce()
+        columns = self._columns()
         if columns.params:
             self._update.step(columns, hypers, self._clipping.scale if self._clipping else None)
         self._clipping = None
-        for shard in self._shards:
-            shard.gather_params(self._group)
+        with explaining(self._group):
+            for shard in self._shards:
+                shard.gather_params(self._group)
         return loss
 
     def _group_of(self) -> dict[int, int]:
@@ -280,21 +288,33 @@ class ShardedLion(Optimizer):
         params = [p for shard in self._shards for p in shard.params]
         for shard in self._shards:
             shard.refresh()
+        reducer = self._reducer
+        if reducer is None:
+            grads = [p.grad for p in params]
+        else:
+            grads = [g for g, shard in zip(reducer.grads, self._shards, strict=True) for _ in shard.params]
         return Columns(
             params=params,
-            grads=[p.grad for p in params],
+            grads=grads,
             exp_avgs=[shard.exp_avg for shard in self._shards for _ in shard.params],
             groups=[group_of[id(p)] for p in params],
             segments=self._segments,
+            active=None if reducer is None else reducer.active,
         )
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
         """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a
         collective call, for just before step().
 
         The coefficient is multiplied in by the fused step, so ``p.grad`` itself is not written. The
         norm is a float64 sum of squares over the shards, rounded once.
+
+        Args:
+            max_norm: > 0.
+            process_groups: groups whose ranks hold other parameters of the same model, such as those of
+                tensor or pipeline parallelism: the norm is over theirs too. (A parameter that several ranks
+                of such a group hold counts once for each.)
 
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device, not waited for.
@@ -302,23 +322,37 @@ class ShardedLion(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         self._adopt_unfrozen()
+        # Clipped before: what counts is the gradient as it would be stepped.
+        before = self._clipping.scale if self._clipping and self._clipping.fits() else None
+        if self._reducer is not None and before is None:
+            self._reducer.reduce()
         columns = self._columns()
         total = self._update.sum_of_squares(columns)
         if total is None:
             device = self._shards[0].exp_avg.device if self._shards else "cpu"
             total = torch.zeros((), dtype=torch.float64, device=device)
-        if self._shards:
-            all_reduce_sum(total, self._group)
-        # Clipped before: what counts is the gradient as it would be stepped.
-        before = self._clipping.scale if self._clipping and self._clipping.fits(columns.grads) else None
+        with explaining(self._group):
+            for group in (self._group, *process_groups) if self._shards else process_groups:
+                all_reduce_sum(total, group)
         if before is not None:
             total = total * before.double().square()
         norm, coefficient = clip_coefficient(total, max_norm)
-        self._clipping = _Clipping.of(coefficient if before is None else before * coefficient, columns.grads)
+        self._clipping = Clipping(coefficient if before is None else before * coefficient, self._same_gradients())
         return norm
 
+    def _same_gradients(self) -> Callable[[], bool]:
+        """Tells, whenever it is called, whether the gradients are what they are now."""
+        reducer = self._reducer
+        if reducer is None:
+            return same_gradients([p for shard in self._shards for p in shard.params])
+        generation = reducer.generation
+        return lambda: not reducer.has_local() and reducer.generation == generation
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and clipping that no step() has used."""
+        """Drops the gradients, and clipping that no step() has used. In stage 2, after a backward whose
+        gradients no step() or clip_grad_norm_() has reduced, a collective call."""
+        if self._reducer is not None:
+            self._reducer.zero(set_to_none)
         super().zero_grad(set_to_none)
         self._clipping = None
 
@@ -386,7 +420,7 @@ class ShardedLion(Optimizer):
         try:
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
                 super().load_state_dict(state_dict)
-                agreement.says(self._describe(self.param_groups))
+                agreement.says(describe_groups(self.param_groups))
                 agreement.says(
                     [
                         f"momentum of parameter {i}: {saved[id(p)].dtype if id(p) in saved else None}"

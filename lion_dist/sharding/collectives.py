@@ -7,8 +7,9 @@ All ranks of a group must make the same calls in the same order, as with any col
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -18,8 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-# Renamed in torch 2.13, where the old name warns.
+# Renamed in torch 2.13, where the old names warn.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# Backends that average by themselves, without one more pass over the result.
+AVERAGING_BACKENDS = {"nccl", "gloo"}
 
 
 def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -40,6 +45,38 @@ def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> 
     handle.wait()
 
 
+class Reduction:
+    """A group of reduce-scatters under way. Its tensors must be kept until `wait` has been called."""
+
+    def __init__(self, work: Any, outputs: list[Tensor], divisor: int) -> None:
+        self._work = work
+        self._outputs = outputs
+        self._divisor = divisor
+
+    def wait(self) -> None:
+        """Makes what follows on the current stream see the averages (on the CPU: waits for them)."""
+        self._work.wait()
+        if self._divisor != 1:
+            torch._foreach_div_(self._outputs, self._divisor)
+
+
+def reduce_scatter_mean(outputs: list[Tensor], inputs: Sequence[Tensor], group: dist.ProcessGroup) -> Reduction:
+    """Starts averaging tensors over the group, of which each rank gets one part: one coalesced group of
+    reduce-scatters, beside the current stream.
+
+    Args:
+        outputs: 1-D; rank r's part of the average is the r-th of the input's equal parts. At least one.
+        inputs: 1-D, contiguous, each the group's size times as long as its output, of the output's dtype.
+    """
+    averages = group._get_backend(inputs[0].device).name() in AVERAGING_BACKENDS
+    op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+    # Without a device the manager hands the whole list to the backend in one call; gloo has no other way.
+    with c10d._coalescing_manager(group=group, async_ops=True) as handle:
+        for output, tensor in zip(outputs, inputs, strict=True):
+            _reduce_scatter(output, tensor, op=op, group=group)
+    return Reduction(handle, outputs, 1 if averages else dist.get_world_size(group))
+
+
 def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Overwrites dense tensors with those of the group's first rank."""
     source = dist.get_global_rank(group, 0)
@@ -51,6 +88,38 @@ def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) ->
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     """Sums a tensor over the group, in place."""
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+
+
+def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """The maximum of a tensor over the group, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+
+
+def fail_group(group: dist.ProcessGroup, reason: str) -> None:
+    """Leaves word of why this rank can take part no more, and aborts the group here: collectives under way
+    end, later ones raise. The others read the reason when their own collectives fail (`explaining`)."""
+    with contextlib.suppress(Exception):  # a store that is gone has no readers either
+        _notes(group).compare_set("failed", "", f"rank {dist.get_rank(group)} of the group: {reason}")
+    with contextlib.suppress(Exception):  # not every backend can
+        group.abort()
+
+
+@contextlib.contextmanager
+def explaining(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around collectives: an error says what a rank that can take part no more has left word of, if one has."""
+    try:
+        yield
+    except RuntimeError as error:
+        word = "the ranks must make the same calls in the same order, and one may have ended, raised or left one out"
+        with contextlib.suppress(Exception):
+            notes = _notes(group)
+            if notes.check(["failed"]):
+                word = notes.get("failed").decode()
+        raise RuntimeError(f"a collective of ShardedLion failed: {word}. ({error})") from error
+
+
+def _notes(group: dist.ProcessGroup) -> c10d.PrefixStore:
+    return c10d.PrefixStore(f"lion_dist/{group.group_name}", c10d._get_process_group_store(group))
 
 
 class Agreement:
@@ -76,7 +145,7 @@ class Agreement:
         self._world_size = dist.get_world_size(group)
         self._timeout = timeout or group_timeout(group)
         # Counted in the store, so that calls of another process group, with another store, do not count.
-        store = c10d.PrefixStore(f"lion_dist/{group.group_name}", c10d._get_process_group_store(group))
+        store = _notes(group)
         call = store.add(f"calls/{self._rank}", 1)
         self._store = c10d.PrefixStore(str(call), store)
 

@@ -58,15 +58,13 @@ class Shard:
         self._addresses = addresses
 
     def gather_params(self, group: dist.ProcessGroup) -> None:
-        """Brings every rank's slices to every rank: heads in place, tails through the pack."""
+        """Brings every rank's slices to every rank: heads in place, tails through the pack. Unseen by autograd."""
         # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
         if self._tails:
             torch._foreach_copy_(self._packed_tails, self._tails)
         all_gather_in_place(self._buffers, group)
         if self._tails:
             torch._foreach_copy_(self._tails, self._packed_tails)
-        # Collectives write unseen by autograd. Without a gradient a parameter is gathered as it was.
-        torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None])
 
     def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
         """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..memory_order import flat, is_dense, laid_out_like, same_layout
+from ..upload import upload
 from . import reference
 from .reference import HYPER_COLUMNS, LR, HyperParameters
 from .segments import (
@@ -25,7 +26,6 @@ from .segments import (
     SegmentTable,
     check_gradient,
     check_no_shared_memory,
-    upload,
 )
 
 try:
@@ -273,7 +273,9 @@ class LionUpdate:
         self.prepare(columns)
         for mix, table in self._fused:
             scale = None if grad_scale is None else grad_scale.to(table.device, non_blocking=True)
-            triton_step.lion_step(table, mix, self._hyper_table(hypers, table.device), scale)
+            triton_step.lion_step(table, mix, self._hyper_table(hypers, table.device), scale, columns.active)
+        if self._plain:
+            self._silence(columns)
         for plain in self._plain:
             self._plain_step(plain, columns.groups, hypers, grad_scale)
         # Autograd does not see writes by address, and a graph that saved a weight must not use it changed.
@@ -282,6 +284,13 @@ class LionUpdate:
             params = [p for p, g in zip(params, self._grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(params)
         self._grads = []  # gradients die when their owner drops them
+
+    def _silence(self, columns: Columns) -> None:
+        """What kernels read from ``columns.active``, for plain torch: the gradients of other entries are left
+        out. On a GPU (use_triton=False) the host waits for it."""
+        if columns.active is not None:
+            flags = columns.active.tolist()
+            self._grads = [g if flag else None for g, flag in zip(self._grads, flags, strict=False)]
 
     def _plain_step(
         self, plain: _Plain, groups: list[int], hypers: list[HyperParameters], grad_scale: Tensor | None
@@ -309,7 +318,9 @@ class LionUpdate:
         """The sum of squares of the gradients' segments: float64, shape (), or None where there are
         no segments. Columns must be on one device."""
         self.prepare(columns)
-        sums = [triton_norm.sum_of_squares(table, mix.grad) for mix, table in self._fused]
+        sums = [triton_norm.sum_of_squares(table, mix.grad, columns.active) for mix, table in self._fused]
+        if self._plain:
+            self._silence(columns)
         for plain in self._plain:
             for s in plain.segments:
                 g = self._grads[s.entry]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..memory_order import is_dense
+from ..upload import upload
 from .reference import STORAGE_DTYPES
 
 TILE = 8192  # elements; a multiple of every block size
@@ -42,6 +43,8 @@ class Columns:
     segments: the runs to step. None: every entry whole, the three tensors of one shape, with any
         strides that do not overlap. Given: params are dense, and exp_avgs and grads may also be flat
         buffers, 1-D and contiguous, in which the segments' starts count.
+    active: uint8, one an entry (a longer tensor's first), on the tensors' device: entries with 0 take no part
+        either. For what other ranks decide too: a kernel reads it, the host need not wait to know it.
     """
 
     params: list[Tensor]
@@ -49,6 +52,7 @@ class Columns:
     exp_avgs: list[Tensor]
     groups: list[int]
     segments: Sequence[Segment] | None = None
+    active: Tensor | None = None
 
 
 def check_gradient(index: int, p: Tensor, g: Tensor, *, may_be_flat: bool = False) -> None:
@@ -81,26 +85,18 @@ def check_no_shared_memory(params: Sequence[Tensor]) -> None:
             )
 
 
-def upload(rows: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor from Python numbers, copied to the device without a host synchronisation. The
-    pinned staging memory is not reused before the copy has run (torch's host allocator sees to it)."""
-    if device.type != "cuda":
-        return torch.tensor(rows, dtype=dtype, device=device)
-    return torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-
-
 class SegmentTable:
     """Segments as a kernel reads them. Rows change when a parameter or momentum moves; gradient
     addresses are a column of their own, so that a new gradient costs one small copy. No tensor is
     ever overwritten: a launch that is still waiting on the GPU keeps what it was given.
 
     Attributes:
-        rows: int64, shape (n, 5): address of p, address of m, length, group, index of the first tile.
+        rows: int64, shape (n, 6): address of p, address of m, length, group, index of the first tile, entry.
         tile_segments: int32, shape (tiles,): the segment that a tile belongs to.
         grad_addresses: int64, shape (n,); 0 marks an inactive segment, which no kernel touches.
     """
 
-    ROW = 5
+    ROW = 6
 
     def __init__(self, columns: Columns, segments: Sequence[Segment], device: torch.device) -> None:
         self.device = device
@@ -109,7 +105,7 @@ class SegmentTable:
             p, m = columns.params[s.entry], columns.exp_avgs[s.entry]
             p_address = p.data_ptr() + s.param_start * p.element_size()
             m_address = m.data_ptr() + s.exp_avg_start * m.element_size()
-            rows.append((p_address, m_address, s.length, columns.groups[s.entry], first_tile))
+            rows.append((p_address, m_address, s.length, columns.groups[s.entry], first_tile, s.entry))
             lengths.append(s.length)
             first_tile += -(-s.length // TILE)
         self.tiles = first_tile

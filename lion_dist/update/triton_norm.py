@@ -22,7 +22,9 @@ _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _sum_of_squares_kernel(rows, tile_segments, grad_addresses, partial, G: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_of_squares_kernel(
+    rows, tile_segments, grad_addresses, active, partial, G: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
     tile = program // BLOCKS_PER_TILE
@@ -31,7 +33,10 @@ def _sum_of_squares_kernel(rows, tile_segments, grad_addresses, partial, G: tl.c
     length = tl.load(row + 2)
     start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
     g_address = tl.load(grad_addresses + segment)
-    if (g_address != 0) & (start < length):
+    is_active = g_address != 0
+    if active is not None:
+        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
+    if is_active & (start < length):
         offsets = start + tl.arange(0, BLOCK)
         g = tl.load(g_address.to(tl.pointer_type(G)) + offsets, mask=offsets < length, other=0.0).to(tl.float64)
         tl.store(partial + program, tl.sum(g * g, axis=0))
@@ -39,16 +44,18 @@ def _sum_of_squares_kernel(rows, tile_segments, grad_addresses, partial, G: tl.c
         tl.store(partial + program, 0.0)
 
 
-def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype) -> Tensor:
-    """The sum over the active segments; float64, shape (), on the table's device."""
+def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor | None = None) -> Tensor:
+    """The sum over the active segments (``active`` as in `triton_step.lion_step`); float64, shape (), on
+    the table's device."""
     programs = table.tiles * (TILE // BLOCK)
     partial = torch.empty(programs, dtype=torch.float64, device=table.device)
-    table.keep_for_launch()
+    table.keep_for_launch(active)
     with torch.cuda.device_of(table.rows):
         _sum_of_squares_kernel[(programs,)](
             table.rows,
             table.tile_segments,
             table.grad_addresses,
+            active,
             partial,
             G=_TRITON_DTYPES[grad_dtype],
             BLOCK=BLOCK,

@@ -89,7 +89,7 @@ def _step_block(
 
 @triton.jit
 def _lion_kernel(
-    rows, tile_segments, grad_addresses, hypers, grad_scale,
+    rows, tile_segments, grad_addresses, active, hypers, grad_scale,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
@@ -103,7 +103,10 @@ def _lion_kernel(
     group = tl.load(row + 3)
     start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
     g_address = tl.load(grad_addresses + segment)
-    if (g_address != 0) & (start < length):
+    is_active = g_address != 0
+    if active is not None:
+        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
+    if is_active & (start < length):
         hyper = hypers + group * _HYPER_COLUMNS
         offsets = tl.arange(0, BLOCK)
         if (start + BLOCK <= length) & (((p_address | g_address | m_address) % 16) == 0):
@@ -120,22 +123,27 @@ def _lion_kernel(
             _step_block(p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P, M)
 
 
-def lion_step(table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor | None) -> None:
+def lion_step(
+    table: SegmentTable, mix: Mix, hypers: Tensor, grad_scale: Tensor | None, active: Tensor | None = None
+) -> None:
     """Steps every active segment of the table, in one launch on the table's device.
 
     Args:
         table: with the gradients of this step; dtypes as in ``mix``.
         hypers: float64, shape (groups, HYPER_COLUMNS), on the table's device.
         grad_scale: float32, shape (), on the table's device, or None for 1.
+        active: uint8, one an entry of the columns, on the table's device, read there: 0 leaves the entry's
+            segments untouched. None: all those with a gradient are stepped.
     """
     block, num_warps = LAUNCH[mix.param.itemsize]
     grid = (table.tiles * (TILE // block),)
-    table.keep_for_launch(hypers, grad_scale)
+    table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(table.rows):
         _lion_kernel[grid](
             table.rows,
             table.tile_segments,
             table.grad_addresses,
+            active,
             hypers,
             grad_scale,
             P=_TRITON_DTYPES[mix.param],

@@ -85,7 +85,8 @@ def body_bad_input(rank: int, world_size: int) -> None:
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"param_sync": "signs"}, "param_sync"),
-        ({"stage": 2}, "DistributedDataParallel"),
+        ({"stage": 3}, "stage must be 1 or 2"),
+        ({"bucket_mb": 0}, "bucket_mb must be > 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             ShardedLion(params(device, (5,)), **{"stage": 1, **kwargs})

@@ -141,7 +141,7 @@ def tiles_of(table: SegmentTable) -> list[tuple[int, int, int]]:
     """(segment, start, end) of every tile, as the kernels compute them from the table."""
     rows, found = table.rows.tolist(), []
     for tile, segment in enumerate(table.tile_segments.tolist()):
-        _, _, length, _, first_tile = rows[segment]
+        _, _, length, _, first_tile, _ = rows[segment]
         start = (tile - first_tile) * TILE
         found.append((segment, start, min(start + TILE, length)))
     return found
@@ -190,9 +190,9 @@ def test_starts_become_addresses() -> None:
     segments = [Segment(0, 131, 140, 7, 100), Segment(0, 300, 0, 200, 1), Segment(1, 0, 1, 2, 3)]
     table = SegmentTable(Columns([p, p], [g, None], [m, m], [1, 0]), segments, CPU)
     assert table.rows.tolist() == [
-        [p.data_ptr() + 4 * 131, m.data_ptr() + 2 * 7, 100, 1, 0],
-        [p.data_ptr() + 4 * 300, m.data_ptr() + 2 * 200, 1, 1, 1],
-        [p.data_ptr(), m.data_ptr() + 2 * 2, 3, 0, 2],
+        [p.data_ptr() + 4 * 131, m.data_ptr() + 2 * 7, 100, 1, 0, 0],
+        [p.data_ptr() + 4 * 300, m.data_ptr() + 2 * 200, 1, 1, 1, 0],
+        [p.data_ptr(), m.data_ptr() + 2 * 2, 3, 0, 2, 1],
     ]
     table.set_gradients([g, None])
     assert table.grad_addresses.tolist() == [g.data_ptr() + 2 * 140, g.data_ptr(), 0]
@@ -219,9 +219,9 @@ def test_lengths_and_starts_beyond_32_bits() -> None:
     tiles = -(-n // TILE)
     assert table.tiles == tiles + 2
     assert table.rows.tolist() == [
-        [0, 0, 5, 0, 0],
-        [2 * 50, 4 * 70, n, 0, 1],
-        [2 * (2**31 + 9), 4 * (2**31 + 11), 10, 0, 1 + tiles],
+        [0, 0, 5, 0, 0, 0],
+        [2 * 50, 4 * 70, n, 0, 1, 0],
+        [2 * (2**31 + 9), 4 * (2**31 + 11), 10, 0, 1 + tiles, 0],
     ]
     counts = torch.bincount(table.tile_segments.long()).tolist()
     assert counts == [1, tiles, 1]

@@ -1,0 +1,225 @@
+"""Stage 2 against stage 1 and against Lion on the averaged gradient: the same bits, whatever becomes of a gradient
+on its way.
+
+A *scenario* is what every rank does in a step: backward passes over parameters (which differ from rank to rank),
+synchronised or not, in an order of its own. Coefficients are world_size times small dyadic numbers, so that sums
+are exact in bfloat16 too, and every rank can work out the average without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lion_dist import Lion, ShardedLion
+from tests.bits import assert_same_bits
+from tests.distributed.test_sharded_lion import FP32, assert_same_model, assert_same_momentum
+from tests.distributed.toy import SHAPES, Toy, coefficient
+from tests.harness import device_of, run_ranks
+
+BF16 = (torch.bfloat16,)
+STEPS = 20
+TRAINABLE = [name for name in SHAPES if name != "frozen"]
+# Bytes a bucket: everything in one; a few parameters; every parameter in a bucket of its own.
+ONE, FEW, TINY = 64.0, 30_000 / 2**20, 1 / 2**20
+
+
+@dataclass
+class Pass:
+    """One backward of one rank.
+
+    uses: names of parameters, in the order of the forward; a name may stand several times.
+    checkpointed: None, or use_reentrant of a checkpoint around every use.
+    """
+
+    uses: list[str]
+    sync: bool = True
+    checkpointed: bool | None = None
+
+
+@dataclass
+class Step:
+    """What one rank does in a step: backward passes, of which those ``abandoned`` are zeroed and not stepped."""
+
+    passes: list[Pass] = field(default_factory=list)
+    abandoned: list[Pass] = field(default_factory=list)
+    zeroed_by: str = "optimizer"  # or "model"
+    set_to_none: bool = True
+
+
+Scenario = Callable[[int, int], Step]  # of step and rank
+
+
+def some(step: int, rank: int, salt: int = 0, of: list[str] = TRAINABLE) -> list[str]:
+    """Part of the parameters, other ones and in another order on every rank and step; at least one."""
+    random = Random(step * 1000 + rank * 10 + salt)
+    return random.sample(of, random.randint(1, len(of)))
+
+
+def plain(step: int, rank: int) -> Step:
+    return Step([Pass(TRAINABLE)])
+
+
+def subsets(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank))])
+
+
+def backwards_on_odd_ranks(step: int, rank: int) -> Step:
+    return Step([Pass(TRAINABLE[::-1] if rank % 2 else TRAINABLE)])
+
+
+def used_several_times(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank) + some(step, rank, 1) + some(step, rank, 2))])
+
+
+def unsynced(step: int, rank: int) -> Step:
+    """Parameters used in an unsynchronised micro-step only among them."""
+    return Step([Pass(some(step, rank), sync=False), Pass(some(step, rank, 1), sync=False), Pass(some(step, rank, 2))])
+
+
+def only_unsynced(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank), sync=False)])
+
+
+def unsynced_after(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank)), Pass(some(step, rank, 1), sync=False)])
+
+
+def several_backwards(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank, salt)) for salt in range(1 + step % 3)])
+
+
+def checkpointed(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank), checkpointed=False)])
+
+
+def reentrant(step: int, rank: int) -> Step:
+    """Hooks fire once for every checkpoint that a parameter is used in."""
+    uses = some(step, rank) + some(step, rank, 1) + (TRAINABLE if step % 4 == 0 else [])
+    return Step([Pass(uses, checkpointed=True)])
+
+
+def reentrant_later(step: int, rank: int) -> Step:
+    """Not seen when the ranks compare notes, in the first step."""
+    return reentrant(step, rank) if step > 5 else plain(step, rank)
+
+
+def idle_ranks(step: int, rank: int) -> Step:
+    """Some ranks without any backward, and some steps in which no rank has one."""
+    return Step([Pass(some(step, rank))] if (step + rank) % 2 and step % 5 else [])
+
+
+def abandoned(step: int, rank: int) -> Step:
+    zeroed_by = ("optimizer", "model")[step % 2]
+    return Step([Pass(some(step, rank))], [Pass(some(step, rank, 1))] if step % 3 else [], zeroed_by)
+
+
+def abandoned_unsynced(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank))], [Pass(some(step, rank, 1), sync=False), Pass(some(step, rank, 2))], "model")
+
+
+def zeroed_to_zeros(step: int, rank: int) -> Step:
+    return Step([Pass(some(step, rank))], set_to_none=step % 3 == 0)
+
+
+SCENARIOS: list[tuple[Scenario, float]] = [
+    (plain, FEW), (subsets, TINY), (subsets, ONE), (backwards_on_odd_ranks, TINY), (used_several_times, FEW),
+    (unsynced, FEW), (only_unsynced, FEW), (unsynced_after, TINY), (several_backwards, FEW), (checkpointed, FEW),
+    (reentrant, TINY), (reentrant_later, FEW), (idle_ranks, FEW), (abandoned, TINY), (abandoned_unsynced, FEW),
+    (zeroed_to_zeros, FEW),
+]  # fmt: skip
+
+
+def small_coefficient(p: Tensor, key: str, step: int, rank: int, world_size: int) -> Tensor:
+    """world_size * k / 8 with k in [-2, 2]: a dozen of them add up exactly in bfloat16."""
+    return (coefficient(key, p, step, rank, world_size) / 2).sign() * world_size / 4 * (1 + hash_bit(key, step))
+
+
+def hash_bit(key: str, step: int) -> int:
+    return (sum(map(ord, key)) + step) % 2
+
+
+def backward(model: Toy, a_pass: Pass, salt: str, step: int, rank: int, world_size: int) -> None:
+    loss = torch.zeros((), device=model.one.device)
+    anchor = torch.zeros((), device=model.one.device, requires_grad=True)
+    for i, name in enumerate(a_pass.uses):
+        p = getattr(model, name)
+        c = small_coefficient(p, f"{salt}{i}{name}", step, rank, world_size)
+
+        def term(x: Tensor, p: Tensor = p, c: Tensor = c) -> Tensor:
+            return x + (p * c).float().sum()
+
+        if a_pass.checkpointed is None:
+            loss = loss + term(anchor)
+        else:
+            loss = loss + checkpoint(term, anchor, use_reentrant=a_pass.checkpointed)
+    loss.backward()
+
+
+def averages(model: Toy, scenario: Scenario, step: int, world_size: int) -> dict[str, Tensor]:
+    """The averaged gradients of the passes that are stepped, by name."""
+    sums: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        for number, a_pass in enumerate(scenario(step, rank).passes):
+            for i, name in enumerate(a_pass.uses):
+                p = getattr(model, name)
+                c = small_coefficient(p, f"pass{number}{i}{name}", step, rank, world_size).float()
+                sums[name] = sums[name] + c if name in sums else c
+    return {name: (s / world_size).to(getattr(model, name).dtype) for name, s in sums.items()}
+
+
+def body_scenarios(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    for scenario, bucket_mb in SCENARIOS:
+        try:
+            run_scenario(rank, world_size, dtypes, scenario, bucket_mb)
+        except Exception as error:
+            raise AssertionError(f"scenario {scenario.__name__}, bucket_mb={bucket_mb}") from error
+
+
+def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, bucket_mb: float) -> None:
+    device = device_of(rank, world_size)
+    models = [Toy(100, dtypes, device) for _ in range(3)]
+    two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb)
+    one = ShardedLion(models[1].groups(), lr=0.01, stage=1)
+    lion = Lion(models[2].groups(), lr=0.01)
+    for step in range(STEPS):
+        mine = scenario(step, rank)
+        for number, a_pass in enumerate(mine.abandoned):
+            with nullcontext() if a_pass.sync else two.no_sync():
+                backward(models[0], a_pass, f"lost{number}", step, rank, world_size)
+        if mine.abandoned:
+            (two if mine.zeroed_by == "optimizer" else models[0]).zero_grad()
+        for number, a_pass in enumerate(mine.passes):
+            with nullcontext() if a_pass.sync else two.no_sync():
+                backward(models[0], a_pass, f"pass{number}", step, rank, world_size)
+        expected = averages(models[1], scenario, step, world_size)
+        for model in models[1:]:
+            for name in SHAPES:
+                p = getattr(model, name)
+                g = expected.get(name)
+                p.grad = g if g is not None else p.grad
+        for optimizer in (two, one, lion):
+            optimizer.step()
+        assert_same_model(models[0], models[1])
+        assert_same_model(models[0], models[2])
+        for i, optimizer in enumerate((two, one, lion)):
+            zeroes = optimizer if mine.zeroed_by == "optimizer" else models[i]
+            zeroes.zero_grad(set_to_none=mine.set_to_none)
+    assert_same_momentum(two.full_state_dict(), lion)
+    assert_same_momentum(one.full_state_dict(), lion)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["fp32", "bf16"])
+def test_every_scenario(world_size: int, dtypes: tuple, tmp_path: Path) -> None:
+    run_ranks(body_scenarios, world_size, tmp_path, (dtypes,))
