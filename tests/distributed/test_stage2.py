@@ -13,16 +13,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
 from tests.distributed.test_sharded_lion import FP32, assert_same_model, assert_same_momentum
 from tests.distributed.toy import SHAPES, Toy, coefficient
 from tests.harness import device_of, run_ranks
