@@ -29,7 +29,7 @@ class Option:
 class Config:
     """Every option of a run; the defaults are those of the preset `tiny`."""
 
-    strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero1"
+    strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero2"
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
     resume: Annotated[bool, Option("continue from the checkpoint in --out")] = False

@@ -1,6 +1,6 @@
 """Train a small GPT on bytes with Lion, on one process or many, on CPUs (gloo) or GPUs (NCCL).
 
-    torchrun --nproc_per_node 2 examples/train.py                 momentum sharded over two ranks
+    torchrun --nproc_per_node 2 examples/train.py                 gradients and momentum sharded over two ranks
     torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash
     python examples/train.py --strategy single                    one process
     python examples/train.py --help

@@ -1,0 +1,18 @@
+"""What every strategy with ShardedLion has in common: clipping on shards, and a state gathered on rank 0."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lion_dist import ShardedLion
+from strategies.single import Single
+
+
+class Sharded(Single):
+    optimizer: ShardedLion
+
+    def clip(self, max_norm: float) -> Tensor:
+        return self.optimizer.clip_grad_norm_(max_norm)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.full_state_dict(rank0_only=True)

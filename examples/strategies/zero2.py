@@ -1,0 +1,21 @@
+"""ZeRO stage 2: the model is not wrapped. ShardedLion reduces the gradients into its shards behind the backward."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from lion_dist import ShardedLion
+from strategies.sharded import Sharded
+from strategies.single import Groups
+
+
+class Zero2(Sharded):
+    def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        return ShardedLion(groups, lr=lr, betas=betas)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.optimizer.no_sync()
+
+    def bytes_sent_per_step(self, world_size: int) -> int:
+        """A reduce-scatter of the gradients, then an all-gather of the stepped parameters: (W - 1) / W of them each."""
+        return 2 * self.parameter_bytes() * (world_size - 1) // world_size

@@ -1,0 +1,115 @@
+"""Stage 2 on GPUs over NCCL: the host waits for nothing, and memory does not grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lion_dist import ShardedLion
+from tests.harness import device_of, run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def small_model(device: torch.device) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(301, 301), nn.LayerNorm(301), nn.GELU()) for _ in range(8)]
+    return nn.Sequential(*layers).to(device)
+
+
+def body_no_host_synchronisation(rank: int, world_size: int, clip: bool) -> None:
+    device = device_of(rank, world_size)
+    model = small_model(device)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5)
+    x = torch.randn(16, 301, device=device)
+
+    def step() -> None:
+        with optimizer.no_sync():
+            model(x).square().mean().backward()
+        model(x).square().mean().backward()
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # learns the order, for which the host waits
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # Nor by a call that the debug mode does not know: with the device held up, the host runs ahead of it.
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    held_up = torch.cuda.Event()
+    held_up.record()
+    step()
+    step()
+    assert not held_up.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
+def test_no_host_synchronisation(clip: bool, tmp_path: Path) -> None:
+    run_ranks(body_no_host_synchronisation, 2, tmp_path, (clip,))
+
+
+def body_no_growth(rank: int, world_size: int) -> None:
+    device = device_of(rank, world_size)
+    model = small_model(device)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5)
+    x = torch.randn(16, 301, device=device)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(20):
+        step()
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    peaks = []
+    for i in range(500):
+        step()
+        if i % 100 == 99:
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated())
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_reserved() == reserved
+    assert len(set(peaks)) == 1
+
+
+def test_no_growth_of_memory(tmp_path: Path) -> None:
+    run_ranks(body_no_growth, 2, tmp_path)
+
+
+def body_gradients_leave(rank: int, world_size: int) -> None:
+    """Full gradients exist only for the buckets under way: three of them, one parameter each here."""
+    device = device_of(rank, world_size)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)]).to(device)
+    size = 4 * 2048 * 2048
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=16)
+    x = torch.randn(8, 2048, device=device)
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(x).mean().backward()
+        grown = torch.cuda.max_memory_allocated() - before
+        optimizer.step()
+        optimizer.zero_grad()
+    assert grown < 5 * size  # of 16: the buckets under way, the one that is filling, and the witness
+    assert torch.cuda.memory_allocated() < 16 * size * (1 + 1 / 2 + 1 / 2) + 2 * size
+
+
+def test_gradients_leave_in_the_backward(tmp_path: Path) -> None:
+    run_ranks(body_gradients_leave, 2, tmp_path)
