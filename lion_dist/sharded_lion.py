@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, overload
 
 import torch
@@ -57,10 +57,12 @@ class ShardedLion(Optimizer):
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
             Every rank makes the same backward passes, each of which reaches a parameter on every rank; which
             parameters may differ. A parameter that no rank has a gradient of is not stepped. GradScaler and
-            torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here.
+            torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here. Collectives
+            of several optimizers that take part in one backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none.
-        bucket_mb: MiB of gradients that stage 2 reduces together; up to three buckets of gradients exist at a time.
+        bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
+            rank in its first backward. About three buckets exist at a time, if every parameter is used.
         param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
 
     Raises:
@@ -101,8 +103,8 @@ class ShardedLion(Optimizer):
         with Agreement(self._group, "ShardedLion()") as agreement:
             if stage not in (1, 2):
                 raise ValueError(f"stage must be 1 or 2, got {stage!r}")
-            if not bucket_mb > 0:
-                raise ValueError(f"bucket_mb must be > 0, got {bucket_mb!r}")
+            if not 0 < bucket_mb < math.inf:
+                raise ValueError(f"bucket_mb must be > 0 and finite, got {bucket_mb!r}")
             if param_sync not in ("auto", "params"):
                 raise ValueError(f'param_sync must be "auto" or "params" in this version, got {param_sync!r}')
             defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
@@ -234,9 +236,9 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters, and
-        which gradients are None, must be the same on every rank: where they are not, a parameter's slices
-        are stepped differently, though its replicas stay equal.
+        """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters (in
+        stage 1 also which gradients are None) must be the same on every rank: where they are not, a parameter's
+        slices are stepped differently, though its replicas stay equal.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -244,7 +246,8 @@ class ShardedLion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
-        if hasattr(self, "grad_scale"):
+        if "grad_scale" in self.__dict__:
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]  # the scaler would, had step() returned
             raise RuntimeError(
                 "ShardedLion with stage=2 does not support GradScaler, which checks p.grad: train in bfloat16 without "
                 "it, or use stage=1 with DistributedDataParallel"
@@ -329,7 +332,7 @@ class ShardedLion(Optimizer):
         columns = self._columns()
         total = self._update.sum_of_squares(columns)
         if total is None:
-            device = self._shards[0].exp_avg.device if self._shards else "cpu"
+            device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
             total = torch.zeros((), dtype=torch.float64, device=device)
         with explaining(self._group):
             for group in (self._group, *process_groups) if self._shards else process_groups:
@@ -351,9 +354,8 @@ class ShardedLion(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used. In stage 2, after a backward whose
         gradients no step() or clip_grad_norm_() has reduced, a collective call."""
-        if self._reducer is not None:
-            self._reducer.zero(set_to_none)
-        super().zero_grad(set_to_none)
+        with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
+            super().zero_grad(set_to_none)
         self._clipping = None
 
     # State --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def make_buckets(sizes: Sequence[int], order: Sequence[int], limit: int) -> tupl
         limit: bytes of a bucket; a parameter that is larger has a bucket of its own.
 
     Returns:
-        At least one bucket, of which the last may be empty.
+        At least one bucket, empty if there are no parameters.
     """
     if limit < 1 or sorted(order) != list(range(len(sizes))):
         raise ValueError(f"expected limit >= 1 and an order of {len(sizes)} parameters, got {limit} and {list(order)}")

@@ -7,30 +7,36 @@ of zeros in its place: whoever deals with "all gradients" deals with that one to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 _ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
-    "GradScaler.unscale_ and the like do not reach them: use ShardedLion's own clip_grad_norm_() and zero_grad()"
+    "GradScaler.unscale_, model.zero_grad(set_to_none=False), DistributedDataParallel and the like do not reach them: "
+    "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped"
 )
 
 
 class Witness:
-    """One of the parameters, the smallest (the first such: its gradient comes late in a backward).
+    """One of the parameters: the smallest that is trainable.
+
+    Args:
+        look: called when autograd is about to add to the witness's gradient, to ask `gone` in time.
 
     Attributes:
         index: its number.
         watches: whether gradients have left and it stands for them.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.index = min(range(len(params)), key=lambda i: params[i].numel())
+    def __init__(self, params: Sequence[Tensor], look: Callable[[], None]) -> None:
+        self.index = min(range(len(params)), key=lambda i: (not params[i].requires_grad, params[i].numel()))
         self._param = params[self.index]
         self._placeholder: Tensor | None = None  # the zeros that were put there
         self._seen: tuple[Tensor, int] | None = None  # the gradient as autograd last left it, and its version
+        # Called before autograd adds to the witness's own gradient, which covers every trace.
+        self._hook = self._param.register_hook(lambda _: look()) if self._param.requires_grad else None
 
     @property
     def watches(self) -> bool:
@@ -53,11 +59,8 @@ class Witness:
         grad = self._param.grad
         return grad is None or (grad is self._placeholder and grad._version == 0)
 
-    def gone(self, *, arriving: bool) -> bool:
+    def gone(self) -> bool:
         """Whether the gradients have been set to None since.
-
-        Args:
-            arriving: autograd has just added to this very gradient.
 
         Raises:
             RuntimeError: they have been changed.
@@ -66,15 +69,18 @@ class Witness:
             return False
         grad, version = self._seen
         now = self._param.grad
-        if now is None:
-            return True
-        if arriving:  # what autograd adds to in place stays the same tensor, unless it records the addition
-            return now is not grad and now.grad_fn is None
-        if now is not grad or now._version != version:
+        if now is not None and (now is not grad or now._version != version):
             raise RuntimeError(f"gradients were changed after they had been reduced. {_ADVICE}")
-        return False
+        return now is None
 
     def remove(self) -> None:
+        """Takes its zeros away again."""
         if self._placeholder is not None and self.holds_none():
             self._param.grad = None
         self._placeholder = self._seen = None
+
+    def dismiss(self) -> None:
+        """For good: its hook too."""
+        self.remove()
+        if self._hook is not None:
+            self._hook.remove()

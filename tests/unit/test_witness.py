@@ -1,0 +1,198 @@
+"""The witness notices whoever zeroes or scales gradients that are no longer in p.grad, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lion_dist.sharding.witness import Witness
+
+
+def make(*numels: int) -> tuple[Witness, list[nn.Parameter]]:
+    params = [nn.Parameter(torch.ones(n)) for n in numels]
+    return Witness(params, lambda: None), params
+
+
+def test_is_the_first_of_the_smallest() -> None:
+    assert make(5, 3, 4, 3)[0].index == 1
+    assert make(5)[0].index == 0
+    assert make(5, 0, 1)[0].index == 1
+
+
+def test_knows_nothing_until_placed() -> None:
+    witness, (_, p) = make(5, 3)
+    assert not witness.watches
+    assert not witness.gone()
+    p.grad = torch.ones_like(p)
+    assert not witness.gone()
+    witness.remove()
+    assert p.grad is not None  # it is not the witness's
+
+
+def test_placeholder_is_no_gradient() -> None:
+    witness, (other, p) = make(5, 3)
+    witness.place()
+    assert witness.watches
+    assert other.grad is None
+    assert p.grad is not None
+    assert not p.grad.any()
+    assert not p.grad.requires_grad
+    assert witness.holds_none()
+    assert not witness.gone()
+    witness.remove()
+    assert p.grad is None
+    assert not witness.watches
+
+
+def test_keeps_a_gradient_that_is_there() -> None:
+    witness, (_, p) = make(5, 3)
+    p.grad = grad = torch.full_like(p, 2.0)
+    witness.place()
+    assert p.grad is grad
+    assert not witness.holds_none()
+    assert not witness.gone()
+    witness.remove()
+    assert p.grad is grad
+
+
+def replaced(p: nn.Parameter) -> None:
+    p.grad = torch.zeros_like(p)
+
+
+def scaled(p: nn.Parameter) -> None:
+    assert p.grad is not None
+    p.grad.mul_(1.0)
+
+
+def zeroed_in_place(p: nn.Parameter) -> None:
+    nn.ParameterList([p]).zero_grad(set_to_none=False)
+
+
+def clipped_by_norm(p: nn.Parameter) -> None:
+    torch.nn.utils.clip_grad_norm_([p], 1e9)
+
+
+def clipped_by_norm_one_by_one(p: nn.Parameter) -> None:
+    torch.nn.utils.clip_grad_norm_([p], 1e9, foreach=False)
+
+
+def clipped_by_value(p: nn.Parameter) -> None:
+    torch.nn.utils.clip_grad_value_([p], 1e9)
+
+
+def clipped_by_value_one_by_one(p: nn.Parameter) -> None:
+    torch.nn.utils.clip_grad_value_([p], 1e9, foreach=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced, scaled, zeroed_in_place, clipped_by_norm, clipped_by_norm_one_by_one, clipped_by_value,
+        clipped_by_value_one_by_one,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("numel", [0, 1, 3])  # a parameter without elements may be the smallest
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_change_is_an_error(change: Callable[[nn.Parameter], None], numel: int, with_gradient: bool) -> None:
+    witness, (_, p) = make(5, numel)
+    if with_gradient:
+        p.grad = torch.ones_like(p)
+    witness.place()
+    change(p)
+    for _ in range(2):  # asking does not make it forget
+        with pytest.raises(RuntimeError, match=r"changed after they had been reduced.*ShardedLion's own"):
+            witness.gone()
+    witness.remove()
+    assert not witness.gone()
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_gradients_set_to_none(with_gradient: bool) -> None:
+    witness, (_, p) = make(5, 3)
+    if with_gradient:
+        p.grad = torch.ones_like(p)
+    witness.place()
+    p.grad = None
+    assert witness.gone()
+    witness.remove()
+    assert not witness.gone()
+    assert p.grad is None
+
+
+def test_autograd_adds_to_the_placeholder() -> None:
+    witness, (_, p) = make(5, 3)
+    witness.place()
+    for expected in (2.0, 4.0):
+        (2 * p).sum().backward()
+        witness.saw()
+        assert not witness.gone()
+        assert not witness.holds_none()  # a gradient now, even if it were of zeros
+        assert p.grad is not None
+        assert torch.equal(p.grad, torch.full_like(p, expected))
+    witness.remove()
+    assert p.grad is not None
+
+
+def test_zeros_that_autograd_added_are_a_gradient() -> None:
+    witness, (_, p) = make(5, 3)
+    witness.place()
+    (0 * p).sum().backward()
+    assert not witness.holds_none()
+
+
+def test_looks_before_autograd_adds() -> None:
+    """After it, zeros that somebody scaled, or a gradient that was None, could not be told from what autograd left."""
+    for change, outcome in ((None, False), (scaled, "changed"), (zeroed_to_none, True)):
+        p = nn.Parameter(torch.ones(3))
+        seen: list[bool | str] = []
+
+        def look(seen: list[bool | str] = seen) -> None:
+            try:
+                seen.append(witness.gone())  # noqa: B023  (made below, and called within this iteration)
+            except RuntimeError:
+                seen.append("changed")
+
+        witness = Witness([p], look)
+        witness.place()
+        if change is not None:
+            change(p)
+        for _ in range(2):
+            p.sum().backward()
+            witness.saw()
+        assert seen == [outcome, False]
+        witness.dismiss()
+        p.sum().backward()
+        assert len(seen) == 2
+
+
+def zeroed_to_none(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+def test_frozen_parameters_come_last() -> None:
+    """Autograd never adds to them, and zeroing may leave them out."""
+    params = [nn.Parameter(torch.ones(n), requires_grad=n > 2) for n in (5, 1, 3, 2)]
+    assert Witness(params, lambda: None).index == 2
+    for p in params:
+        p.requires_grad_(False)
+    assert Witness(params, lambda: None).index == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_recorded_additions_are_no_change() -> None:
+    """With create_graph=True autograd adds out of place, so that the tensor is another one."""
+    p = nn.Parameter(torch.ones(3))
+    seen: list[bool] = []
+    witness = Witness([p], lambda: seen.append(witness.gone()))
+    witness.place()
+    for _ in range(2):
+        before = p.grad
+        (p * p).sum().backward(create_graph=True)
+        assert p.grad is not before
+        witness.saw()
+    assert seen == [False, False]
+    assert not witness.gone()
+    p.grad = None  # breaks the cycle of which torch warns
