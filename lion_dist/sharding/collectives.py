@@ -95,15 +95,6 @@ def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
 
 
-def fail_group(group: dist.ProcessGroup, reason: str) -> None:
-    """Leaves word of why this rank can take part no more, and aborts the group here: collectives under way
-    end, later ones raise. The others read the reason when their own collectives fail (`explaining`)."""
-    with contextlib.suppress(Exception):  # a store that is gone has no readers either
-        _notes(group).compare_set("failed", "", f"rank {dist.get_rank(group)} of the group: {reason}")
-    with contextlib.suppress(Exception):  # not every backend can
-        group.abort()
-
-
 @contextlib.contextmanager
 def explaining(group: dist.ProcessGroup) -> Iterator[None]:
     """Around collectives: an error says what a rank that can take part no more has left word of, if one has."""
@@ -116,6 +107,48 @@ def explaining(group: dist.ProcessGroup) -> Iterator[None]:
             if notes.check(["failed"]):
                 word = notes.get("failed").decode()
         raise RuntimeError(f"a collective of ShardedLion failed: {word}. ({error})") from error
+
+
+class Membership:
+    """Whether this rank can still take part in a group's collectives.
+
+    Attributes:
+        failure: why it can no more, or "".
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.failure = ""
+
+    def check(self) -> None:
+        """Raises if it cannot."""
+        if self.failure:
+            raise RuntimeError(f"this ShardedLion can go on no more: {self.failure}")
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[dist.ProcessGroup]:
+        """Around collectives on the group: one that fails is the last, and says why."""
+        try:
+            with explaining(self.group):
+                yield self.group
+        except RuntimeError as error:
+            self.leave(str(error))
+            raise
+
+    def leave(self, reason: str) -> None:
+        """Takes part no more; the others are not told."""
+        self.failure = self.failure or reason
+
+    def fail(self, reason: str) -> None:
+        """Leaves word for the others, who read it when their own collectives fail, and aborts the group here:
+        collectives under way end, later ones raise."""
+        if self.failure:
+            return
+        self.leave(f"{reason}. Its process group has been aborted; restart from a checkpoint")
+        with contextlib.suppress(Exception):  # a store that is gone has no readers either
+            _notes(self.group).compare_set("failed", "", f"rank {dist.get_rank(self.group)} of the group: {reason}")
+        with contextlib.suppress(Exception):  # not every backend can
+            self.group.abort()
 
 
 def _notes(group: dist.ProcessGroup) -> c10d.PrefixStore:
