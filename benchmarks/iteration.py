@@ -156,6 +156,7 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
 
 # Tracing --------------------------------------------------------------------------------------------
 
+TRACED = 4  # iterations; the last is looked at, which starts with the host ahead as in training
 MARK = "spin_kernel"  # what torch.cuda._sleep launches: it parts forward, backward and step in a trace
 
 
@@ -165,13 +166,13 @@ def mark(wanted: bool) -> None:
 
 
 def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: str, options: Any) -> dict:
-    """Profiles one iteration; how much of each collective was hidden."""
+    """Profiles an iteration; how much of each collective was hidden."""
     iteration(0, True)
     torch.cuda.synchronize()
     dist.barrier()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        for i in range(2):  # the second one, which starts with the host ahead as in training
+    # The device alone: recording the host too slows it down until it is what is waited for.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(TRACED):
             iteration(i, True)
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +185,9 @@ def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: 
         if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     )
     marks = [k for k in kernels if MARK in k[2]]
-    first = marks[1][1]  # the end of the first iteration's backward
+    assert len(marks) == 2 * TRACED, f"expected {2 * TRACED} marks in the trace, found {len(marks)}"
+    marks = marks[-3:]  # the ends of the last iteration's forward and backward, and of the backward before them
+    first = marks[0][1]
     spans: dict[str, list[tuple[float, float]]] = {"compute": [], "Lion": [], "reduce": [], "all-gather": []}
     for begin, end, name in kernels:
         if begin >= first and MARK not in name:
@@ -195,7 +198,7 @@ def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: 
         covered = sum(overlap(span, busy) for span in merged(spans[name]))
         hidden[name] = (sum(end - begin for begin, end in merged(spans[name])), covered)
     if picture is not None:
-        draw(picture, spans, [(m[0] - first) / 1e3 for m in marks[1:]], hidden, mode, options)
+        draw(picture, spans, [(m[0] - first) / 1e3 for m in marks], hidden, mode, options)
     return hidden
 
 

@@ -62,7 +62,7 @@ class ShardedLion(Optimizer):
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
-            rank in its first backward. About three buckets exist at a time, if every parameter is used.
+            rank in its first backward. Up to five buckets exist at a time, if every parameter is used.
         param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
 
     Raises:

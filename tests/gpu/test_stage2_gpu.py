@@ -92,13 +92,15 @@ def test_no_growth_of_memory(tmp_path: Path) -> None:
 
 
 def body_gradients_leave(rank: int, world_size: int) -> None:
-    """Full gradients exist only for the buckets under way: three of them, one parameter each here."""
+    """Full gradients exist only for the buckets under way: four of them, one parameter each here."""
     device = device_of(rank, world_size)
     torch.manual_seed(0)
+    x = torch.randn(8, 2048, device=device)
+    nn.Linear(2048, 2048, bias=False, device=device)(x).mean().backward()  # allocates the workspaces of cuBLAS
+    base = torch.cuda.memory_allocated()
     model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)]).to(device)
     size = 4 * 2048 * 2048
     optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=16)
-    x = torch.randn(8, 2048, device=device)
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -107,8 +109,9 @@ def body_gradients_leave(rank: int, world_size: int) -> None:
         grown = torch.cuda.max_memory_allocated() - before
         optimizer.step()
         optimizer.zero_grad()
-    assert grown < 5 * size  # of 16: the buckets under way, the one that is filling, and the witness
-    assert torch.cuda.memory_allocated() < 16 * size * (1 + 1 / 2 + 1 / 2) + 2 * size
+    assert grown < 7 * size  # of 16: the buckets under way, the one that is filling, and the witness
+    # Parameters, half of the momentum, half of the gradients, and the witness's zeros.
+    assert torch.cuda.memory_allocated() - base < 16 * size * (1 + 1 / 2 + 1 / 2) + 2 * size
 
 
 def test_gradients_leave_in_the_backward(tmp_path: Path) -> None:
