@@ -7,9 +7,12 @@ momentum (in stage 2 of the gradients too) and small packs of tails are allocate
 
 from __future__ import annotations
 
+import logging
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
-from .memory_order import flat, is_dense
+from .memory_order import is_dense
 from .param_groups import (
     DecayWarning,
     check_and_wrap_state,
@@ -31,12 +34,40 @@ from .param_groups import (
     make_defaults,
     momentum_dtype,
 )
-from .sharding.collectives import Agreement, all_reduce_sum, broadcast_from_first, check_device, explaining
+from .sharding.collectives import (
+    Agreement,
+    all_reduce_sum,
+    broadcast_from_first,
+    check_device,
+    explaining,
+    start_all_gather,
+)
 from .sharding.grad_reducer import GradReducer
+from .sharding.replicas import Comparison, broadcast, differing
 from .sharding.shard import Shard
 from .update.dispatch import LionUpdate
-from .update.reference import clip_coefficient
+from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
+from .update.signs import SignUpdate
+from .upload import upload
+
+logger = logging.getLogger("lion_dist")
+
+
+@dataclass
+class _Part:
+    """A shard and what steps it.
+
+    segments: what this rank owns of it.
+    signs: where parameters are synchronised by signs.
+    active: stage 1, where some gradients are None: which are not, and that as a tensor.
+    """
+
+    shard: Shard
+    segments: list[Segment]
+    update: LionUpdate
+    signs: SignUpdate | None
+    active: tuple[bytes, Tensor] | None = None
 
 
 class ShardedLion(Optimizer):
@@ -63,7 +94,10 @@ class ShardedLion(Optimizer):
             is None on all ranks or on none.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
             rank in its first backward. Up to five buckets exist at a time, if every parameter is used.
-        param_sync: "params": an all-gather of the parameters, in place. "auto": the same today.
+        param_sync: how each rank's slices get to the others. "params": an all-gather of the parameters, in place.
+            "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
+            replica: the same bits, for a sixteenth (float32) of the bytes. A replica that went astray stays so
+            (see `check_replicas`). "auto": "signs" where there are several ranks.
 
     Raises:
         RuntimeError: no process group; or, naming the ranks, another rank failed or is absent. (In step()
@@ -105,21 +139,32 @@ class ShardedLion(Optimizer):
                 raise ValueError(f"stage must be 1 or 2, got {stage!r}")
             if not 0 < bucket_mb < math.inf:
                 raise ValueError(f"bucket_mb must be > 0 and finite, got {bucket_mb!r}")
-            if param_sync not in ("auto", "params"):
-                raise ValueError(f'param_sync must be "auto" or "params" in this version, got {param_sync!r}')
+            if param_sync not in ("auto", "params", "signs"):
+                raise ValueError(f'param_sync must be "auto", "params" or "signs", got {param_sync!r}')
             defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
-            self._update = LionUpdate(use_triton)
+            LionUpdate(use_triton)  # raises where it cannot be had
             super().__init__(params, defaults)
-            agreement.says([f"world size {dist.get_world_size(self._group)}, stage {stage}, bucket_mb {bucket_mb}"])
+            world_size = dist.get_world_size(self._group)
+            agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
             agreement.says(describe_groups(self.param_groups))
         self._reducer = GradReducer(self._group, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
         # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
         self._step_supports_amp_scaling = stage == 2
         self._decay_warning = DecayWarning()
         self._clipping: Clipping | None = None
-        self._shards: list[Shard] = []
+        self._use_triton = use_triton
+        self._signs = param_sync == "signs" or (param_sync == "auto" and world_size > 1)
+        if param_sync == "auto":
+            logger.debug(
+                "param_sync: %s", "signs, exact as every replica holds whole weights" if self._signs else
+                "params, as there is one rank and nothing to send",
+            )  # fmt: skip
+        self._comparison = Comparison()
+        self._steps = 0  # since the ranks were last known to be alike
+        self._parts: list[_Part] = []
         self._frozen: list[Tensor] = []
-        self._segments: list[Segment] = []
+        self._ids: list[list[int]] = []
+        self._groups: list[list[int]] = []  # the group numbers of each part's parameters; for the groups of _ids
         self._take_in([p for group in self.param_groups for p in group["params"]])
         self._constructed = True
 
@@ -168,10 +213,13 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks and shards the trainable ones."""
-        broadcast_from_first([flat(p) for p in params if p.numel()], self._group)
-        torch.autograd.graph.increment_version(list(params))
+        broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
+
+    @property
+    def _shards(self) -> list[Shard]:
+        return [part.shard for part in self._parts]
 
     def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[Shard]:
         """Shards of zeros; ``dtypes``: of momenta, by id of the parameter, where not the group's."""
@@ -186,13 +234,24 @@ class ShardedLion(Optimizer):
     def _set_shards(self, shards: list[Shard]) -> None:
         if self._reducer is not None:
             self._reducer.set_shards(shards)
-        self._shards = shards
-        self._segments, first = [], 0
-        for shard in shards:
-            for s in shard.layout.slices(self._rank):
-                grad_start = s.start if self._reducer is None else s.shard_offset
-                self._segments.append(Segment(first + s.param, s.start, grad_start, s.shard_offset, s.length))
-            first += len(shard.params)
+        kept = {id(part.shard): part for part in self._parts}
+        self._parts = [kept.get(id(shard)) or self._make_part(shard) for shard in shards]
+        self._ids = []
+
+    def _make_part(self, shard: Shard) -> _Part:
+        layout, update = shard.layout, LionUpdate(self._use_triton)
+        segments = []
+        for s in layout.slices(self._rank):
+            grad_start = s.start if self._reducer is None else s.shard_offset
+            segments.append(Segment(s.param, s.start, grad_start, s.shard_offset, s.length))
+        signs = None
+        if self._signs:
+            slices = [
+                [(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)]
+                for r in range(layout.world_size)
+            ]
+            signs = SignUpdate(update, layout.shard_numel, self._rank, slices, shard.exp_avg.device)
+        return _Part(shard, segments, update, signs)
 
     def _adopt_unfrozen(self) -> None:
         """Shards parameters that were frozen when they were given and no longer are."""
@@ -268,42 +327,92 @@ class ShardedLion(Optimizer):
         if self._reducer is not None and self._clipping is None:
             self._reducer.reduce()
         columns = self._columns()
-        if columns.params:
-            self._update.step(columns, hypers, self._clipping.scale if self._clipping else None)
-        self._clipping = None
+        if len(columns) > 1:  # with one, its step itself raises for bad gradients before anything is changed
+            for part, own in zip(self._parts, columns, strict=True):
+                part.update.prepare(own)
+        scale = self._clipping.scale if self._clipping else None
         with explaining(self._group):
-            for shard in self._shards:
-                shard.gather_params(self._group)
+            if self._signs:
+                self._step_by_signs(columns, hypers, scale)
+            else:
+                for part, own in zip(self._parts, columns, strict=True):
+                    part.update.step(own, hypers, scale)
+                for part in self._parts:
+                    part.shard.gather_params(self._group)
+        self._clipping = None
         return loss
 
-    def _group_of(self) -> dict[int, int]:
-        """The number of each parameter's group, by id; raises if the groups hold others than were given."""
-        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        if group_of.keys() != {id(p) for shard in self._shards for p in shard.params} | {id(p) for p in self._frozen}:
-            raise ValueError(
-                "parameters were added to or removed from param_groups: use add_param_group() on every rank, or make "
-                "a new ShardedLion"
-            )
-        return group_of
+    def _step_by_signs(self, columns: list[Columns], hypers: list[HyperParameters], scale: Tensor | None) -> None:
+        """The signs of one part travel while those of the next are made."""
+        steps, salt = self._steps, self._salt(columns)
+        self._comparison.check()  # of earlier steps
+        self._steps += 1
+        under_way = []
+        for part, own in zip(self._parts, columns, strict=True):
+            assert part.signs is not None
+            part.signs.pack(own, hypers, scale, salt)
+            under_way.append((part.signs, own, start_all_gather([part.signs.mail.flatten()], self._group)))
 
-    def _columns(self) -> Columns:
-        group_of = self._group_of()
-        params = [p for shard in self._shards for p in shard.params]
-        for shard in self._shards:
+        def what() -> str:
+            groups = [f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers)]
+            return f"step {steps} since the last load or resync(), {'; '.join(groups)}"
+
+        agree = None
+        for signs, own, gather in under_way:
+            gather.wait()
+            if agree is None:
+                agree = self._comparison.compare(signs.checksums, what)
+                self._comparison.check()  # on the CPU it is known at once
+            signs.apply(own, agree)
+
+    def _salt(self, columns: Sequence[Columns]) -> int:
+        """What the ranks must have in common beside hyper-parameters: how often they have stepped, and in stage 1
+        which gradients are None."""
+        present = zlib.crc32(b"".join(part.active[0] for part in self._parts if part.active is not None))
+        return 1 << 62 | ((self._steps * 0x9E3779B97F4A7C15) ^ present) & (1 << 62) - 1
+
+    def _group_numbers(self) -> list[list[int]]:
+        """For each part, the group of each of its parameters; raises if the groups hold others than were given."""
+        ids = [list(map(id, group["params"])) for group in self.param_groups]
+        if ids != self._ids:
+            group_of = {i: number for number, of_group in enumerate(ids) for i in of_group}
+            given = {id(p) for part in self._parts for p in part.shard.params} | {id(p) for p in self._frozen}
+            if group_of.keys() != given:
+                raise ValueError(
+                    "parameters were added to or removed from param_groups: use add_param_group() on every rank, or "
+                    "make a new ShardedLion"
+                )
+            self._groups = [[group_of[id(p)] for p in part.shard.params] for part in self._parts]
+            self._ids = ids
+        return self._groups
+
+    def _columns(self) -> list[Columns]:
+        """One for each part."""
+        reducer, columns, first = self._reducer, [], 0
+        for number, (part, groups) in enumerate(zip(self._parts, self._group_numbers(), strict=True)):
+            shard = part.shard
             shard.refresh()
-        reducer = self._reducer
-        if reducer is None:
-            grads = [p.grad for p in params]
-        else:
-            grads = [g for g, shard in zip(reducer.grads, self._shards, strict=True) for _ in shard.params]
-        return Columns(
-            params=params,
-            grads=grads,
-            exp_avgs=[shard.exp_avg for shard in self._shards for _ in shard.params],
-            groups=[group_of[id(p)] for p in params],
-            segments=self._segments,
-            active=None if reducer is None else reducer.active,
-        )
+            params = shard.params
+            grads: list[Tensor | None]
+            if reducer is None:
+                grads = [p.grad for p in params]
+                active = self._active_of(part, grads) if self._signs else None
+            else:
+                grads = [reducer.grads[number]] * len(params)
+                active = None if reducer.active is None else reducer.active[first:]
+            columns.append(Columns(params, grads, [shard.exp_avg] * len(params), groups, part.segments, active))
+            first += len(params)
+        return columns
+
+    @staticmethod
+    def _active_of(part: _Part, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """In stage 1 a gradient may be None, in which case it is so on every rank."""
+        present = bytes(g is not None for g in grads)
+        if 0 not in present:
+            part.active = None
+        elif part.active is None or part.active[0] != present:
+            part.active = present, upload(list(present), torch.uint8, part.shard.exp_avg.device)
+        return None if part.active is None else part.active[1]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
@@ -329,13 +438,15 @@ class ShardedLion(Optimizer):
         before = self._clipping.scale if self._clipping and self._clipping.fits() else None
         if self._reducer is not None and before is None:
             self._reducer.reduce()
-        columns = self._columns()
-        total = self._update.sum_of_squares(columns)
-        if total is None:
+        sums = [part.update.sum_of_squares(own) for part, own in zip(self._parts, self._columns(), strict=True)]
+        present = [total for total in sums if total is not None]
+        if present:
+            total = torch.stack(present).sum()
+        else:
             device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
             total = torch.zeros((), dtype=torch.float64, device=device)
         with explaining(self._group):
-            for group in (self._group, *process_groups) if self._shards else process_groups:
+            for group in (self._group, *process_groups) if self._parts else process_groups:
                 all_reduce_sum(total, group)
         if before is not None:
             total = total * before.double().square()
@@ -347,7 +458,7 @@ class ShardedLion(Optimizer):
         """Tells, whenever it is called, whether the gradients are what they are now."""
         reducer = self._reducer
         if reducer is None:
-            return same_gradients([p for shard in self._shards for p in shard.params])
+            return same_gradients([p for part in self._parts for p in part.shard.params])
         generation = reducer.generation
         return lambda: not reducer.has_local() and reducer.generation == generation
 
@@ -357,6 +468,32 @@ class ShardedLion(Optimizer):
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)
         self._clipping = None
+
+    # Replicas -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_replicas(self) -> None:
+        """Compares checksums of the parameters' bits over the ranks; a collective call, which the host waits for.
+
+        Raises:
+            RuntimeError: on every rank, where a replica differs: the parameters, and the ranks.
+        """
+        unlike = differing([p for group in self.param_groups for p in group["params"]], self._group)
+        if unlike:
+            some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
+            raise RuntimeError(
+                f"{len(unlike)} parameters have not the bits that they have on the group's first rank: {some}. Call "
+                "resync() on every rank to give all ranks those of the first"
+            )
+
+    @torch.no_grad()
+    def resync(self) -> None:
+        """Gives every rank the parameters of the group's first rank; a collective call."""
+        with Agreement(self._group, "ShardedLion.resync()"):
+            pass
+        broadcast([p for group in self.param_groups for p in group["params"]], self._group)
+        self._comparison = Comparison()
+        self._steps = 0
 
     # State --------------------------------------------------------------------------------------
 
@@ -380,7 +517,7 @@ class ShardedLion(Optimizer):
             RuntimeError: ranks that did not make the call within the group's time-out, by number.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
-            self._group_of()
+            self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
         keep = not rank0_only or self._rank == 0
         index_of: dict[int, int] = {}
@@ -429,13 +566,15 @@ class ShardedLion(Optimizer):
                         for i, p in enumerate(p for group in self.param_groups for p in group["params"])
                     ]
                 )
+            if self._signs:
+                self.check_replicas()
         except Exception:
             self.param_groups = previous
             raise
         finally:
             handle.remove()
 
-        sharded = {id(p) for shard in self._shards for p in shard.params} | saved.keys()
+        sharded = {id(p) for part in self._parts for p in part.shard.params} | saved.keys()
         dtypes = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -447,6 +586,7 @@ class ShardedLion(Optimizer):
         for shard in self._shards:
             shard.take_exp_avgs(saved, self._rank)
         self._clipping = None
+        self._steps = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -27,22 +27,36 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 AVERAGING_BACKENDS = {"nccl", "gloo"}
 
 
-def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Completes buffers of which each rank holds one part: one coalesced group of all-gathers.
+def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any:
+    """Starts completing buffers of which each rank holds one part: one coalesced group of all-gathers, beside the
+    current stream.
 
     Args:
         buffers: 1-D, contiguous, of one dtype and device, lengths divisible by the group's size; rank
-            r's part is the r-th of equal parts, where it lies. The same lengths on every rank.
+            r's part is the r-th of equal parts, where it lies. The same lengths on every rank. At least one.
+
+    Returns:
+        What to `wait` for before anything reads them.
     """
-    if not buffers:
-        return
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+
+    def start(buffer: Tensor, **kwargs: Any) -> Any:
+        length = buffer.numel() // world_size
+        return _all_gather(buffer, buffer.narrow(0, rank * length, length), group=group, **kwargs)
+
+    if len(buffers) == 1:
+        return start(buffers[0], async_op=True)
     # Without a device the manager hands the whole list to the backend in one call; gloo has no other way.
     with c10d._coalescing_manager(group=group, async_ops=True) as handle:
         for buffer in buffers:
-            length = buffer.numel() // world_size
-            _all_gather(buffer, buffer.narrow(0, rank * length, length), group=group)
-    handle.wait()
+            start(buffer)
+    return handle
+
+
+def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """`start_all_gather`, waited for; of nothing, nothing."""
+    if buffers:
+        start_all_gather(buffers, group).wait()
 
 
 class Reduction:

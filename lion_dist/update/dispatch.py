@@ -9,8 +9,10 @@ FSDP), so addresses, dtypes, shapes and strides are compared every time, about 0
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from .segments import (
 
 try:
     from . import triton_norm, triton_step
+    from . import triton_signs as triton_signs
 except ImportError:  # no triton: macOS, Windows, some CPU installations
     HAS_TRITON = False
 else:
@@ -116,12 +119,29 @@ class _Plain:
     one_dimensional: bool
 
 
+# Through C loops: they run over every tensor of every step.
+_ADDRESS, _STRIDE, _NUMEL, _DTYPE = Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype")
+_NONE = type(None)
+
+
+def _of_each(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], absent: Iterable[Any]) -> list[Any]:
+    """The method of every tensor; where there is none, what ``absent`` has in its place."""
+    if _NONE in map(type, tensors):
+        return [a if t is None else method(t) for t, a in zip(tensors, absent, strict=False)]
+    return list(map(method, tensors))  # type: ignore[arg-type]
+
+
 class LionUpdate:
     """Applies the rule to the columns of one step.
 
     Args:
         use_triton: None: wherever it can (CUDA tensors). True: everywhere, an error where it cannot.
             False: nowhere.
+
+    Attributes:
+        fused: (Mix, SegmentTable): what takes a launch each.
+        plain: what plain torch steps.
+        grads: of the prepared columns, each laid out as its parameter.
     """
 
     def __init__(self, use_triton: bool | None) -> None:
@@ -129,10 +149,12 @@ class LionUpdate:
             raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
         self.use_triton = use_triton
         self._key: list[Any] | None = None
+        self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
+        self._relaying = False  # whether some of these gradients lie otherwise than their parameters
         self._grad_dtypes: list[torch.dtype] = []
-        self._fused: list[tuple[Any, SegmentTable]] = []
-        self._plain: list[_Plain] = []
-        self._grads: list[Tensor | None] = []
+        self.fused: list[tuple[Any, SegmentTable]] = []
+        self.plain: list[_Plain] = []
+        self.grads: list[Tensor | None] = []
         self._grad_addresses: list[int] = []
         self._hypers: dict[torch.device, tuple[list[HyperParameters], Tensor]] = {}
 
@@ -146,24 +168,25 @@ class LionUpdate:
                 use_triton=True on tensors that Triton cannot reach.
         """
         params, grads, exp_avgs = columns.params, columns.grads, columns.exp_avgs
-        strides = [p.stride() for p in params]
-        numels = [p.numel() for p in params]
+        strides, numels = list(map(_STRIDE, params)), list(map(_NUMEL, params))
         if len(self._grad_dtypes) != len(grads):
             self._grad_dtypes = [p.dtype for p in params]
         try:
             # An absent gradient is no reason to rebuild: it is taken for one like the last.
-            grad_dtypes = [old if g is None else g.dtype for g, old in zip(grads, self._grad_dtypes, strict=True)]
-            grad_strides = [old if g is None else g.stride() for g, old in zip(grads, strides, strict=True)]
-            grad_numels = [old if g is None else g.numel() for g, old in zip(grads, numels, strict=True)]
-            if grad_strides != strides or grad_numels != numels:
-                grads = [None if g is None else self._relaid(i, g, columns) for i, g in enumerate(grads)]
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
+            grad_dtypes = _of_each(_DTYPE, grads, self._grad_dtypes)
+            layout = (strides, numels, _of_each(_STRIDE, grads, strides), _of_each(_NUMEL, grads, numels))
+            if self._relaying or layout != self._layout:
+                laid = [None if g is None else self._relaid(i, g, columns) for i, g in enumerate(grads)]
+                self._relaying = any(a is not b for a, b in zip(laid, grads, strict=True))
+                self._layout = layout
+                grads = laid
+            addresses = _of_each(_ADDRESS, grads, repeat(0))
         except RuntimeError:  # a sparse gradient has no strides and no address
             self._check_gradients(columns)
             raise
         key = [
-            [p.data_ptr() for p in params], [p.dtype for p in params], strides, numels,
-            [m.data_ptr() for m in exp_avgs], [m.dtype for m in exp_avgs], [m.stride() for m in exp_avgs],
+            list(map(_ADDRESS, params)), list(map(_DTYPE, params)), strides, numels,
+            list(map(_ADDRESS, exp_avgs)), list(map(_DTYPE, exp_avgs)), list(map(_STRIDE, exp_avgs)),
             grad_dtypes, columns.groups, columns.segments,
         ]  # fmt: skip
         if key != self._key:
@@ -176,10 +199,10 @@ class LionUpdate:
             self._key = key
             self._grad_addresses = []
         if addresses != self._grad_addresses:
-            for _, table in self._fused:
+            for _, table in self.fused:
                 table.set_gradients(grads)
             self._grad_addresses = addresses
-        self._grads = grads
+        self.grads = grads
 
     @staticmethod
     def _check_gradients(columns: Columns) -> None:
@@ -232,24 +255,24 @@ class LionUpdate:
                 whole.segments.append(s)
                 whole.params.append(p.detach())
                 whole.exp_avgs.append(m)
-            elif self._takes_triton(p.device):
+            elif self.takes_triton(p.device):
                 mix = triton_step.Mix(p.dtype, self._grad_dtypes[s.entry], m.dtype)
                 fused.setdefault((p.device, mix), []).append(s)
             else:
                 views.segments.append(s)
                 views.params.append(flat(p, s.param_start, s.length))
                 views.exp_avgs.append(flat(m, s.exp_avg_start, s.length))
-        self._plain = [plain for plain in (views, whole) if plain.segments]
-        self._fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
+        self.plain = [plain for plain in (views, whole) if plain.segments]
+        self.fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
 
-    def _takes_triton(self, device: torch.device) -> bool:
+    def takes_triton(self, device: torch.device) -> bool:
         reachable = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
         if self.use_triton and not reachable:
             raise ValueError(f"use_triton=True needs parameters on a GPU, got {device}; use_triton=None falls back")
         # The interpreter is for tests: it is taken where asked for, never because a variable is set.
         return self.use_triton is True or (self.use_triton is None and reachable and device.type == "cuda")
 
-    def _hyper_table(self, hypers: list[HyperParameters], device: torch.device) -> Tensor:
+    def hyper_table(self, hypers: list[HyperParameters], device: torch.device) -> Tensor:
         kept = self._hypers.get(device)
         constant = not any(isinstance(h.lr, Tensor) for h in hypers)  # a tensor is filled in place
         if constant and kept is not None and kept[0] == hypers:
@@ -271,37 +294,41 @@ class LionUpdate:
             grad_scale: float32, shape (), multiplied into every gradient; None is 1.
         """
         self.prepare(columns)
-        for mix, table in self._fused:
+        for mix, table in self.fused:
             scale = None if grad_scale is None else grad_scale.to(table.device, non_blocking=True)
-            triton_step.lion_step(table, mix, self._hyper_table(hypers, table.device), scale, columns.active)
-        if self._plain:
-            self._silence(columns)
-        for plain in self._plain:
+            triton_step.lion_step(table, mix, self.hyper_table(hypers, table.device), scale, columns.active)
+        if self.plain:
+            self.silence(columns)
+        for plain in self.plain:
             self._plain_step(plain, columns.groups, hypers, grad_scale)
         # Autograd does not see writes by address, and a graph that saved a weight must not use it changed.
         params = columns.params
         if 0 in self._grad_addresses:
-            params = [p for p, g in zip(params, self._grads, strict=True) if g is not None]
+            params = [p for p, g in zip(params, self.grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(params)
-        self._grads = []  # gradients die when their owner drops them
+        self.forget_gradients()
 
-    def _silence(self, columns: Columns) -> None:
+    def forget_gradients(self) -> None:
+        """After their use: gradients die when their owner drops them."""
+        self.grads = []
+
+    def silence(self, columns: Columns) -> None:
         """What kernels read from ``columns.active``, for plain torch: the gradients of other entries are left
         out. On a GPU (use_triton=False) the host waits for it."""
         if columns.active is not None:
             flags = columns.active.tolist()
-            self._grads = [g if flag else None for g, flag in zip(self._grads, flags, strict=False)]
+            self.grads = [g if flag else None for g, flag in zip(self.grads, flags, strict=False)]
 
     def _plain_step(
         self, plain: _Plain, groups: list[int], hypers: list[HyperParameters], grad_scale: Tensor | None
     ) -> None:
         by_group: dict[tuple[torch.device, int], reference.Scalars] = {}
         for s, p, m in zip(plain.segments, plain.params, plain.exp_avgs, strict=True):
-            g, at = self._grads[s.entry], (p.device, groups[s.entry])
+            g, at = self.grads[s.entry], (p.device, groups[s.entry])
             if g is None:
                 continue
             if at not in by_group:
-                row = self._hyper_table(hypers, p.device)[at[1]]
+                row = self.hyper_table(hypers, p.device)[at[1]]
                 scale = None if grad_scale is None else grad_scale.to(p.device)
                 by_group[at] = reference.scalars(row, scale)
             if plain.one_dimensional:
@@ -318,15 +345,15 @@ class LionUpdate:
         """The sum of squares of the gradients' segments: float64, shape (), or None where there are
         no segments. Columns must be on one device."""
         self.prepare(columns)
-        sums = [triton_norm.sum_of_squares(table, mix.grad, columns.active) for mix, table in self._fused]
-        if self._plain:
-            self._silence(columns)
-        for plain in self._plain:
+        sums = [triton_norm.sum_of_squares(table, mix.grad, columns.active) for mix, table in self.fused]
+        if self.plain:
+            self.silence(columns)
+        for plain in self.plain:
             for s in plain.segments:
-                g = self._grads[s.entry]
+                g = self.grads[s.entry]
                 if g is None:
                     continue
                 run = flat(g, s.grad_start, s.length) if plain.one_dimensional else g
                 sums.append(torch.stack([reference.sum_of_squares(x) for x in run.split(CHUNK)]).sum())
-        self._grads = []
+        self.forget_gradients()
         return torch.stack(sums).sum() if sums else None

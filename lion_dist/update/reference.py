@@ -89,6 +89,28 @@ def _storage_bits(x: Tensor, is_nan: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(is_nan, nan_bits, x.to(dtype).view(integer))
 
 
+def momentum_rule(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """The half of the rule that needs gradient and momentum, of any storage dtypes.
+
+    Returns:
+        The sign of c, float32: -1, 0, +1, or NaN where c is; and the new momentum, in the dtype of m.
+    """
+    m32 = m.float()
+    g32 = g.float() * s.grad_scale
+    c = s.beta1 * m32 + s.one_minus_beta1 * g32
+    m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
+    # torch.sign maps NaN to 0, which would freeze a weight silently.
+    sign = torch.where(c.isnan(), c, torch.sign(c))
+    return sign, _storage_bits(m32, m32.isnan() | c.isnan(), m.dtype).view(m.dtype)
+
+
+def parameter_rule(p: Tensor, sign: Tensor, s: Scalars) -> Tensor:
+    """The half that needs the parameter: what it becomes, in its dtype. ``sign`` as `momentum_rule` gives it."""
+    p32 = p.float() * s.decay - s.lr * sign
+    new_p = _storage_bits(p32, p32.isnan(), p.dtype)
+    return torch.where(s.lr == 0, p.view(new_p.dtype), new_p).view(p.dtype)
+
+
 def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
     """One step of the rule.
 
@@ -99,16 +121,8 @@ def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tens
     Returns:
         The new parameter and the new momentum, in the dtypes of p and m.
     """
-    p32, m32 = p.float(), m.float()
-    g32 = g.float() * s.grad_scale
-    c = s.beta1 * m32 + s.one_minus_beta1 * g32
-    c_is_nan = c.isnan()
-    p32 = p32 * s.decay - s.lr * torch.sign(c)
-    m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
-    new_p = _storage_bits(p32, p32.isnan() | c_is_nan, p.dtype)
-    new_p = torch.where(s.lr == 0, p.view(new_p.dtype), new_p)
-    new_m = _storage_bits(m32, m32.isnan() | c_is_nan, m.dtype)
-    return new_p.view(p.dtype), new_m.view(m.dtype)
+    sign, new_m = momentum_rule(g, m, s)
+    return parameter_rule(p, sign, s), new_m
 
 
 def lion_step_(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
@@ -116,6 +130,48 @@ def lion_step_(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
     new_p, new_m = lion_rule(p, g, m, s)
     p.copy_(new_p)
     m.copy_(new_m)
+
+
+# Codes of a sign, two bits each. Four share a byte: element i of a group of four is in bits 2i and 2i + 1.
+ZERO, PLUS, MINUS, NOT_A_NUMBER = range(4)
+PER_BYTE = 4
+
+
+def pack_signs(sign: Tensor) -> Tensor:
+    """float32 signs, 1-D, as `momentum_rule` gives them -> their codes, uint8, a quarter as many, rounded up."""
+    code = torch.where(sign.isnan(), NOT_A_NUMBER, (sign > 0) * PLUS + (sign < 0) * MINUS).to(torch.uint8)
+    code = torch.nn.functional.pad(code, (0, -code.numel() % PER_BYTE)).view(-1, PER_BYTE)
+    return code[:, 0] | code[:, 1] << 2 | code[:, 2] << 4 | code[:, 3] << 6
+
+
+def unpack_signs(packed: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` float32 signs of what `pack_signs` made."""
+    code = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten()[:numel]
+    of_code = torch.tensor([0.0, 1.0, -1.0, torch.nan], device=packed.device)
+    return of_code[code.long()]
+
+
+def sign_step_(g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
+    """The owner's half of a step, on 1-D tensors: writes the new momentum, and the packed signs."""
+    sign, new_m = momentum_rule(g, m, s)
+    m.copy_(new_m)
+    packed.copy_(pack_signs(sign))
+
+
+def apply_signs_(p: Tensor, packed: Tensor, s: Scalars) -> None:
+    """The other half, on every rank: writes the new parameter, 1-D. After both it is what `lion_step_` makes of it."""
+    p.copy_(parameter_rule(p, unpack_signs(packed, p.numel()), s))
+
+
+def checksum(hypers: Tensor, salt: int) -> Tensor:
+    """A number that ranks compare before they apply one another's signs; int64, shape (), wrapping around.
+
+    Args:
+        hypers: a hyper-parameter table.
+        salt: what else the ranks must have in common, in [0, 2**63).
+    """
+    bits = hypers.flatten().view(torch.int64)
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum() + salt
 
 
 def sum_of_squares(g: Tensor) -> Tensor:

@@ -59,31 +59,41 @@ def _store(pointer, x, is_nan, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _step_block(
-    p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P: tl.constexpr, M: tl.constexpr
-):  # fmt: skip
+def _momentum(g, m, hyper, grad_scale):
+    """reference.momentum_rule: (c, the new momentum), both float32; where c is NaN, so must what is stored be."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
-    lr64 = tl.load(hyper + _LR)
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
-    lr = lr64.to(tl.float32)
-    decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
     scale = tl.load(hyper + _GRAD_SIGN).to(tl.float32)
     if grad_scale is not None:
         scale = scale * tl.load(grad_scale)
-
-    g = tl.load(g_pointer, mask=mask).to(tl.float32) * scale
-    m = tl.load(m_pointer, mask=mask).to(tl.float32)
-    p = tl.load(p_pointer, mask=mask).to(tl.float32)
-
+    g = g.to(tl.float32) * scale
+    m = m.to(tl.float32)
     c = beta1_64.to(tl.float32) * m + (1.0 - beta1_64).to(tl.float32) * g
+    return c, beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
+
+
+@triton.jit
+def _moved(p, sign, lr64, hyper):
+    """reference.parameter_rule, in float32."""
+    decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
+    return p.to(tl.float32) * decay - lr64.to(tl.float32) * sign
+
+
+@triton.jit
+def _step_block(
+    p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    g = tl.load(g_pointer, mask=mask)
+    m = tl.load(m_pointer, mask=mask)
+    p = tl.load(p_pointer, mask=mask)
+    c, m = _momentum(g, m, hyper, grad_scale)
     c_is_nan = c != c
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
-    p = p * decay - lr * sign
-    m = beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
-
+    lr64 = tl.load(hyper + _LR)
+    p = _moved(p, sign, lr64, hyper)
     _store(m_pointer, m, c_is_nan | (m != m), mask, M)
-    if lr != 0:
+    if lr64.to(tl.float32) != 0:
         _store(p_pointer, p, c_is_nan | (p != p), mask, P)
 
 

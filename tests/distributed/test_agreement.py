@@ -84,7 +84,7 @@ def body_bad_input(rank: int, world_size: int) -> None:
         ({"lr": -1.0}, "lr must be"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"weight_decay": -0.1}, "weight_decay"),
-        ({"param_sync": "signs"}, "param_sync"),
+        ({"param_sync": "bits"}, "param_sync"),
         ({"stage": 3}, "stage must be 1 or 2"),
         ({"bucket_mb": 0}, "bucket_mb must be > 0"),
     ]:

@@ -187,7 +187,7 @@ def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, 
     device = device_of(rank, world_size)
     models = [Toy(100, dtypes, device) for _ in range(3)]
     two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb)
-    one = ShardedLion(models[1].groups(), lr=0.01, stage=1)
+    one = ShardedLion(models[1].groups(), lr=0.01, stage=1, param_sync="params")
     lion = Lion(models[2].groups(), lr=0.01)
     for step in range(STEPS):
         mine = scenario(step, rank)

@@ -1,0 +1,173 @@
+"""The two halves of a step as Triton launches, with 2-bit signs between them; reference.py's `sign_step_` and
+`apply_signs_`, bit for bit.
+
+The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch
+the parameter. Whoever holds the parameter applies the signs to it, the owner's own included. Both walk a segment
+table as triton_step.py does; where a table has the address of a parameter or momentum, here may be that of packed
+signs: bytes, PER_BYTE elements each.
+
+Checksum: reference.py's, which the owner sends behind its signs. Signs are applied only where all ranks sent the
+same one: a rank of another lr would make its replicas drift apart, silently.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import HYPER_COLUMNS, LR, MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
+from .segments import TILE, SegmentTable
+from .triton_step import _TRITON_DTYPES, _momentum, _moved, _store
+
+BLOCK = 1024
+NUM_WARPS = 4
+
+_ROW = tl.constexpr(SegmentTable.ROW)
+_TILE = tl.constexpr(TILE)
+_HYPER_COLUMNS = tl.constexpr(HYPER_COLUMNS)
+_LR = tl.constexpr(LR)
+_PER_BYTE = tl.constexpr(PER_BYTE)
+_PLUS, _MINUS, _NOT_A_NUMBER = tl.constexpr(PLUS), tl.constexpr(MINUS), tl.constexpr(NOT_A_NUMBER)
+
+
+@triton.jit(do_not_specialize=["tiles", "hyper_numel", "salt"])  # numbers that change must not compile anew
+def _pack_kernel(
+    rows, tile_segments, tiles, grad_addresses, active, hypers, grad_scale,
+    exp_avg, packed, checksum, hyper_numel, salt,
+    G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, HYPERS: tl.constexpr,
+):  # fmt: skip
+    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    program = tl.program_id(0)
+    tile = program // BLOCKS_PER_TILE
+    if program == 0:
+        index = tl.arange(0, HYPERS)
+        bits = tl.load(hypers + index, mask=index < hyper_numel, other=0.0).to(tl.int64, bitcast=True)
+        tl.store(checksum, tl.sum(bits * (2 * index + 1).to(tl.int64), axis=0) + salt)
+    if tile < tiles:
+        segment = tl.load(tile_segments + tile)
+        row = rows + segment.to(tl.int64) * _ROW
+        m_address = tl.load(row + 1)
+        length = tl.load(row + 2)
+        group = tl.load(row + 3)
+        start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+        g_address = tl.load(grad_addresses + segment)
+        is_active = g_address != 0
+        if active is not None:
+            is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
+        if is_active & (start < length):
+            hyper = hypers + group * _HYPER_COLUMNS
+            fours = tl.arange(0, BLOCK // _PER_BYTE)
+            lanes = tl.arange(0, _PER_BYTE)
+            offsets = fours[:, None] * _PER_BYTE + lanes[None, :]
+            # Packed signs lie as the momentum does. The division is exact: shards are cut at multiples of 128.
+            first = (m_address - exp_avg.to(tl.int64)) // (M.primitive_bitwidth // 8) + start
+            bytes_ = packed + first // _PER_BYTE + fours
+            if (start + BLOCK <= length) & (((g_address | m_address) % 16) == 0):
+                g_pointer = tl.multiple_of(g_address.to(tl.pointer_type(G)), 16) + start + offsets
+                m_pointer = tl.multiple_of(m_address.to(tl.pointer_type(M)), 16) + start + offsets
+                _pack_block(g_pointer, m_pointer, bytes_, lanes, None, None, hyper, grad_scale, M)
+            else:
+                mask = start + offsets < length
+                g_pointer = g_address.to(tl.pointer_type(G)) + start + offsets
+                m_pointer = m_address.to(tl.pointer_type(M)) + start + offsets
+                byte_mask = start + fours * _PER_BYTE < length
+                _pack_block(g_pointer, m_pointer, bytes_, lanes, mask, byte_mask, hyper, grad_scale, M)
+
+
+@triton.jit
+def _pack_block(g_pointer, m_pointer, bytes_, lanes, mask, byte_mask, hyper, grad_scale, M: tl.constexpr):
+    g = tl.load(g_pointer, mask=mask)
+    m = tl.load(m_pointer, mask=mask)
+    c, m = _momentum(g, m, hyper, grad_scale)
+    c_is_nan = c != c
+    code = tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, tl.where(c_is_nan, _NOT_A_NUMBER, 0)))
+    if mask is not None:
+        code = tl.where(mask, code, 0)
+    _store(m_pointer, m, c_is_nan | (m != m), mask, M)
+    tl.store(bytes_, tl.sum(code << (2 * lanes[None, :]), axis=1).to(tl.uint8), mask=byte_mask)
+
+
+@triton.jit
+def _apply_kernel(
+    rows, tile_segments, active, agree, hypers,
+    P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    program = tl.program_id(0)
+    tile = program // BLOCKS_PER_TILE
+    segment = tl.load(tile_segments + tile)
+    row = rows + segment.to(tl.int64) * _ROW
+    p_address = tl.load(row)
+    packed_address = tl.load(row + 1)
+    length = tl.load(row + 2)
+    group = tl.load(row + 3)
+    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+    is_active = start < length
+    if active is not None:
+        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
+    lr64 = tl.load(hypers + group * _HYPER_COLUMNS + _LR)
+    if is_active & (tl.load(agree) != 0) & (lr64.to(tl.float32) != 0):
+        hyper = hypers + group * _HYPER_COLUMNS
+        fours = tl.arange(0, BLOCK // _PER_BYTE)
+        lanes = tl.arange(0, _PER_BYTE)
+        offsets = fours[:, None] * _PER_BYTE + lanes[None, :]
+        bytes_ = packed_address.to(tl.pointer_type(tl.uint8)) + start // _PER_BYTE + fours
+        if (start + BLOCK <= length) & ((p_address % 16) == 0):
+            p_pointer = tl.multiple_of(p_address.to(tl.pointer_type(P)), 16) + start + offsets
+            _apply_block(p_pointer, bytes_, lanes, None, None, lr64, hyper, P)
+        else:
+            mask = start + offsets < length
+            p_pointer = p_address.to(tl.pointer_type(P)) + start + offsets
+            _apply_block(p_pointer, bytes_, lanes, mask, start + fours * _PER_BYTE < length, lr64, hyper, P)
+
+
+@triton.jit
+def _apply_block(p_pointer, bytes_, lanes, mask, byte_mask, lr64, hyper, P: tl.constexpr):
+    packed = tl.load(bytes_, mask=byte_mask).to(tl.int32)
+    p = tl.load(p_pointer, mask=mask)
+    code = (packed[:, None] >> (2 * lanes[None, :])) & 3
+    sign = tl.where(code == _PLUS, 1.0, tl.where(code == _MINUS, -1.0, 0.0))
+    p = _moved(p, sign, lr64, hyper)
+    _store(p_pointer, p, (code == _NOT_A_NUMBER) | (p != p), mask, P)
+
+
+def pack_signs(
+    table: SegmentTable, grad_dtype: torch.dtype, hypers: Tensor, grad_scale: Tensor | None, active: Tensor | None,
+    exp_avg: Tensor, packed: Tensor, checksum: Tensor, salt: int,
+) -> None:  # fmt: skip
+    """The owner's half for every active segment of the table, and the checksum, in one launch.
+
+    Args:
+        table, hypers, grad_scale, active: as for `triton_step.lion_step`.
+        exp_avg: the flat momentum buffer that all of the table's momenta lie in.
+        packed: uint8, one byte for PER_BYTE elements of ``exp_avg``, in its order.
+        checksum: int64, shape (), written.
+        salt: as for `reference.checksum`, in [2**31, 2**63): of one width, so that nothing is compiled twice.
+    """
+    table.keep_for_launch(hypers, grad_scale, active)
+    with torch.cuda.device_of(packed):
+        _pack_kernel[(max(1, table.tiles * (TILE // BLOCK)),)](
+            table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
+            exp_avg, packed, checksum, hypers.numel(), salt,
+            G=_TRITON_DTYPES[grad_dtype], M=_TRITON_DTYPES[exp_avg.dtype], BLOCK=BLOCK,
+            HYPERS=triton.next_power_of_2(hypers.numel()), num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def apply_signs(
+    table: SegmentTable, param_dtype: torch.dtype, hypers: Tensor, active: Tensor | None, agree: Tensor
+) -> None:
+    """The other half for every active segment of the table, in one launch.
+
+    Args:
+        table: whose momenta are packed signs, uint8, their starts in bytes.
+        agree: uint8, shape (), on the table's device: 0 leaves everything untouched.
+    """
+    table.keep_for_launch(hypers, active, agree)
+    with torch.cuda.device_of(table.rows):
+        _apply_kernel[(table.tiles * (TILE // BLOCK),)](
+            table.rows, table.tile_segments, active, agree, hypers,
+            P=_TRITON_DTYPES[param_dtype], BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
