@@ -166,8 +166,10 @@ class Rounds:
         for i in bucket:
             place, grad = self._places[i], take(i)
             if place.output is not None:
-                head = self._params[i].new_zeros(place.head) if grad is None else grad[: place.head]
-                inputs.append(head)
+                if grad is None:
+                    inputs.append(self._params[i].new_zeros(place.head))
+                else:
+                    inputs.append(grad if place.tail is None else grad[: place.head])
                 outputs.append(place.output)
             if place.tail is not None:
                 if grad is None:
