@@ -318,6 +318,8 @@ class ShardedLion(Optimizer):
         hypers = [hyper_parameters(group) for group in self.param_groups]
         for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             self._decay_warning.check(i, group, hyper)
+        if self._reducer is not None:
+            self._reducer.check_usable()
         self._adopt_unfrozen()
         if self._clipping is not None and not self._clipping.fits():
             raise ValueError(
@@ -433,6 +435,8 @@ class ShardedLion(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
+        if self._reducer is not None:
+            self._reducer.check_usable()
         self._adopt_unfrozen()
         # Clipped before: what counts is the gradient as it would be stepped.
         before = self._clipping.scale if self._clipping and self._clipping.fits() else None

@@ -5,12 +5,14 @@ Nothing here keeps its owner alive: parameters and backwards outlive optimizers.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 
 class _Hook:
@@ -21,11 +23,15 @@ class _Hook:
         self._index = index
 
     def __call__(self, _: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("ShardedLion with stage=2 does not work under compiled autograd; use stage=1")
         hooks = self.hooks()
         if hooks is not None:
             hooks.arrived(self._index)
+
+
+class _CPUHook(_Hook):
+    """Runs in the thread that calls backward(), where a torch.compile around that call would trace it."""
+
+    __call__ = _disable_dynamo(_Hook.__call__)
 
 
 class GradHooks:
@@ -54,7 +60,8 @@ class GradHooks:
                 lost = other._lost() if other is not None else None
                 if lost is not None:
                     lost()
-            self._handles[i] = p.register_post_accumulate_grad_hook(_Hook(self, i))
+            hook_type = _CPUHook if p.device.type == "cpu" else _Hook
+            self._handles[i] = p.register_post_accumulate_grad_hook(hook_type(self, i))
 
     def reports(self, i: int) -> bool:
         """Whether a backward that reaches the parameter calls ``arrived``."""
@@ -77,13 +84,21 @@ class BackwardEnd:
     Args:
         ended: a bound method; it runs in the backward's last moments, of a reentrant checkpoint's too.
         raised: a bound method, called if the backward raises: autograd then drops its callbacks uncalled.
+
+    Raises:
+        RuntimeError: under compiled autograd.
     """
 
     def __init__(self, ended: Callable[[], None], raised: Callable[[], None]) -> None:
+        self._raised: weakref.WeakMethod[Any] | None = None
+        compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+            raise RuntimeError("ShardedLion with stage=2 does not work under compiled autograd; use stage=1")
         self._ended: weakref.WeakMethod[Any] = weakref.WeakMethod(ended)
-        self._raised: weakref.WeakMethod[Any] | None = weakref.WeakMethod(raised)
+        self._raised = weakref.WeakMethod(raised)
         torch.autograd.Variable._execution_engine.queue_callback(self)
 
+    @_disable_dynamo
     def __call__(self) -> None:
         self._raised = None
         method = self._ended()
@@ -94,3 +109,36 @@ class BackwardEnd:
         method = self._raised() if self._raised is not None else None
         if method is not None:
             method()
+
+
+class _Once:
+    """A node's pre-hook that takes itself away."""
+
+    def __init__(self, method: weakref.WeakMethod[Any]) -> None:
+        self._method = method
+        self.handle: Any = None
+
+    @_disable_dynamo
+    def __call__(self, _: Any) -> None:
+        self.handle.remove()
+        method = self._method()
+        if method is not None:
+            method()
+
+
+def in_reentrant_pass_end() -> bool:
+    """Whether the backward that ends is that of a reentrant checkpoint: a node of the pass around it is running."""
+    return torch._C._current_autograd_node() is not None
+
+
+def when_outer_pass_goes_on(call: Callable[[], None]) -> None:
+    """At the end of a reentrant checkpoint's pass: has a bound method called when the pass around it takes its next
+    node after the checkpoint. (Only there can one tell autograd anything about that pass.)"""
+    method: weakref.WeakMethod[Any] = weakref.WeakMethod(call)
+    node = torch._C._current_autograd_node()
+    for following, _ in node.next_functions:
+        if following is None:
+            continue
+
+        once = _Once(method)
+        once.handle = following.register_prehook(once)

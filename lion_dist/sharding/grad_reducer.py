@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..memory_order import flat, laid_out_like
 from ..upload import upload
 from .buckets import complete_order
 from .collectives import Membership, all_reduce_max, broadcast_from_first
-from .grad_hooks import BackwardEnd, GradHooks
+from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
 from .rounds import Rounds
 from .shard import Shard
 from .witness import Witness
@@ -110,6 +111,7 @@ class GradReducer:
     def _witness_look(self) -> Callable[[], None]:
         self_ref = weakref.ref(self)
 
+        @_disable_dynamo
         def look() -> None:
             reducer = self_ref()
             if reducer is not None and torch._C._current_graph_task_id() not in reducer._passes:
@@ -157,18 +159,23 @@ class GradReducer:
             if self._rounds.is_open:  # its bucket may be on its way already
                 self._passes.add(current)
             return
-        if current not in self._passes:
-            self._passes.add(current)
-            BackwardEnd(self._pass_ended, self._backward_raised)
+        self._watch_pass()
         if not self._rounds.is_open:
             self._begin_round()
         if not self._learned:
             self._seen.append(i)
         self._rounds.arrived(i, self._take)
 
+    def _watch_pass(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if current not in self._passes:
+            BackwardEnd(self._pass_ended, self._backward_raised)
+            self._passes.add(current)
+
     def _pass_ended(self) -> None:
-        if torch._C._current_autograd_node() is not None:  # a reentrant checkpoint's: the pass around it goes on
+        if in_reentrant_pass_end():
             self._reentrant = True
+            when_outer_pass_goes_on(self._watch_pass)  # no gradient may ever arrive in it
         elif self._rounds.is_open:
             # Now, and not in step(): a collective of the user's own may come between, on the same group.
             self._rounds.launch_rest(self._take)
@@ -204,6 +211,10 @@ class GradReducer:
         self._ended_rounds += 1
 
     # Reduction ----------------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        """Raises if there has been a failure after which gradients can be trusted no more."""
+        self._membership.check()
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -293,6 +304,9 @@ class GradReducer:
 
         After a backward that no `reduce` has followed this is a collective call: ranks may have launched
         different buckets of the round, and must end it first."""
+        if self._membership.failure:
+            yield
+            return
         if set_to_none:
             self._forget()
             yield
