@@ -53,6 +53,9 @@ from .upload import upload
 
 logger = logging.getLogger("lion_dist")
 
+# Elements of the parameters of a part, if they are more than one: large enough for its collective to be efficient.
+PART_NUMEL = 1 << 29
+
 
 @dataclass
 class _Part:
@@ -93,7 +96,7 @@ class ShardedLion(Optimizer):
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
-            rank in its first backward. Up to five buckets exist at a time, if every parameter is used.
+            rank in its first backward. Up to four buckets exist at a time, if every parameter is used.
         param_sync: how each rank's slices get to the others. "params": an all-gather of the parameters, in place.
             "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
             replica: the same bits, for a sixteenth (float32) of the bytes. A replica that went astray stays so
@@ -118,7 +121,7 @@ class ShardedLion(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         stage: int = 2,
         param_sync: str = "auto",
-        bucket_mb: float = 64,
+        bucket_mb: float = 128,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
@@ -224,12 +227,18 @@ class ShardedLion(Optimizer):
     def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[Shard]:
         """Shards of zeros; ``dtypes``: of momenta, by id of the parameter, where not the group's."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        alike: dict[tuple[torch.dtype, torch.dtype], list[Tensor]] = {}
+        alike: dict[tuple[torch.dtype, torch.dtype], list[list[Tensor]]] = {}
+        filled: dict[tuple[torch.dtype, torch.dtype], int] = {}
         for p in params:
-            dtype = dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)])
-            alike.setdefault((p.dtype, dtype), []).append(p)
+            key = p.dtype, dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)])
+            parts = alike.setdefault(key, [])
+            if not parts or filled[key] + p.numel() > PART_NUMEL:
+                parts.append([])
+                filled[key] = 0
+            parts[-1].append(p)
+            filled[key] += p.numel()
         world_size = dist.get_world_size(self._group)
-        return [Shard(same, dtype, world_size) for (_, dtype), same in alike.items()]
+        return [Shard(part, dtype, world_size) for (_, dtype), parts in alike.items() for part in parts]
 
     def _set_shards(self, shards: list[Shard]) -> None:
         if self._reducer is not None:
@@ -328,46 +337,57 @@ class ShardedLion(Optimizer):
             )
         if self._reducer is not None and self._clipping is None:
             self._reducer.reduce()
-        columns = self._columns()
-        if len(columns) > 1:  # with one, its step itself raises for bad gradients before anything is changed
-            for part, own in zip(self._parts, columns, strict=True):
-                part.update.prepare(own)
-        scale = self._clipping.scale if self._clipping else None
-        with explaining(self._group):
-            if self._signs:
-                self._step_by_signs(columns, hypers, scale)
-            else:
-                for part, own in zip(self._parts, columns, strict=True):
-                    part.update.step(own, hypers, scale)
-                for part in self._parts:
-                    part.shard.gather_params(self._group)
+        self._step_and_sync(hypers, self._clipping.scale if self._clipping else None)
         self._clipping = None
         return loss
 
-    def _step_by_signs(self, columns: list[Columns], hypers: list[HyperParameters], scale: Tensor | None) -> None:
-        """The signs of one part travel while those of the next are made."""
-        steps, salt = self._steps, self._salt(columns)
-        self._comparison.check()  # of earlier steps
-        self._steps += 1
-        under_way = []
+    def _step_and_sync(self, hypers: list[HyperParameters], scale: Tensor | None) -> None:
+        """Part by part, the last parameters first, as their gradients are the first to be there: one is stepped
+        while the gradients of the next are on their way, and its outcome travels while the next is stepped."""
+        columns = self._columns()
         for part, own in zip(self._parts, columns, strict=True):
-            assert part.signs is not None
-            part.signs.pack(own, hypers, scale, salt)
-            under_way.append((part.signs, own, start_all_gather([part.signs.mail.flatten()], self._group)))
+            part.update.prepare(own)  # raises for bad gradients before anything is changed
+        steps, salt = self._steps, self._salt()
+        if self._signs:
+            self._comparison.check()  # of earlier steps
+            self._steps += 1
 
         def what() -> str:
             groups = [f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers)]
             return f"step {steps} since the last load or resync(), {'; '.join(groups)}"
 
+        under_way = []
+        for number in reversed(range(len(self._parts))):
+            part, own = self._parts[number], columns[number]
+            if self._reducer is not None:
+                self._reducer.finish(number)
+                own.active = self._reducer.active(number)
+            if part.signs is None:
+                part.update.step(own, hypers, scale)
+            else:
+                part.signs.pack(own, hypers, scale, salt)
+            with explaining(self._group):
+                if part.signs is None:
+                    gather = part.shard.start_gather(self._group)
+                else:
+                    gather = start_all_gather([part.signs.mail.flatten()], self._group)
+            under_way.append((part, own, gather))
+        if self._reducer is not None:
+            self._reducer.finish()
         agree = None
-        for signs, own, gather in under_way:
-            gather.wait()
+        for part, own, gather in under_way:
+            if gather is not None:
+                with explaining(self._group):
+                    gather.wait()
+            if part.signs is None:
+                part.shard.finish_gather()
+                continue
             if agree is None:
-                agree = self._comparison.compare(signs.checksums, what)
+                agree = self._comparison.compare(part.signs.checksums, what)
                 self._comparison.check()  # on the CPU it is known at once
-            signs.apply(own, agree)
+            part.signs.apply(own, agree)
 
-    def _salt(self, columns: Sequence[Columns]) -> int:
+    def _salt(self) -> int:
         """What the ranks must have in common beside hyper-parameters: how often they have stepped, and in stage 1
         which gradients are None."""
         present = zlib.crc32(b"".join(part.active[0] for part in self._parts if part.active is not None))
@@ -390,7 +410,7 @@ class ShardedLion(Optimizer):
 
     def _columns(self) -> list[Columns]:
         """One for each part."""
-        reducer, columns, first = self._reducer, [], 0
+        reducer, columns = self._reducer, []
         for number, (part, groups) in enumerate(zip(self._parts, self._group_numbers(), strict=True)):
             shard = part.shard
             shard.refresh()
@@ -401,9 +421,8 @@ class ShardedLion(Optimizer):
                 active = self._active_of(part, grads) if self._signs else None
             else:
                 grads = [reducer.grads[number]] * len(params)
-                active = None if reducer.active is None else reducer.active[first:]
+                active = None  # it may still be on its way
             columns.append(Columns(params, grads, [shard.exp_avg] * len(params), groups, part.segments, active))
-            first += len(params)
         return columns
 
     @staticmethod
@@ -442,7 +461,12 @@ class ShardedLion(Optimizer):
         before = self._clipping.scale if self._clipping and self._clipping.fits() else None
         if self._reducer is not None and before is None:
             self._reducer.reduce()
-        sums = [part.update.sum_of_squares(own) for part, own in zip(self._parts, self._columns(), strict=True)]
+        columns = self._columns()
+        if self._reducer is not None:
+            self._reducer.finish()
+            for number, own in enumerate(columns):
+                own.active = self._reducer.active(number)
+        sums = [part.update.sum_of_squares(own) for part, own in zip(self._parts, columns, strict=True)]
         present = [total for total in sums if total is not None]
         if present:
             total = torch.stack(present).sum()

@@ -102,9 +102,13 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
-def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    """The maximum of a tensor over the group, in place."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+def start_all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Any:
+    """Starts taking the maximum of a tensor over the group, in place, beside the current stream.
+
+    Returns:
+        What to `wait` for before anything reads it.
+    """
+    return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
 
 @contextlib.contextmanager

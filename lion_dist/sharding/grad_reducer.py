@@ -18,6 +18,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch._compile import _disable_dynamo
 from ..memory_order import flat, laid_out_like
 from ..upload import upload
 from .buckets import complete_order
-from .collectives import Membership, all_reduce_max, broadcast_from_first
+from .collectives import Membership, broadcast_from_first, start_all_reduce_max
 from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
 from .rounds import Rounds
 from .shard import Shard
@@ -42,7 +43,6 @@ class GradReducer:
         bucket_bytes: of gradients that are reduced together.
 
     Attributes:
-        active: uint8 on the shards' device, one a parameter (and a few more behind); as of the last `reduce`.
         generation: changes whenever gradients do.
     """
 
@@ -58,7 +58,9 @@ class GradReducer:
         self._shards: list[Shard] = []
         self._params: list[Tensor] = []
         self._rounds = self._make_rounds({})
-        self.active: Tensor | None = None
+        # Of the last `reduce`: uint8, one a parameter, 1 where some rank had a gradient, and three of the ranks'.
+        self._flags: Tensor | None = None
+        self._flags_under_way: Any = None
 
         self._learned = False  # the order in which gradients arrive
         self._seen: list[int] = []  # that order, until it is learned
@@ -87,6 +89,7 @@ class GradReducer:
         self._follow_zeroing()
         if self._rounds.is_open:
             self._end_round()
+        self.finish()
         if self._witness is not None:
             self._witness.dismiss()
         kept = {tuple(map(id, s.params)): g for s, g in zip(self._shards, self.grads, strict=True)}
@@ -218,7 +221,7 @@ class GradReducer:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Ends the period: every gradient of every rank is in `grads`, and `active` is up to date. A collective
+        """Ends the period: every gradient of every rank is on its way to `grads`; see `finish`, `active`. A collective
         call. The host waits for nothing in a period of one pass, without reentrant checkpoints, after the first."""
         self._membership.check()
         if not self._params or self._hooks is None:
@@ -249,7 +252,7 @@ class GradReducer:
                 )
 
     def _exchange(self) -> bool:
-        """Makes `active`; whether any rank has late gradients.
+        """Has the ranks tell each other what they had gradients of; whether any has late ones.
 
         In a period of a single pass there are none, and a rank of which that is true does not look (it is blind
         to those of others), because the host would have to wait for the device.
@@ -258,10 +261,10 @@ class GradReducer:
         looks = late or self._reentrant or not self._learned or len(self._passes) != 1
         flags = upload([*self._used, late, self._reentrant, not looks], torch.uint8, self.grads[0].device)
         with self._membership.collective() as group:
-            all_reduce_max(flags, group)
-        self.active = flags
+            self._flags, self._flags_under_way = flags, start_all_reduce_max(flags, group)
         if not looks:
             return False
+        self._finish_flags()
         any_late, any_reentrant, any_blind = flags[-3:].tolist()
         self._reentrant = bool(any_reentrant)
         if any_late and any_blind:
@@ -272,6 +275,27 @@ class GradReducer:
             )
             self._membership.check()
         return bool(any_late)
+
+    def finish(self, shard: int | None = None) -> None:
+        """Has what follows on the current stream see the averages: of one shard, by its number, or all."""
+        self._rounds.finish(shard)
+        if shard is None:
+            self._finish_flags()
+
+    def active(self, shard: int) -> Tensor | None:
+        """Which parameters of a shard any rank had a gradient of, as of the last `reduce`: uint8, one a parameter
+        (and others behind); None: all. To be asked for before what reads it is enqueued."""
+        first = sum(len(s.params) for s in self._shards[:shard])
+        if all(self._used[first : first + len(self._shards[shard].params)]):
+            return None  # known without waiting for the others
+        self._finish_flags()
+        return None if self._flags is None else self._flags[first:]
+
+    def _finish_flags(self) -> None:
+        if self._flags_under_way is not None:
+            with self._membership.collective():
+                self._flags_under_way.wait()
+            self._flags_under_way = None
 
     def has_local(self) -> bool:
         """Whether there are gradients that are not in `grads`; raises if those that are have been tampered with."""
@@ -312,6 +336,7 @@ class GradReducer:
             yield
             return
         self._end_unwanted_round()
+        self.finish()
         if self._witness is not None:
             self._witness.remove()
         for grad in self.grads:

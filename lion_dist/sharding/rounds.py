@@ -21,7 +21,7 @@ from .shard import Shard
 
 # Buckets under way before the backward waits for the oldest: bounds the memory of gradients that are being sent.
 # Enough for the gradients of a compiled block, which arrive all at once.
-IN_FLIGHT = 4
+IN_FLIGHT = 3
 
 # Gives up the gradient of a parameter, by number: 1-D, in the parameter's memory order, or None.
 Take = Callable[[int], Tensor | None]
@@ -41,6 +41,7 @@ class _Place:
 class _UnderWay:
     """A launched bucket: what must outlive its reduction, and what is to be added where when it is done."""
 
+    bucket: int
     reduction: Reduction
     kept: list[Tensor]
     sums: list[Tensor]
@@ -96,6 +97,8 @@ class Rounds:
 
         self._buckets: tuple[tuple[int, ...], ...] = ()
         self._bucket_of: list[int] = []
+        self._last_bucket: list[int] = []  # of each shard
+        self._packs_of: list[list[int]] = []  # of each bucket: shards whose tails are complete with it
         self.set_order([])
 
         self.is_open = False
@@ -113,6 +116,13 @@ class Rounds:
         for number, bucket in enumerate(self._buckets):
             for i in bucket:
                 self._bucket_of[i] = number
+        self._last_bucket, self._packs_of, first = [], [[] for _ in self._buckets], 0
+        for number, shard in enumerate(self._shards):
+            of_shard = self._bucket_of[first : first + len(shard.params)]
+            self._last_bucket.append(max(of_shard))
+            if shard.layout.tails:
+                self._packs_of[max(of_shard[t.param] for t in shard.layout.tails)].append(number)
+            first += len(shard.params)
 
     def begin(self, expected: Callable[[int], bool], adds: bool) -> None:
         """Opens a round.
@@ -121,6 +131,7 @@ class Rounds:
             expected: of a parameter, whether its bucket waits for its gradient.
             adds: to the averages that are there, instead of overwriting them.
         """
+        self.finish()
         self.is_open = True
         self._adds = adds
         self._launched = 0
@@ -146,15 +157,19 @@ class Rounds:
             self._launch(take)
 
     def end(self, take: Take) -> None:
-        """Launches the rest of the round and has the current stream see the averages."""
+        """Launches the rest of the round; see `finish`."""
         self.launch_rest(take)
-        while self._under_way:
-            self._finish_oldest()
         self.is_open = False
+
+    def finish(self, shard: int | None = None) -> None:
+        """Has what follows on the current stream see the averages: of one shard, by its number, or all."""
+        while self._under_way and (shard is None or self._under_way[0].bucket <= self._last_bucket[shard]):
+            self._finish_oldest()
 
     @torch.no_grad()  # a backward with create_graph=True enables them
     def _launch(self, take: Take) -> None:
-        bucket = self._buckets[self._launched]
+        number = self._launched
+        bucket = self._buckets[number]
         for i in bucket:
             self._check(i)
         self._launched += 1
@@ -181,11 +196,9 @@ class Rounds:
             torch._foreach_zero_(unused)
         if tails:
             torch._foreach_copy_(packed, tails)
-        if self._launched == len(self._buckets):  # the last one takes the packs along
-            for shard, grad, pack in zip(self._shards, self.grads, self._packs, strict=True):
-                if pack.numel():
-                    inputs.append(pack)
-                    outputs.append(grad[shard.layout.pack_shard_offset :])
+        for shard in self._packs_of[number]:
+            inputs.append(self._packs[shard])
+            outputs.append(self.grads[shard][self._shards[shard].layout.pack_shard_offset :])
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:
@@ -193,7 +206,7 @@ class Rounds:
         addends = [torch.empty_like(output) for output in outputs] if self._adds else []
         with self._membership.collective() as group:
             reduction = reduce_scatter_mean(addends or outputs, inputs, group)
-        self._under_way.append(_UnderWay(reduction, inputs, outputs if addends else [], addends))
+        self._under_way.append(_UnderWay(number, reduction, inputs, outputs if addends else [], addends))
 
     def _check(self, i: int) -> None:
         """Raises for a gradient that cannot be reduced into the shard made for it."""

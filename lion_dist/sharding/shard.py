@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..memory_order import flat, laid_out_like
-from .collectives import all_gather_in_place
+from .collectives import all_gather_in_place, start_all_gather
 from .layout import ShardLayout
 
 
@@ -57,12 +57,19 @@ class Shard:
         self._packed_tails = [self.pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
         self._addresses = addresses
 
-    def gather_params(self, group: dist.ProcessGroup) -> None:
-        """Brings every rank's slices to every rank: heads in place, tails through the pack. Unseen by autograd."""
+    def start_gather(self, group: dist.ProcessGroup) -> Any:
+        """Starts bringing every rank's slices to every rank: heads in place, tails through the pack.
+
+        Returns:
+            What to `wait` for before `finish_gather`; None if there is nothing to bring.
+        """
         # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
         if self._tails:
             torch._foreach_copy_(self._packed_tails, self._tails)
-        all_gather_in_place(self._buffers, group)
+        return start_all_gather(self._buffers, group) if self._buffers else None
+
+    def finish_gather(self) -> None:
+        """Puts the tails in their place. All of it is unseen by autograd."""
         if self._tails:
             torch._foreach_copy_(self._tails, self._packed_tails)
 

@@ -148,6 +148,7 @@ class LionUpdate:
         if use_triton and not HAS_TRITON:
             raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
         self.use_triton = use_triton
+        self._prepared: Columns | None = None
         self._key: list[Any] | None = None
         self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
         self._relaying = False  # whether some of these gradients lie otherwise than their parameters
@@ -203,6 +204,12 @@ class LionUpdate:
                 table.set_gradients(grads)
             self._grad_addresses = addresses
         self.grads = grads
+        self._prepared = columns
+
+    def prepare_once(self, columns: Columns) -> None:
+        """`prepare`, unless these very columns have just been prepared."""
+        if self._prepared is not columns:
+            self.prepare(columns)
 
     @staticmethod
     def _check_gradients(columns: Columns) -> None:
@@ -289,11 +296,11 @@ class LionUpdate:
         To be called without gradients enabled (torch.no_grad).
 
         Args:
-            columns: see `prepare`, which this calls.
+            columns: see `prepare`, which this calls if need be.
             hypers: one a parameter group, indexed by ``columns.groups``.
             grad_scale: float32, shape (), multiplied into every gradient; None is 1.
         """
-        self.prepare(columns)
+        self.prepare_once(columns)
         for mix, table in self.fused:
             scale = None if grad_scale is None else grad_scale.to(table.device, non_blocking=True)
             triton_step.lion_step(table, mix, self.hyper_table(hypers, table.device), scale, columns.active)
@@ -311,6 +318,7 @@ class LionUpdate:
     def forget_gradients(self) -> None:
         """After their use: gradients die when their owner drops them."""
         self.grads = []
+        self._prepared = None
 
     def silence(self, columns: Columns) -> None:
         """What kernels read from ``columns.active``, for plain torch: the gradients of other entries are left

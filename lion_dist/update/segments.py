@@ -110,7 +110,7 @@ class SegmentTable:
             first_tile += -(-s.length // TILE)
         self.tiles = first_tile
         self.rows = upload(rows, torch.int64, device)
-        tile_counts = torch.tensor([-(-n // TILE) for n in lengths])
+        tile_counts = torch.tensor([-(-n // TILE) for n in lengths], dtype=torch.int64)
         tile_segments = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), tile_counts)
         if device.type == "cuda":
             tile_segments = tile_segments.pin_memory()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..memory_order import flat
-from . import reference
-from .dispatch import CHUNK, LionUpdate, triton_signs
+from . import dispatch, reference
+from .dispatch import CHUNK, LionUpdate
 from .reference import PER_BYTE, HyperParameters
 from .segments import Columns, Segment, SegmentTable
 
@@ -68,12 +68,12 @@ class SignUpdate:
             salt: what else the ranks must have in common, in [2**31, 2**63).
         """
         update = self._update
-        update.prepare(columns)
+        update.prepare_once(columns)
         table = self._hypers = update.hyper_table(hypers, self.mail.device)
         exp_avg = columns.exp_avgs[0]
         if update.fused:
             for mix, segments in update.fused:
-                triton_signs.pack_signs(
+                dispatch.triton_signs.pack_signs(
                     segments, mix.grad, table, grad_scale, columns.active, exp_avg, self._packed, self._checksum, salt
                 )
         else:
@@ -102,6 +102,8 @@ class SignUpdate:
                 must say so.
             agree: bool, shape (): False leaves every parameter untouched.
         """
+        if not self._segments:
+            return
         params = columns.params
         key = ([p.data_ptr() for p in params], columns.groups)
         if key != self._key:
@@ -110,7 +112,9 @@ class SignUpdate:
         hypers = self._hypers
         assert hypers is not None
         if self._table is not None:
-            triton_signs.apply_signs(self._table, params[0].dtype, hypers, columns.active, agree.view(torch.uint8))
+            dispatch.triton_signs.apply_signs(
+                self._table, params[0].dtype, hypers, columns.active, agree.view(torch.uint8)
+            )
         elif agree:
             active = columns.active.tolist() if columns.active is not None else None
             scalars = [reference.scalars(row) for row in hypers]

@@ -21,22 +21,25 @@ from .reference import HYPER_COLUMNS, LR, MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
 from .segments import TILE, SegmentTable
 from .triton_step import _TRITON_DTYPES, _momentum, _moved, _store
 
-BLOCK = 1024
-NUM_WARPS = 4
+# Bytes of the widest element that is read or written -> (elements a block, warps a block, elements a word). A word of
+# packed signs goes with 16 bytes of elements, the most that one access can have.
+LAUNCH = {4: (1024, 4, 4), 2: (1024, 2, 8)}
 
 _ROW = tl.constexpr(SegmentTable.ROW)
 _TILE = tl.constexpr(TILE)
 _HYPER_COLUMNS = tl.constexpr(HYPER_COLUMNS)
 _LR = tl.constexpr(LR)
 _PER_BYTE = tl.constexpr(PER_BYTE)
+_WORDS = {4: tl.uint8, 8: tl.uint16}  # elements a word -> its type; the lowest byte is the first
 _PLUS, _MINUS, _NOT_A_NUMBER = tl.constexpr(PLUS), tl.constexpr(MINUS), tl.constexpr(NOT_A_NUMBER)
 
 
 @triton.jit(do_not_specialize=["tiles", "hyper_numel", "salt"])  # numbers that change must not compile anew
-def _pack_kernel(
+def _lion_pack_kernel(
     rows, tile_segments, tiles, grad_addresses, active, hypers, grad_scale,
     exp_avg, packed, checksum, hyper_numel, salt,
-    G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, HYPERS: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
+    HYPERS: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
@@ -58,26 +61,28 @@ def _pack_kernel(
             is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
         if is_active & (start < length):
             hyper = hypers + group * _HYPER_COLUMNS
-            fours = tl.arange(0, BLOCK // _PER_BYTE)
-            lanes = tl.arange(0, _PER_BYTE)
-            offsets = fours[:, None] * _PER_BYTE + lanes[None, :]
+            words = tl.arange(0, BLOCK // LANES)
+            lanes = tl.arange(0, LANES)
+            offsets = words[:, None] * LANES + lanes[None, :]
             # Packed signs lie as the momentum does. The division is exact: shards are cut at multiples of 128.
             first = (m_address - exp_avg.to(tl.int64)) // (M.primitive_bitwidth // 8) + start
-            bytes_ = packed + first // _PER_BYTE + fours
+            w_pointer = (packed + first // _PER_BYTE).to(tl.pointer_type(WORD), bitcast=True) + words
             if (start + BLOCK <= length) & (((g_address | m_address) % 16) == 0):
                 g_pointer = tl.multiple_of(g_address.to(tl.pointer_type(G)), 16) + start + offsets
                 m_pointer = tl.multiple_of(m_address.to(tl.pointer_type(M)), 16) + start + offsets
-                _pack_block(g_pointer, m_pointer, bytes_, lanes, None, None, hyper, grad_scale, M)
+                _pack_block(g_pointer, m_pointer, w_pointer, lanes, None, None, hyper, grad_scale, M, WORD)
             else:
                 mask = start + offsets < length
                 g_pointer = g_address.to(tl.pointer_type(G)) + start + offsets
                 m_pointer = m_address.to(tl.pointer_type(M)) + start + offsets
-                byte_mask = start + fours * _PER_BYTE < length
-                _pack_block(g_pointer, m_pointer, bytes_, lanes, mask, byte_mask, hyper, grad_scale, M)
+                w_mask = start + words * LANES < length
+                _pack_block(g_pointer, m_pointer, w_pointer, lanes, mask, w_mask, hyper, grad_scale, M, WORD)
 
 
 @triton.jit
-def _pack_block(g_pointer, m_pointer, bytes_, lanes, mask, byte_mask, hyper, grad_scale, M: tl.constexpr):
+def _pack_block(
+    g_pointer, m_pointer, w_pointer, lanes, mask, w_mask, hyper, grad_scale, M: tl.constexpr, WORD: tl.constexpr
+):  # fmt: skip
     g = tl.load(g_pointer, mask=mask)
     m = tl.load(m_pointer, mask=mask)
     c, m = _momentum(g, m, hyper, grad_scale)
@@ -86,13 +91,14 @@ def _pack_block(g_pointer, m_pointer, bytes_, lanes, mask, byte_mask, hyper, gra
     if mask is not None:
         code = tl.where(mask, code, 0)
     _store(m_pointer, m, c_is_nan | (m != m), mask, M)
-    tl.store(bytes_, tl.sum(code << (2 * lanes[None, :]), axis=1).to(tl.uint8), mask=byte_mask)
+    # What lies behind the end of a segment, up to a whole word, is padding.
+    tl.store(w_pointer, tl.sum(code << (2 * lanes[None, :]), axis=1).to(WORD), mask=w_mask)
 
 
 @triton.jit
-def _apply_kernel(
+def _lion_apply_kernel(
     rows, tile_segments, active, agree, hypers,
-    P: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
@@ -110,22 +116,22 @@ def _apply_kernel(
     lr64 = tl.load(hypers + group * _HYPER_COLUMNS + _LR)
     if is_active & (tl.load(agree) != 0) & (lr64.to(tl.float32) != 0):
         hyper = hypers + group * _HYPER_COLUMNS
-        fours = tl.arange(0, BLOCK // _PER_BYTE)
-        lanes = tl.arange(0, _PER_BYTE)
-        offsets = fours[:, None] * _PER_BYTE + lanes[None, :]
-        bytes_ = packed_address.to(tl.pointer_type(tl.uint8)) + start // _PER_BYTE + fours
+        words = tl.arange(0, BLOCK // LANES)
+        lanes = tl.arange(0, LANES)
+        offsets = words[:, None] * LANES + lanes[None, :]
+        w_pointer = (packed_address + start // _PER_BYTE).to(tl.pointer_type(WORD)) + words
         if (start + BLOCK <= length) & ((p_address % 16) == 0):
             p_pointer = tl.multiple_of(p_address.to(tl.pointer_type(P)), 16) + start + offsets
-            _apply_block(p_pointer, bytes_, lanes, None, None, lr64, hyper, P)
+            _apply_block(p_pointer, w_pointer, lanes, None, None, lr64, hyper, P)
         else:
             mask = start + offsets < length
             p_pointer = p_address.to(tl.pointer_type(P)) + start + offsets
-            _apply_block(p_pointer, bytes_, lanes, mask, start + fours * _PER_BYTE < length, lr64, hyper, P)
+            _apply_block(p_pointer, w_pointer, lanes, mask, start + words * LANES < length, lr64, hyper, P)
 
 
 @triton.jit
-def _apply_block(p_pointer, bytes_, lanes, mask, byte_mask, lr64, hyper, P: tl.constexpr):
-    packed = tl.load(bytes_, mask=byte_mask).to(tl.int32)
+def _apply_block(p_pointer, w_pointer, lanes, mask, w_mask, lr64, hyper, P: tl.constexpr):
+    packed = tl.load(w_pointer, mask=w_mask).to(tl.int32)
     p = tl.load(p_pointer, mask=mask)
     code = (packed[:, None] >> (2 * lanes[None, :])) & 3
     sign = tl.where(code == _PLUS, 1.0, tl.where(code == _MINUS, -1.0, 0.0))
@@ -146,13 +152,14 @@ def pack_signs(
         checksum: int64, shape (), written.
         salt: as for `reference.checksum`, in [2**31, 2**63): of one width, so that nothing is compiled twice.
     """
+    block, num_warps, lanes = LAUNCH[max(grad_dtype.itemsize, exp_avg.itemsize)]
     table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(packed):
-        _pack_kernel[(max(1, table.tiles * (TILE // BLOCK)),)](
+        _lion_pack_kernel[(max(1, table.tiles * (TILE // block)),)](
             table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
             exp_avg, packed, checksum, hypers.numel(), salt,
-            G=_TRITON_DTYPES[grad_dtype], M=_TRITON_DTYPES[exp_avg.dtype], BLOCK=BLOCK,
-            HYPERS=triton.next_power_of_2(hypers.numel()), num_warps=NUM_WARPS, enable_fp_fusion=False,
+            G=_TRITON_DTYPES[grad_dtype], M=_TRITON_DTYPES[exp_avg.dtype], BLOCK=block, LANES=lanes, WORD=_WORDS[lanes],
+            HYPERS=triton.next_power_of_2(hypers.numel()), num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -165,9 +172,11 @@ def apply_signs(
         table: whose momenta are packed signs, uint8, their starts in bytes.
         agree: uint8, shape (), on the table's device: 0 leaves everything untouched.
     """
+    block, num_warps, lanes = LAUNCH[param_dtype.itemsize]
     table.keep_for_launch(hypers, active, agree)
     with torch.cuda.device_of(table.rows):
-        _apply_kernel[(table.tiles * (TILE // BLOCK),)](
+        _lion_apply_kernel[(table.tiles * (TILE // block),)](
             table.rows, table.tile_segments, active, agree, hypers,
-            P=_TRITON_DTYPES[param_dtype], BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            P=_TRITON_DTYPES[param_dtype], BLOCK=block, LANES=lanes, WORD=_WORDS[lanes],
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
