@@ -134,12 +134,12 @@ class Lion(Optimizer):
         return loss
 
     def _columns(self) -> Columns:
-        ids = [[id(p) for p in group["params"]] for group in self.param_groups]
+        ids = [list(map(id, group["params"])) for group in self.param_groups]
         members = self._members
         if (
             members is None
             or ids != members.ids
-            or [id(entry) for entry in self.state.values()] != members.entry_ids
+            or list(map(id, self.state.values())) != members.entry_ids
             or not all(members.entries)
             or any(p.requires_grad or p.grad is not None for p in members.idle)
         ):

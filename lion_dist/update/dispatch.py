@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -150,6 +150,8 @@ class LionUpdate:
         self.use_triton = use_triton
         self._prepared: Columns | None = None
         self._key: list[Any] | None = None
+        self._exp_avgs: list[Tensor] = []
+        self._described: tuple[list[Any], ...] = ([], [], [])
         self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
         self._relaying = False  # whether some of these gradients lie otherwise than their parameters
         self._grad_dtypes: list[torch.dtype] = []
@@ -186,8 +188,7 @@ class LionUpdate:
             self._check_gradients(columns)
             raise
         key = [
-            list(map(_ADDRESS, params)), list(map(_DTYPE, params)), strides, numels,
-            list(map(_ADDRESS, exp_avgs)), list(map(_DTYPE, exp_avgs)), list(map(_STRIDE, exp_avgs)),
+            list(map(_ADDRESS, params)), list(map(_DTYPE, params)), strides, numels, self._describe(exp_avgs),
             grad_dtypes, columns.groups, columns.segments,
         ]  # fmt: skip
         if key != self._key:
@@ -205,6 +206,16 @@ class LionUpdate:
             self._grad_addresses = addresses
         self.grads = grads
         self._prepared = columns
+
+    def _describe(self, exp_avgs: list[Tensor]) -> tuple[list[Any], ...]:
+        """Addresses, dtypes and strides; of the tensors of the last time, where they lie as they did, no more than
+        that is asked."""
+        addresses = list(map(_ADDRESS, exp_avgs))
+        before = self._exp_avgs
+        if len(before) != len(exp_avgs) or not all(map(is_, before, exp_avgs)) or self._described[0] != addresses:
+            self._exp_avgs = list(exp_avgs)
+            self._described = addresses, list(map(_DTYPE, exp_avgs)), list(map(_STRIDE, exp_avgs))
+        return self._described
 
     def prepare_once(self, columns: Columns) -> None:
         """`prepare`, unless these very columns have just been prepared."""

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .segments import TILE, SegmentTable
 from .triton_step import _TRITON_DTYPES
 
@@ -51,14 +52,11 @@ def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor 
     partial = torch.empty(programs, dtype=torch.float64, device=table.device)
     table.keep_for_launch(active)
     with torch.cuda.device_of(table.rows):
-        _sum_of_squares_kernel[(programs,)](
-            table.rows,
-            table.tile_segments,
-            table.grad_addresses,
-            active,
-            partial,
-            G=_TRITON_DTYPES[grad_dtype],
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+        launch(
+            _sum_of_squares_kernel,
+            programs,
+            (table.rows, table.tile_segments, table.grad_addresses, active, partial),
+            (_TRITON_DTYPES[grad_dtype], BLOCK),
+            NUM_WARPS,
         )
     return partial.sum()

@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .reference import HYPER_COLUMNS, LR, MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
 from .segments import TILE, SegmentTable
 from .triton_step import _TRITON_DTYPES, _momentum, _moved, _store
 
 # Bytes of the widest element that is read or written -> (elements a block, warps a block, elements a word). A word of
 # packed signs goes with 16 bytes of elements, the most that one access can have.
-LAUNCH = {4: (1024, 4, 4), 2: (1024, 2, 8)}
+PACK = {4: (512, 2, 4), 2: (512, 1, 8)}
+APPLY = {4: (1024, 2, 4), 2: (1024, 2, 8)}
 
 _ROW = tl.constexpr(SegmentTable.ROW)
 _TILE = tl.constexpr(TILE)
@@ -152,14 +154,21 @@ def pack_signs(
         checksum: int64, shape (), written.
         salt: as for `reference.checksum`, in [2**31, 2**63): of one width, so that nothing is compiled twice.
     """
-    block, num_warps, lanes = LAUNCH[max(grad_dtype.itemsize, exp_avg.itemsize)]
+    block, num_warps, lanes = PACK[max(grad_dtype.itemsize, exp_avg.itemsize)]
     table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(packed):
-        _lion_pack_kernel[(max(1, table.tiles * (TILE // block)),)](
-            table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
-            exp_avg, packed, checksum, hypers.numel(), salt,
-            G=_TRITON_DTYPES[grad_dtype], M=_TRITON_DTYPES[exp_avg.dtype], BLOCK=block, LANES=lanes, WORD=_WORDS[lanes],
-            HYPERS=triton.next_power_of_2(hypers.numel()), num_warps=num_warps, enable_fp_fusion=False,
+        launch(
+            _lion_pack_kernel,
+            max(1, table.tiles * (TILE // block)),
+            (
+                table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
+                exp_avg, packed, checksum, hypers.numel(), salt,
+            ),
+            (
+                _TRITON_DTYPES[grad_dtype], _TRITON_DTYPES[exp_avg.dtype], block, lanes, _WORDS[lanes],
+                triton.next_power_of_2(hypers.numel()),
+            ),
+            num_warps,
         )  # fmt: skip
 
 
@@ -172,11 +181,13 @@ def apply_signs(
         table: whose momenta are packed signs, uint8, their starts in bytes.
         agree: uint8, shape (), on the table's device: 0 leaves everything untouched.
     """
-    block, num_warps, lanes = LAUNCH[param_dtype.itemsize]
+    block, num_warps, lanes = APPLY[param_dtype.itemsize]
     table.keep_for_launch(hypers, active, agree)
     with torch.cuda.device_of(table.rows):
-        _lion_apply_kernel[(table.tiles * (TILE // block),)](
-            table.rows, table.tile_segments, active, agree, hypers,
-            P=_TRITON_DTYPES[param_dtype], BLOCK=block, LANES=lanes, WORD=_WORDS[lanes],
-            num_warps=num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch(
+            _lion_apply_kernel,
+            table.tiles * (TILE // block),
+            (table.rows, table.tile_segments, active, agree, hypers),
+            (_TRITON_DTYPES[param_dtype], block, lanes, _WORDS[lanes]),
+            num_warps,
+        )

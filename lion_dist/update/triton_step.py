@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, WEIGHT_DECAY
 from .segments import TILE, SegmentTable
 
@@ -146,20 +147,12 @@ def lion_step(
             segments untouched. None: all those with a gradient are stepped.
     """
     block, num_warps = LAUNCH[mix.param.itemsize]
-    grid = (table.tiles * (TILE // block),)
     table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(table.rows):
-        _lion_kernel[grid](
-            table.rows,
-            table.tile_segments,
-            table.grad_addresses,
-            active,
-            hypers,
-            grad_scale,
-            P=_TRITON_DTYPES[mix.param],
-            G=_TRITON_DTYPES[mix.grad],
-            M=_TRITON_DTYPES[mix.exp_avg],
-            BLOCK=block,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
+        launch(
+            _lion_kernel,
+            table.tiles * (TILE // block),
+            (table.rows, table.tile_segments, table.grad_addresses, active, hypers, grad_scale),
+            (_TRITON_DTYPES[mix.param], _TRITON_DTYPES[mix.grad], _TRITON_DTYPES[mix.exp_avg], block),
+            num_warps,
         )
