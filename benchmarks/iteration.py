@@ -1,13 +1,15 @@
 """Whole training iterations on several GPUs: time, memory, and what the collectives hide behind.
 
-    python -m benchmarks.iteration                                     every mode on all GPUs of this machine
+    python -m benchmarks.iteration --repeats 3                         every mode on all GPUs of this machine
     python -m benchmarks.iteration --modes zero2 --trace zero2.png     a picture of one iteration, by the profiler
     python -m benchmarks.iteration --modes zero2 --compile block       torch.compile of each block; or of the model
     (from the repository's root; --help for sizes)
 
-Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay and no-decay groups, no clipping,
-    `--sequences` of `--seq-len` tokens a rank. Random tokens: it is about speed.
-Mode: one way to train, in processes of its own, one a GPU. `compute` is a forward and backward alone.
+Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay and no-decay groups, no clipping without
+    `--clip`, `--sequences` of `--seq-len` tokens a rank. Random tokens, the same four batches in every mode.
+Mode: one way to train (peers.py), in processes of its own, one a GPU. `compute` is a forward and backward alone.
+    Modes take turns, `--repeats` times; one that fails, or whose package is not installed, has a row that says so.
+Last loss: of the last timed iteration, the mean over the ranks. A mode that trains differently shows there.
 Time: of an iteration, the mean of `--iterations` between two CUDA events, on the slowest rank, nothing waited for
     in between. Host time: the same on the host's clock before it waits for the device.
 Hidden: the part of a collective's time on the device in which other kernels ran too, by the profiler.
@@ -19,10 +21,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shlex
+import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,52 +35,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
-
-from lion_dist import Lion, ShardedLion
 
 from .llama import LanguageModel, Llama
+from .peer_steps import installed_version, missing
+from .peers import MAX_NORM, MODES
 
-LR, BETAS, DECAY = 1e-4, (0.9, 0.99), 0.1
 GIB = 2**30
-
-Groups = list[dict[str, Any]]
-
-
-@dataclass
-class Trainer:
-    """What a mode made of the model: `forward` gives the loss; `optimizer` steps (None: gradients are dropped)."""
-
-    forward: Callable[[Tensor], Tensor]
-    optimizer: Any
-
-
-def compute(model: nn.Module, groups: Groups, bucket_mb: float) -> Trainer:
-    return Trainer(model, None)
-
-
-def ddp(model: nn.Module, groups: Groups, bucket_mb: float) -> Trainer:
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(wrapped, Lion(groups, lr=LR, betas=BETAS))
-
-
-def zero1(model: nn.Module, groups: Groups, bucket_mb: float) -> Trainer:
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Trainer(wrapped, ShardedLion(groups, lr=LR, betas=BETAS, stage=1))
-
-
-def zero2(model: nn.Module, groups: Groups, bucket_mb: float) -> Trainer:
-    return Trainer(model, ShardedLion(groups, lr=LR, betas=BETAS, bucket_mb=bucket_mb))
-
-
-MODES: dict[str, Callable[[nn.Module, Groups, float], Trainer]] = {
-    "compute": compute, "ddp": ddp, "zero1": zero1, "zero2": zero2
-}  # fmt: skip
 
 
 @dataclass
 class Report:
-    """What rank 0 tells of a mode; times in ms, memory in GiB, of the worst rank."""
+    """What rank 0 tells of a mode; times in ms, memory in GiB, of the worst rank; the last loss, mean of the ranks."""
 
     mode: str
     ms: float
@@ -103,7 +72,7 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
             block.compile()
     elif options.compile == "model":
         model.compile()
-    trainer = MODES[mode](model, model.groups(DECAY), options.bucket_mb)
+    trainer = MODES[mode].make(model, options)
     generator = torch.Generator(device).manual_seed(rank)
     shape = (options.sequences, options.seq_len)
     batches = [torch.randint(sizes.vocabulary, shape, device=device, generator=generator) for _ in range(4)]
@@ -115,13 +84,9 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
             loss = trainer.forward(batches[i % len(batches)])
         after_forward[0] = torch.cuda.memory_allocated()
         mark(marks)
-        loss.backward()
+        trainer.backward(loss)
         mark(marks)
-        if trainer.optimizer is None:
-            model.zero_grad()
-        else:
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+        trainer.step()
         return loss.detach()
 
     start = time.perf_counter()
@@ -144,6 +109,7 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
          after_forward[0] / GIB, compile_s], device=device, dtype=torch.float64,
     )  # fmt: skip
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    dist.all_reduce(loss, op=dist.ReduceOp.AVG)
     ms, host_ms, peak_gib, after_forward_gib, compile_s = worst.tolist()
     report = Report(mode, ms, host_ms, peak_gib, after_forward_gib, compile_s, loss.item())
     if options.trace or options.hidden:
@@ -157,6 +123,11 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
 # Tracing --------------------------------------------------------------------------------------------
 
 TRACED = 4  # iterations; the last is looked at, which starts with the host ahead as in training
+LION_KERNELS = (
+    "lion",
+    "update_fn_kernel",
+    "_triton_momentum_kernel",
+)  # ours and DeepSpeed's, lion-pytorch's, FlashLion's
 MARK = "spin_kernel"  # what torch.cuda._sleep launches: it parts forward, backward and step in a trace
 
 
@@ -205,7 +176,7 @@ def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: 
 def lane(kernel: str) -> str:
     if "nccl" in kernel:
         return "all-gather" if "AllGather" in kernel else "reduce"
-    return "Lion" if "lion" in kernel.lower() else "compute"
+    return "Lion" if any(name in kernel.lower() for name in LION_KERNELS) else "compute"
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -253,47 +224,111 @@ def draw(path: Path, spans: dict, marks: list[float], hidden: dict, mode: str, o
 
 
 def measure(mode: str, options: argparse.Namespace) -> Report:
+    """One turn of a mode. Whatever goes wrong in its processes is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        arguments = (mode, options, f"{folder}/rendezvous", str(out))
-        spawn(run, arguments, nprocs=options.gpus)
+        context = spawn(run, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.gpus, join=False)
+        assert context is not None
+        deadline = time.monotonic() + options.deadline
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                for process in context.processes:
+                    process.kill()
+                    process.join()  # the next turn needs its memory
+                raise TimeoutError(f"not done after {options.deadline:.0f} s (--deadline)")
         return Report(**json.loads(out.read_text()))
+
+
+@dataclass
+class Row:
+    """The turns of a mode, and why there are no more of them."""
+
+    mode: str
+    turns: list[Report] = field(default_factory=list)
+    failure: str = ""
+
+    def take_turn(self, options: argparse.Namespace) -> None:
+        self.failure = self.failure or missing(MODES[self.mode].distribution)
+        if self.failure:
+            return
+        try:
+            self.turns.append(measure(self.mode, options))
+        except Exception as error:
+            print(error, file=sys.stderr, flush=True)
+            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            self.failure = f"failed: {last_line.replace('|', '/')}"
+
+    def cells(self) -> list[str]:
+        if not self.turns:
+            return [self.failure, *[""] * (len(HEADER) - 2)]
+
+        def over_turns(name: str, digits: int) -> str:
+            """The median, and [min, max] where they differ as printed."""
+            values = [getattr(turn, name) for turn in self.turns]
+            median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+            return median if low == high else f"{median} [{low}, {high}]"
+
+        numbers = [("ms", 1), ("host_ms", 1), ("peak_gib", 2), ("after_forward_gib", 2), ("compile_s", 1), ("loss", 4)]
+        notes = [f"{name} {under:.1f} / {total:.1f}" for name, (total, under) in self.turns[-1].hidden.items()]
+        last = ", ".join(note for note in [*notes, self.failure] if note)
+        return [*(over_turns(*number) for number in numbers), last]
+
+
+HEADER = ["mode", "ms an iteration", "host ms", "peak GiB", "after forward GiB", "warm-up s", "last loss",
+          "hidden / ms"]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}; a mode may stand twice")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}")
+    parser.add_argument("--repeats", type=int, default=1, help="how many times the modes take turns")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--layers", type=int, default=Llama.layers)
     parser.add_argument("--sequences", type=int, default=4, help="a rank")
     parser.add_argument("--seq-len", type=int, default=Llama.seq_len)
     parser.add_argument("--bucket-mb", type=float, default=64)
+    parser.add_argument("--clip", action="store_true", help=f"clip the gradient's norm to {MAX_NORM}")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--deadline", type=float, default=240, help="seconds that one turn of a mode may take")
     parser.add_argument("--compile", choices=["none", "block", "model"], default="none")
     parser.add_argument("--hidden", action="store_true", help="profile, and tell what of the collectives is hidden")
     parser.add_argument("--trace", help="profile, and draw rank 0's iteration into this PNG (of the last mode)")
-    parser.add_argument("--json", help="write the reports here")
+    parser.add_argument("--json", type=Path, help="write every turn's report here")
     options = parser.parse_args()
+    unknown = sorted(set(options.modes.split(",")) - set(MODES))
+    if unknown:
+        parser.error(f"unknown modes: {', '.join(unknown)}; there are {', '.join(MODES)}")
+    if options.gpus < 1 or options.gpus > torch.cuda.device_count():
+        parser.error(f"--gpus {options.gpus}, but there are {torch.cuda.device_count()} CUDA devices here")
+    rows = [Row(mode) for mode in dict.fromkeys(options.modes.split(","))]
+    for turn in range(options.repeats):
+        for row in rows:
+            row.take_turn(options)
+            last = row.failure or f"{row.turns[-1].ms:.1f} ms, loss {row.turns[-1].loss:.4f}"
+            print(f"  turn {turn + 1} of {options.repeats}, {row.mode}: {last}", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    print_table(rows, options)
+
+
+def print_table(rows: list[Row], options: argparse.Namespace) -> None:
+    used = sorted({MODES[row.mode].distribution for row in rows if row.turns} - {""})
     numel = sum(p.numel() for p in meta_model(options).parameters())
-    print(f"{datetime.date.today()}, {options.gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{numel:,} parameters, {options.sequences} x {options.seq_len} tokens a rank, compile {options.compile}")
-    print("| mode | ms an iteration | host ms | peak GiB | after forward GiB | warm-up s | hidden / ms |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    reports = []
-    for mode in options.modes.split(","):
-        r = measure(mode, options)
-        hidden = ", ".join(f"{name} {under:.1f} / {total:.1f}" for name, (total, under) in r.hidden.items())
-        print(
-            f"| {mode} | {r.ms:.1f} | {r.host_ms:.1f} | {r.peak_gib:.2f} | {r.after_forward_gib:.2f} "
-            f"| {r.compile_s:.1f} | {hidden} |",
-            flush=True,
-        )
-        reports.append(asdict(r))
-    if options.json:
-        with suppress(FileNotFoundError):
-            Path(options.json).unlink()
-        Path(options.json).write_text(json.dumps(reports, indent=1))
+    machine = [
+        str(datetime.date.today()),
+        f"{options.gpus} x {torch.cuda.get_device_name()}",
+        f"torch {torch.__version__}",
+    ]
+    print("\n" + ", ".join([*machine, *(f"{name} {installed_version(name)}" for name in used)]))
+    print(f"`{shlex.join(['python', '-m', 'benchmarks.iteration', *sys.argv[1:]])}`")
+    print(
+        f"{numel:,} parameters, {options.sequences} x {options.seq_len} tokens a rank, compile {options.compile}, "
+        f"{f'clipped to {MAX_NORM}' if options.clip else 'no clipping'}, {options.repeats} turns: median [min, max]\n"
+    )
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    for row in rows:
+        print(f"| {' | '.join([f'{MODES[row.mode].what} (`{row.mode}`)', *row.cells()])} |", flush=True)
 
 
 def meta_model(options: argparse.Namespace) -> nn.Module:

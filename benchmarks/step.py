@@ -1,6 +1,6 @@
 """The optimizer's step on one GPU: lion_dist.Lion, its peers and the floor, all from one run.
 
-    python -m benchmarks.step                  # the table of RESULTS.md, under two minutes
+    python -m benchmarks.step                  # the table of RESULTS.md, some minutes; peers: pip install -e '.[bench]'
     python -m benchmarks.step --sweep          # block size x warps of our kernel
     (from the repository's root; --json PATH keeps every reading, --quick gives a rough table sooner)
 
@@ -48,12 +48,10 @@ from .measure import (
     freed,
     host_us,
 )
+from .peer_steps import BETAS, COMPILED, DECAY, LR, PEERS, Group, Peer, missing
 
-LR, BETAS, DECAY = 1e-4, (0.9, 0.99), 0.1
 MODES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "lion_dist"
-
-Group = dict[str, Any]
 
 
 class Shape(NamedTuple):
@@ -102,63 +100,8 @@ class Model:
         return sum(5 * p.element_size() * p.numel() for p in self.params)
 
 
-# The contestants. Each takes the model's groups and returns its step.
-
-
 def make_ours(groups: list[Group]) -> Step:
     return Lion(groups, lr=LR, betas=BETAS).step
-
-
-def make_lion_pytorch(groups: list[Group]) -> Step:
-    from lion_pytorch import Lion as Peer
-
-    step: Step = Peer(groups, lr=LR, betas=BETAS).step
-    return step
-
-
-def make_lion_pytorch_triton(groups: list[Group]) -> Step:
-    """It autotunes once for every tensor size, within the warm-up steps, restoring what the trials wrote."""
-    from lion_pytorch import Lion as Peer
-
-    step: Step = Peer(groups, lr=LR, betas=BETAS, use_triton=True).step
-    return step
-
-
-def foreach_lion_(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], weight_decay: float
-) -> None:  # fmt: skip
-    """The plain foreach baseline, written for this file in as few passes as foreach has."""
-    beta1, beta2 = BETAS
-    update = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
-    torch._foreach_sign_(update)
-    if weight_decay:
-        torch._foreach_mul_(params, 1 - LR * weight_decay)
-    torch._foreach_add_(params, update, alpha=-LR)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
-
-
-def make_foreach(groups: list[Group], update: Callable[..., None] = foreach_lion_) -> Step:
-    exp_avgs = [[torch.zeros_like(p) for p in group["params"]] for group in groups]
-
-    @torch.no_grad()
-    def step() -> None:
-        for group, momenta in zip(groups, exp_avgs, strict=True):
-            update(group["params"], [p.grad for p in group["params"]], momenta, group["weight_decay"])
-
-    return step
-
-
-def make_compiled(groups: list[Group]) -> Step:
-    torch.compiler.reset()
-    return make_foreach(groups, torch.compile(foreach_lion_, fullgraph=True, dynamic=False))
-
-
-PEERS: dict[str, Callable[[list[Group]], Step]] = {
-    "lion-pytorch 0.2.5, eager": make_lion_pytorch,
-    "lion-pytorch 0.2.5, use_triton=True": make_lion_pytorch_triton,
-    "foreach (written here)": make_foreach,
-    "the same foreach, torch.compile": make_compiled,
-}
 
 
 @dataclass
@@ -210,27 +153,26 @@ class ModeResult:
         return self.step_bytes / statistics.median(self.bandwidth) * 1e3
 
 
-def run_mode(mode: str, repeats: int, cycles: float, leave_out: set[str]) -> ModeResult:
+def run_mode(mode: str, repeats: int, cycles: float, leave_out: set[Peer]) -> ModeResult:
     with freed():
         bandwidth = copy_bandwidth(repeats)
     model = Model.random(llama_shapes(), MODES[mode])
     result = ModeResult(mode, model.step_bytes, bandwidth)
     ours = make_ours(model.groups())
     result.readings[OURS] = measure(ours, model, None, repeats, cycles)
-    for name, make in PEERS.items():
-        if name in leave_out:
-            result.skipped[name] = "left out by --quick"
-            continue
+    for peer in PEERS:
+        reason = missing(peer.distribution) or ("left out by --quick" if peer in leave_out else "")
         with freed():
             began = time.perf_counter()
             try:
-                result.readings[name] = measure(make(model.groups()), model, ours, repeats, cycles)
+                if not reason:
+                    result.readings[peer.name] = measure(peer.make(model.groups()), model, ours, repeats, cycles)
             except (Exception, SystemExit) as error:  # lion_pytorch.triton exits where triton is missing
-                reason = (str(error).strip().splitlines() or [""])[0]
-                result.skipped[name] = f"{type(error).__name__}: {reason}"
-                print(f"  {mode} {name}: skipped, {result.skipped[name]}", flush=True)
-            else:
-                print(f"  {mode} {name}: done in {time.perf_counter() - began:.1f} s", flush=True)
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        seconds = time.perf_counter() - began
+        print(f"  {mode} {peer.name}: {f'skipped, {reason}' if reason else f'done in {seconds:.1f} s'}", flush=True)
+        if reason:
+            result.skipped[peer.name] = reason
     with freed():
         result.bandwidth += copy_bandwidth(repeats)
     return result
@@ -431,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sweep:
         raw["sweep"] = sweep(repeats // 2 + 1, cycles)
     else:
-        leave_out = {"the same foreach, torch.compile"} if args.quick else set()
+        leave_out = {COMPILED} if args.quick else set()
         modes = []
         for mode in MODES:
             with freed():

@@ -1,0 +1,230 @@
+"""The ways to train that benchmarks.iteration measures: ours, and those of other people's Lions and frameworks.
+
+Mode: makes a Trainer of the model on the current device, inside an initialised process group. All share what trains:
+    float32 parameters, the same two groups (matrices decay, gains do not), and float32 communication, so that
+    all end near one loss; MODES says of a mode where its rule differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from lion_dist import Lion, ShardedLion
+
+from .llama import Block, LanguageModel
+from .peer_steps import BETAS, DECAY, LR
+
+MAX_NORM = 1.0  # of the gradient, with --clip
+
+
+@dataclass
+class Trainer:
+    """What a mode made of the model; an iteration calls the three in order.
+
+    forward: tokens -> the loss.
+    step: clips if asked to, steps, drops the gradients.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    step: Callable[[], object]
+    backward: Callable[[Tensor], object] = Tensor.backward
+
+
+def make_trainer(forward: Any, optimizer: Any, clip: Callable[[float], object], options: Namespace) -> Trainer:
+    def step() -> None:
+        if options.clip:
+            clip(MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Trainer(forward, step)
+
+
+def torch_clip(model: LanguageModel) -> Callable[[float], object]:
+    return partial(clip_grad_norm_, list(model.parameters()))
+
+
+# Ours ---------------------------------------------------------------------------------------------------------
+
+
+def compute(model: LanguageModel, options: Namespace) -> Trainer:
+    return Trainer(model, model.zero_grad)
+
+
+def ddp(model: LanguageModel, options: Namespace) -> Trainer:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return make_trainer(wrapped, Lion(model.groups(DECAY), lr=LR, betas=BETAS), torch_clip(model), options)
+
+
+def zero1(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ShardedLion(model.groups(DECAY), lr=LR, betas=BETAS, stage=1, param_sync=param_sync)
+    return make_trainer(wrapped, optimizer, optimizer.clip_grad_norm_, options)
+
+
+def zero2(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
+    optimizer = ShardedLion(
+        model.groups(DECAY), lr=LR, betas=BETAS, stage=2, param_sync=param_sync, bucket_mb=options.bucket_mb
+    )
+    return make_trainer(model, optimizer, optimizer.clip_grad_norm_, options)
+
+
+# Torch's ways of sharding, and lion-pytorch -----------------------------------------------------------------
+
+
+def ddp_lion_pytorch(model: LanguageModel, options: Namespace) -> Trainer:
+    import lion_pytorch
+
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = lion_pytorch.Lion(model.groups(DECAY), lr=LR, betas=BETAS, use_triton=on_gpu(model))
+    return make_trainer(wrapped, optimizer, torch_clip(model), options)
+
+
+def zero_redundancy(model: LanguageModel, options: Namespace) -> Trainer:
+    import lion_pytorch
+
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        model.groups(DECAY), lion_pytorch.Lion, lr=LR, betas=BETAS, use_triton=on_gpu(model)
+    )
+    return make_trainer(wrapped, optimizer, torch_clip(model), options)
+
+
+def fsdp1_lion_pytorch(model: LanguageModel, options: Namespace, use_triton: bool) -> Trainer:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    groups = model.groups(DECAY)  # the parameters stay the same objects, but become flat: matrices are told by shape
+    wrapped = FullyShardedDataParallel(
+        model,
+        sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        device_id=next(model.parameters()).device,
+        use_orig_params=True,
+    )
+    if use_triton and on_gpu(model):
+        from lion_pytorch import Lion
+
+        optimizer = Lion(groups, lr=LR, betas=BETAS, use_triton=True)
+    else:
+        from lion_pytorch.foreach import Lion
+
+        optimizer = Lion(groups, lr=LR, betas=BETAS)
+    return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options)
+
+
+def shard_fsdp2(model: LanguageModel, reshard: bool) -> None:
+    """`reshard`: parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=False)
+
+
+def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
+    import lion_pytorch
+
+    shard_fsdp2(model, reshard)
+    # Neither its Triton kernel nor its foreach version takes DTensors.
+    optimizer = lion_pytorch.Lion(model.groups(DECAY), lr=LR, betas=BETAS)
+    return make_trainer(model, optimizer, torch_clip(model), options)
+
+
+def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
+    from flashoptim import FlashLion
+
+    shard_fsdp2(model, reshard)
+    optimizer = FlashLion(model.groups(DECAY), lr=LR, betas=BETAS, master_weight_bits=None)
+    return make_trainer(model, optimizer, torch_clip(model), options)
+
+
+# DeepSpeed ----------------------------------------------------------------------------------------------------
+
+
+def deepspeed_zero(model: LanguageModel, options: Namespace, stage: int, reduce_bf16: bool = False) -> Trainer:
+    """`reduce_bf16`: what DeepSpeed does of itself under torch_autocast: Linear layers communicate in bfloat16."""
+    # What torchrun would set; without it DeepSpeed looks for MPI.
+    rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")  # named, not used: the process group exists
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    autocast: dict[str, Any] = {"enabled": True, "dtype": "bfloat16"}
+    if not reduce_bf16:
+        autocast["lower_precision_safe_modules"] = []
+    config = {
+        "train_micro_batch_size_per_gpu": options.sequences,
+        "optimizer": {"type": "Lion", "params": {"lr": LR, "betas": list(BETAS)}},
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
+        "torch_autocast": autocast,
+        "gradient_clipping": MAX_NORM if options.clip else 0.0,  # the default is 1.0
+        "steps_per_print": 1_000_000,
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.groups(DECAY), config=config)
+    return Trainer(engine, engine.step, engine.backward)
+
+
+def on_gpu(model: LanguageModel) -> bool:
+    return next(model.parameters()).is_cuda
+
+
+class Mode(NamedTuple):
+    """`distribution`: what pip calls the package that it needs; "" if none."""
+
+    make: Callable[[LanguageModel, Namespace], Trainer]
+    what: str
+    distribution: str = ""
+
+
+FSDP1, FSDP2 = "FSDP1 SHARD_GRAD_OP", "FSDP2"
+FUSED = "FusedLion (where c is 0, p moves by +lr)"
+
+MODES = {
+    "compute": Mode(compute, "forward and backward alone"),
+    "ddp": Mode(ddp, "DDP + Lion"),
+    "zero1": Mode(partial(zero1, param_sync="params"), "DDP + ShardedLion stage 1, parameters gathered"),
+    "zero1_signs": Mode(partial(zero1, param_sync="signs"), "DDP + ShardedLion stage 1, signs gathered"),
+    "zero2": Mode(partial(zero2, param_sync="params"), "ShardedLion stage 2, parameters gathered"),
+    "zero2_signs": Mode(partial(zero2, param_sync="signs"), "ShardedLion stage 2, signs gathered"),
+    "ddp_lion_pytorch": Mode(ddp_lion_pytorch, "DDP + lion-pytorch, use_triton=True", "lion-pytorch"),
+    "zero_redundancy": Mode(
+        zero_redundancy, "DDP + ZeroRedundancyOptimizer of lion-pytorch, use_triton=True", "lion-pytorch"
+    ),
+    "fsdp1_lion_pytorch": Mode(
+        partial(fsdp1_lion_pytorch, use_triton=False), f"{FSDP1} + lion-pytorch, foreach", "lion-pytorch"
+    ),
+    "fsdp1_lion_pytorch_triton": Mode(
+        partial(fsdp1_lion_pytorch, use_triton=True), f"{FSDP1} + lion-pytorch, use_triton=True", "lion-pytorch"
+    ),
+    "fsdp2_lion_pytorch": Mode(
+        partial(fsdp2_lion_pytorch, reshard=True), f"{FSDP2} + lion-pytorch, eager", "lion-pytorch"
+    ),
+    "fsdp2_flashlion": Mode(
+        partial(fsdp2_flashlion, reshard=True), f"{FSDP2} + FlashLion (8-bit momentum)", "flashoptim"
+    ),
+    "fsdp2_flashlion_grad_op": Mode(
+        partial(fsdp2_flashlion, reshard=False),
+        f"{FSDP2} reshard_after_forward=False + FlashLion (8-bit momentum)", "flashoptim",
+    ),
+    "deepspeed_zero1": Mode(partial(deepspeed_zero, stage=1), f"DeepSpeed ZeRO-1, {FUSED}", "deepspeed"),
+    "deepspeed_zero2": Mode(partial(deepspeed_zero, stage=2), f"DeepSpeed ZeRO-2, {FUSED}", "deepspeed"),
+    "deepspeed_zero3": Mode(partial(deepspeed_zero, stage=3), f"DeepSpeed ZeRO-3, {FUSED}", "deepspeed"),
+    "deepspeed_zero2_bf16": Mode(
+        partial(deepspeed_zero, stage=2, reduce_bf16=True), f"DeepSpeed ZeRO-2, bf16 reduction, {FUSED}", "deepspeed"
+    ),
+}  # fmt: skip
