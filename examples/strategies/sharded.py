@@ -16,3 +16,7 @@ class Sharded(Single):
 
     def optimizer_state(self) -> dict[str, Any]:
         return self.optimizer.full_state_dict(rank0_only=True)
+
+    def sign_bytes(self) -> int:
+        """Of the update's signs, 2 bits an element."""
+        return sum(p.numel() for p in self.model.parameters()) // 4

@@ -13,5 +13,5 @@ class Zero1(Sharded, DDP):
         return ShardedLion(groups, lr=lr, betas=betas, stage=1)
 
     def bytes_sent_per_step(self, world_size: int) -> int:
-        """DDP's all-reduce, then an all-gather of the stepped parameters: (W - 1) / W of them."""
-        return super().bytes_sent_per_step(world_size) + self.parameter_bytes() * (world_size - 1) // world_size
+        """DDP's all-reduce, then an all-gather of signs: (W - 1) / W of them."""
+        return super().bytes_sent_per_step(world_size) + self.sign_bytes() * (world_size - 1) // world_size

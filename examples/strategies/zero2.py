@@ -17,5 +17,5 @@ class Zero2(Sharded):
         return self.optimizer.no_sync()
 
     def bytes_sent_per_step(self, world_size: int) -> int:
-        """A reduce-scatter of the gradients, then an all-gather of the stepped parameters: (W - 1) / W of them each."""
-        return 2 * self.parameter_bytes() * (world_size - 1) // world_size
+        """A reduce-scatter of the gradients, then an all-gather of signs: (W - 1) / W of them each."""
+        return (self.parameter_bytes() + self.sign_bytes()) * (world_size - 1) // world_size

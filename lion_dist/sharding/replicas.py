@@ -48,8 +48,10 @@ def broadcast(params: Iterable[Tensor], group: dist.ProcessGroup) -> None:
 
 
 class Comparison:
-    """Numbers that all ranks should have alike, compared on the device at once and on the host when they have got
-    there: nothing waits."""
+    """Numbers that all ranks should have alike, compared on the device at once, and on the host LAG calls later:
+    by then they have got there as a rule, so that the host does not wait; and all ranks raise in the same call."""
+
+    LAG = 2
 
     def __init__(self) -> None:
         self._pending: list[tuple[torch.cuda.Event | None, Tensor, Callable[[], str]]] = []
@@ -71,12 +73,12 @@ class Comparison:
         return (numbers == numbers[0]).all()
 
     def check(self) -> None:
-        """Raises ValueError if numbers were not alike, as far as the host can know without waiting."""
-        while self._pending:
-            event, numbers, what = self._pending[0]
-            if event is not None and not event.query():
-                return
-            self._pending.pop(0)
+        """Raises ValueError if numbers were not alike: those on the CPU at once, those on a GPU if it is the
+        LAG-th call of `compare` that is about to follow theirs."""
+        while self._pending and (self._pending[0][0] is None or len(self._pending) >= self.LAG):
+            event, numbers, what = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
             first, *others = numbers.tolist()
             unlike = [r for r, other in enumerate(others, 1) if other != first]
             if unlike:
