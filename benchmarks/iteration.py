@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=Llama.layers)
     parser.add_argument("--sequences", type=int, default=4, help="a rank")
     parser.add_argument("--seq-len", type=int, default=Llama.seq_len)
-    parser.add_argument("--bucket-mb", type=float, default=128)
+    parser.add_argument("--bucket-mb", type=float, default=256)
     parser.add_argument("--clip", action="store_true", help=f"clip the gradient's norm to {MAX_NORM}")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)

@@ -96,7 +96,7 @@ class ShardedLion(Optimizer):
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
-            rank in its first backward. Up to four buckets exist at a time, if every parameter is used.
+            rank in its first backward. Up to three buckets exist at a time, if every parameter is used.
         param_sync: how each rank's slices get to the others. "params": an all-gather of the parameters, in place.
             "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
             replica: the same bits, for a sixteenth (float32) of the bytes. A replica that went astray stays so
@@ -121,7 +121,7 @@ class ShardedLion(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         stage: int = 2,
         param_sync: str = "auto",
-        bucket_mb: float = 128,
+        bucket_mb: float = 256,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
@@ -348,9 +348,7 @@ class ShardedLion(Optimizer):
         for part, own in zip(self._parts, columns, strict=True):
             part.update.prepare(own)  # raises for bad gradients before anything is changed
         steps, salt = self._steps, self._salt()
-        if self._signs:
-            self._comparison.check()  # of earlier steps
-            self._steps += 1
+        self._steps += 1
 
         def what() -> str:
             groups = [f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers)]
@@ -384,7 +382,7 @@ class ShardedLion(Optimizer):
                 continue
             if agree is None:
                 agree = self._comparison.compare(part.signs.checksums, what)
-                self._comparison.check()  # on the CPU it is known at once
+                self._comparison.check()
             part.signs.apply(own, agree)
 
     def _salt(self) -> int:

@@ -61,7 +61,7 @@ class Comparison:
 
         Args:
             numbers: shape (world_size,).
-            what: says what they stand for on this rank, in the error that `check` may raise.
+            what: says what they stand for on this rank, in the error of `check`.
         """
         copy, event = numbers, None
         if numbers.is_cuda:
@@ -73,9 +73,9 @@ class Comparison:
         return (numbers == numbers[0]).all()
 
     def check(self) -> None:
-        """Raises ValueError if numbers were not alike: those on the CPU at once, those on a GPU if it is the
-        LAG-th call of `compare` that is about to follow theirs."""
-        while self._pending and (self._pending[0][0] is None or len(self._pending) >= self.LAG):
+        """After each `compare`: raises ValueError if numbers were not alike, those given last if they lie on the
+        CPU, those of LAG calls ago on a GPU."""
+        while self._pending and (self._pending[0][0] is None or len(self._pending) > self.LAG):
             event, numbers, what = self._pending.pop(0)
             if event is not None:
                 event.synchronize()
