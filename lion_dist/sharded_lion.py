@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
-from .memory_order import is_dense
 from .param_groups import (
     DecayWarning,
     check_and_wrap_state,
@@ -44,7 +43,7 @@ from .sharding.collectives import (
 )
 from .sharding.grad_reducer import GradReducer
 from .sharding.replicas import Comparison, broadcast, differing
-from .sharding.shard import Shard
+from .sharding.shard import Shard, check_shardable, make_shards
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
@@ -52,9 +51,6 @@ from .update.signs import SignUpdate
 from .upload import upload
 
 logger = logging.getLogger("lion_dist")
-
-# Elements of the parameters of a part, if they are more than one: large enough for its collective to be efficient.
-PART_NUMEL = 1 << 29
 
 
 @dataclass
@@ -196,18 +192,7 @@ class ShardedLion(Optimizer):
             complete_group(group, self.defaults)
             check_group(group)
             check_params(group["params"], before)
-            for i, p in enumerate(group["params"]):
-                check_device(p.device, self._group)
-                device = before[0].device if before else group["params"][0].device
-                if p.device != device:
-                    raise ValueError(
-                        f"parameter {i} of the group is on {p.device}, others on {device}: a rank's must share one"
-                    )
-                if not is_dense(p):
-                    raise ValueError(
-                        f"parameter {i} of the group, shape {tuple(p.shape)}, has gaps between its elements (strides "
-                        f"{p.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
-                    )
+            check_shardable(group["params"], before, self._group)
             check_no_shared_memory([*before, *group["params"]])
         except Exception:
             self.param_groups.pop()
@@ -227,18 +212,8 @@ class ShardedLion(Optimizer):
     def _make_shards(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> list[Shard]:
         """Shards of zeros; ``dtypes``: of momenta, by id of the parameter, where not the group's."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        alike: dict[tuple[torch.dtype, torch.dtype], list[list[Tensor]]] = {}
-        filled: dict[tuple[torch.dtype, torch.dtype], int] = {}
-        for p in params:
-            key = p.dtype, dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)])
-            parts = alike.setdefault(key, [])
-            if not parts or filled[key] + p.numel() > PART_NUMEL:
-                parts.append([])
-                filled[key] = 0
-            parts[-1].append(p)
-            filled[key] += p.numel()
-        world_size = dist.get_world_size(self._group)
-        return [Shard(part, dtype, world_size) for (_, dtype), parts in alike.items() for part in parts]
+        dtype_of = [dtypes.get(id(p)) or momentum_dtype(p, group_of[id(p)]) for p in params]
+        return make_shards(params, dtype_of, dist.get_world_size(self._group))
 
     def _set_shards(self, shards: list[Shard]) -> None:
         if self._reducer is not None:

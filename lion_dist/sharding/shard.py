@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..memory_order import flat, laid_out_like
-from .collectives import all_gather_in_place, start_all_gather
+from ..memory_order import flat, is_dense, laid_out_like
+from .collectives import all_gather_in_place, check_device, start_all_gather
 from .layout import ShardLayout
+
+# Elements of the parameters of a shard, if they are more than one. Shards are stepped and synchronised one after
+# another, so that the collective of one hides behind the work of the next; it must be large enough to be efficient.
+SHARD_NUMEL = 1 << 29
+
+
+def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Raises where parameters cannot be sharded over the group, beside ``others`` that are already."""
+    for i, p in enumerate(params):
+        check_device(p.device, group)
+        device = (others or params)[0].device
+        if p.device != device:
+            raise ValueError(
+                f"parameter {i} of the group is on {p.device}, others on {device}: a rank's must share one"
+            )
+        if not is_dense(p):
+            raise ValueError(
+                f"parameter {i} of the group, shape {tuple(p.shape)}, has gaps between its elements (strides "
+                f"{p.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
+            )
+
+
+def make_shards(params: Sequence[Tensor], dtypes: Sequence[torch.dtype], world_size: int) -> list[Shard]:
+    """Shards of zeros, in the order of the parameters.
+
+    Args:
+        dtypes: of each parameter's momentum.
+    """
+    alike: dict[tuple[torch.dtype, torch.dtype], list[list[Tensor]]] = {}
+    filled: dict[tuple[torch.dtype, torch.dtype], int] = {}
+    for p, dtype in zip(params, dtypes, strict=True):
+        key = p.dtype, dtype
+        parts = alike.setdefault(key, [])
+        if not parts or filled[key] + p.numel() > SHARD_NUMEL:
+            parts.append([])
+            filled[key] = 0
+        parts[-1].append(p)
+        filled[key] += p.numel()
+    return [Shard(part, dtype, world_size) for (_, dtype), parts in alike.items() for part in parts]
 
 
 class Shard:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lion_dist import Lion, ShardedLion, sharded_lion
+from lion_dist import Lion, ShardedLion
+from lion_dist.sharding import shard
 from tests.distributed.test_sharded_lion import FP32, assert_same_model, assert_same_momentum
 from tests.distributed.toy import SHAPES, Toy, coefficient
 from tests.harness import device_of, run_ranks
@@ -179,7 +180,7 @@ def body_scenarios(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...]) 
     for number, (scenario, bucket_mb) in enumerate(SCENARIOS):
         with pytest.MonkeyPatch.context() as patch:
             if number % 2:
-                patch.setattr(sharded_lion, "PART_NUMEL", 2000)  # several parts, one of them a single parameter
+                patch.setattr(shard, "SHARD_NUMEL", 2000)  # several parts, one of them a single parameter
             try:
                 run_scenario(rank, world_size, dtypes, scenario, bucket_mb)
             except Exception as error:
