@@ -59,14 +59,15 @@ class _Part:
 
     segments: what this rank owns of it.
     signs: where parameters are synchronised by signs.
-    active: stage 1, where some gradients are None: which are not, and that as a tensor.
+    present: in stage 1 with signs: of which parameters the gradient is not None, a byte each; and the same as a
+        tensor, or None if it is all.
     """
 
     shard: Shard
     segments: list[Segment]
     update: LionUpdate
     signs: SignUpdate | None
-    active: tuple[bytes, Tensor] | None = None
+    present: tuple[bytes, Tensor | None] = (b"", None)
 
 
 class ShardedLion(Optimizer):
@@ -159,7 +160,6 @@ class ShardedLion(Optimizer):
                 "params, as there is one rank and nothing to send",
             )  # fmt: skip
         self._comparison = Comparison()
-        self._steps = 0  # since the ranks were last known to be alike
         self._parts: list[_Part] = []
         self._frozen: list[Tensor] = []
         self._ids: list[list[int]] = []
@@ -280,8 +280,9 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters (in
-        stage 1 also which gradients are None) must be the same on every rank: where they are not, a parameter's
-        slices are stepped differently, though its replicas stay equal.
+        stage 1 also which gradients are None) must be the same on every rank. Where they are not, with signs, no
+        parameter changes and every rank raises ValueError: on CPUs in this step, on GPUs in the second after it,
+        since the host does not wait. With parameters gathered, slices are stepped differently, unnoticed.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
@@ -322,13 +323,11 @@ class ShardedLion(Optimizer):
         columns = self._columns()
         for part, own in zip(self._parts, columns, strict=True):
             part.update.prepare(own)  # raises for bad gradients before anything is changed
-        steps, salt = self._steps, self._salt()
-        self._steps += 1
 
         def what() -> str:
-            groups = [f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers)]
-            return f"step {steps} since the last load or resync(), {'; '.join(groups)}"
+            return "; ".join(f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers))
 
+        salt = 1 << 62 | zlib.crc32(b"".join(part.present[0] for part in self._parts))
         under_way = []
         for number in reversed(range(len(self._parts))):
             part, own = self._parts[number], columns[number]
@@ -357,14 +356,8 @@ class ShardedLion(Optimizer):
                 continue
             if agree is None:
                 agree = self._comparison.compare(part.signs.checksums, what)
-                self._comparison.check()
             part.signs.apply(own, agree)
-
-    def _salt(self) -> int:
-        """What the ranks must have in common beside hyper-parameters: how often they have stepped, and in stage 1
-        which gradients are None."""
-        present = zlib.crc32(b"".join(part.active[0] for part in self._parts if part.active is not None))
-        return 1 << 62 | ((self._steps * 0x9E3779B97F4A7C15) ^ present) & (1 << 62) - 1
+        self._comparison.check()  # once nothing is under way any more
 
     def _group_numbers(self) -> list[list[int]]:
         """For each part, the group of each of its parameters; raises if the groups hold others than were given."""
@@ -400,13 +393,12 @@ class ShardedLion(Optimizer):
 
     @staticmethod
     def _active_of(part: _Part, grads: Sequence[Tensor | None]) -> Tensor | None:
-        """In stage 1 a gradient may be None, in which case it is so on every rank."""
+        """In stage 1 a gradient may be None, in which case it is so on every rank, or no parameter will move."""
         present = bytes(g is not None for g in grads)
-        if 0 not in present:
-            part.active = None
-        elif part.active is None or part.active[0] != present:
-            part.active = present, upload(list(present), torch.uint8, part.shard.exp_avg.device)
-        return None if part.active is None else part.active[1]
+        if present != part.present[0]:
+            device = part.shard.exp_avg.device
+            part.present = present, upload(list(present), torch.uint8, device) if 0 in present else None
+        return part.present[1]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
@@ -494,7 +486,6 @@ class ShardedLion(Optimizer):
             pass
         broadcast([p for group in self.param_groups for p in group["params"]], self._group)
         self._comparison = Comparison()
-        self._steps = 0
 
     # State --------------------------------------------------------------------------------------
 
@@ -587,7 +578,6 @@ class ShardedLion(Optimizer):
         for shard in self._shards:
             shard.take_exp_avgs(saved, self._rank)
         self._clipping = None
-        self._steps = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

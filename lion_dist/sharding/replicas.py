@@ -85,6 +85,6 @@ class Comparison:
                 self._pending.clear()
                 raise ValueError(
                     f"ranks {unlike} of the group made a step that is not that of its first rank, so that no "
-                    f"parameter was changed by it, though momenta were. Here it was {what()}. Set hyper-parameters "
-                    "alike on every rank, call step() as often on every rank"
+                    f"parameter was changed by it, though momenta were. Here it was {what()}. Hyper-parameters, and in "
+                    "stage 1 which gradients are None, must be the same on every rank"
                 )

@@ -92,8 +92,11 @@ class Shard:
             return
         heads = [flat(p, 0, head) for p, head in zip(self.params, self.layout.heads, strict=True) if head]
         self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
-        self._tails = [flat(self.params[t.param], t.start, t.length) for t in self.layout.tails]
-        self._packed_tails = [self.pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
+        # As integers: copies of 16-bit floats on a GPU may change the bits of a NaN.
+        bits = {2: torch.int16, 4: torch.int32}[self.pack.element_size()]
+        pack = self.pack.view(bits)
+        self._tails = [flat(self.params[t.param], t.start, t.length).view(bits) for t in self.layout.tails]
+        self._packed_tails = [pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
         self._addresses = addresses
 
     def start_gather(self, group: dist.ProcessGroup) -> Any:

@@ -98,8 +98,7 @@ class SignUpdate:
         """The other half: every slice of every rank, by the signs in the mail and the hyper-parameters of `pack`.
 
         Args:
-            columns: as for `pack`; params, groups and active count, so that where a gradient is None, active
-                must say so.
+            columns: as for `pack`. Where a gradient is None, active must say so too.
             agree: bool, shape (): False leaves every parameter untouched.
         """
         if not self._segments:
@@ -124,7 +123,8 @@ class SignUpdate:
                 for p, bytes_ in zip(run.split(CHUNK), packed.split(CHUNK // PER_BYTE), strict=True):
                     reference.apply_signs_(p, bytes_, scalars[columns.groups[entry]])
         # Autograd does not see writes by address, and a graph that saved a weight must not use it changed.
-        torch.autograd.graph.increment_version(params)
+        moved = [p for p, g in zip(params, columns.grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(moved)
 
     def _build(self, columns: Columns) -> None:
         mail = self.mail.flatten()
