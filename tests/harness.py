@@ -35,8 +35,7 @@ DEADLINE_S = 120.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 _context = multiprocessing.get_context("forkserver")
-# Dynamo takes a second and a half to import, and every optimizer of torch does.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "lion_dist", "tests.harness"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "lion_dist", "tests.harness"])
 
 
 def device_of(rank: int, world_size: int) -> torch.device:
@@ -59,6 +58,7 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     with open(folder / f"stack{rank}", "w") as stack:
+        faulthandler.enable(stack)  # a rank that dies of a signal tells where
         faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
         try:
             _init(rank, world_size, f"file://{folder / 'rendezvous'}", timeout)
