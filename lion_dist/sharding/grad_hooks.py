@@ -100,10 +100,10 @@ class BackwardEnd:
 
     @_disable_dynamo
     def __call__(self) -> None:
-        self._raised = None
         method = self._ended()
         if method is not None:
             method()
+        self._raised = None  # not before: what that raises, the others must hear of too
 
     def __del__(self) -> None:
         method = self._raised() if self._raised is not None else None

@@ -98,6 +98,8 @@ class GradReducer:
             warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
         gone = {i for ids in lost for i in ids}
         used = {id(p) for p, is_used in zip(self._params, self._used, strict=True) if is_used} - gone
+        self.generation += 1  # clipping was computed from other parameters
+        self._flags = None
         self._shards = list(shards)
         self._params = [p for shard in shards for p in shard.params]
         self._rounds = self._make_rounds(kept)

@@ -99,7 +99,6 @@ class Rounds:
         self._bucket_of: list[int] = []
         self._last_bucket: list[int] = []  # of each shard
         self._packs_of: list[list[int]] = []  # of each bucket: shards whose tails are complete with it
-        self.set_order([])
 
         self.is_open = False
         self._adds = False
@@ -107,9 +106,11 @@ class Rounds:
         self._missing: list[int] = []  # of each bucket, how many gradients have yet to arrive
         self._has_arrived = bytearray()
         self._under_way: deque[_UnderWay] = deque()
+        self.set_order([])
 
     def set_order(self, seen: Sequence[int]) -> None:
         """Buckets for gradients that arrive in the order ``seen``, as far as it goes. Not in a round."""
+        self.finish()  # what is under way goes by the old buckets' numbers
         sizes = [p.numel() * p.element_size() for p in self._params]
         self._buckets = make_buckets(sizes, complete_order(seen, len(sizes)), self._bucket_bytes)
         self._bucket_of = [0] * len(sizes)
