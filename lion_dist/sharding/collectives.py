@@ -22,15 +22,39 @@ from torch.distributed import distributed_c10d as c10d
 
 # What torch's coalescing manager ends up calling, without the Python before it: 20 us a tensor, of every backward.
 # Renamed in torch 2.13.
-_all_gather: Callable[..., Any] = getattr(
+_all_gather_coalesced: Callable[..., Any] = getattr(
     dist.ProcessGroup, "all_gather_single_coalesced", None
 ) or dist.ProcessGroup.allgather_into_tensor_coalesced  # fmt: skip
+_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(
     dist.ProcessGroup, "reduce_scatter_single_coalesced", None
 ) or dist.ProcessGroup.reduce_scatter_tensor_coalesced  # fmt: skip
 
 # Backends that average by themselves, without one more pass over the result.
 AVERAGING_BACKENDS = {"nccl", "gloo"}
+
+
+class _Works:
+    """Collectives under way, as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _all_gather(
+    group: dist.ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: AllgatherOptions
+) -> Any:
+    # Both of gloo's threads assign the name of what they completed to one std::string, unguarded (runLoop of torch's
+    # ProcessGroupGloo.cpp, 2.11 to 2.13). A name of more than 15 bytes lies on the heap, and is then freed twice:
+    # "ALLGATHER_COALESCED", beside any other collective, corrupts memory within seconds. Others' names are short.
+    if group._get_backend(outputs[0].device).name() == "gloo":
+        pairs = zip(outputs, inputs, strict=True)
+        return _Works([_all_gather_single(whole, part, group=group, async_op=True) for whole, part in pairs])
+    return _all_gather_coalesced(group, outputs, inputs, options)
 
 
 def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any:
