@@ -35,10 +35,10 @@ from .param_groups import (
 )
 from .sharding.collectives import (
     Agreement,
+    Membership,
     all_reduce_sum,
     broadcast_from_first,
     check_device,
-    explaining,
     start_all_gather,
 )
 from .sharding.grad_reducer import GradReducer
@@ -68,6 +68,21 @@ class _Part:
     update: LionUpdate
     signs: SignUpdate | None
     present: tuple[bytes, Tensor | None] = (b"", None)
+
+
+def _mismatch(hypers: Sequence[HyperParameters]) -> Callable[[], str]:
+    """What is to be said if this rank's step was not that of the others; the tensors may change meanwhile."""
+    kept = [h._replace(lr=h.lr.clone()) if isinstance(h.lr, Tensor) else h for h in hypers]
+
+    def message() -> str:
+        here = "; ".join(f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(kept))
+        return (
+            "made a step that is not that of its first rank, so that no parameter was changed by it, though momenta "
+            f"were. Here it was {here}. Hyper-parameters, and in stage 1 which gradients are None, must be the same on "
+            "every rank"
+        )
+
+    return message
 
 
 class ShardedLion(Optimizer):
@@ -147,7 +162,8 @@ class ShardedLion(Optimizer):
             world_size = dist.get_world_size(self._group)
             agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
             agreement.says(describe_groups(self.param_groups))
-        self._reducer = GradReducer(self._group, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
+        self._membership = Membership(self._group)
+        self._reducer = GradReducer(self._membership, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
         # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
         self._step_supports_amp_scaling = stage == 2
         self._decay_warning = DecayWarning()
@@ -216,6 +232,9 @@ class ShardedLion(Optimizer):
         return make_shards(params, dtype_of, dist.get_world_size(self._group))
 
     def _set_shards(self, shards: list[Shard]) -> None:
+        number_of = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for shard in shards:
+            shard.numbers = [number_of[id(p)] for p in shard.params]
         if self._reducer is not None:
             self._reducer.set_shards(shards)
         kept = {id(part.shard): part for part in self._parts}
@@ -303,8 +322,7 @@ class ShardedLion(Optimizer):
         hypers = [hyper_parameters(group) for group in self.param_groups]
         for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             self._decay_warning.check(i, group, hyper)
-        if self._reducer is not None:
-            self._reducer.check_usable()
+        self._membership.check()
         self._adopt_unfrozen()
         if self._clipping is not None and not self._clipping.fits():
             raise ValueError(
@@ -321,12 +339,13 @@ class ShardedLion(Optimizer):
         """Part by part, the last parameters first, as their gradients are the first to be there: one is stepped
         while the gradients of the next are on their way, and its outcome travels while the next is stepped."""
         columns = self._columns()
-        for part, own in zip(self._parts, columns, strict=True):
-            part.update.prepare(own)  # raises for bad gradients before anything is changed
-
-        def what() -> str:
-            return "; ".join(f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(hypers))
-
+        try:
+            for part, own in zip(self._parts, columns, strict=True):
+                part.update.prepare(own)  # raises for bad gradients before anything is changed
+        except Exception:
+            for part in self._parts:
+                part.update.forget_gradients()
+            raise
         salt = 1 << 62 | zlib.crc32(b"".join(part.present[0] for part in self._parts))
         under_way = []
         for number in reversed(range(len(self._parts))):
@@ -338,7 +357,7 @@ class ShardedLion(Optimizer):
                 part.update.step(own, hypers, scale)
             else:
                 part.signs.pack(own, hypers, scale, salt)
-            with explaining(self._group):
+            with self._membership.collective():
                 if part.signs is None:
                     gather = part.shard.start_gather(self._group)
                 else:
@@ -349,13 +368,13 @@ class ShardedLion(Optimizer):
         agree = None
         for part, own, gather in under_way:
             if gather is not None:
-                with explaining(self._group):
+                with self._membership.collective():
                     gather.wait()
             if part.signs is None:
                 part.shard.finish_gather()
                 continue
             if agree is None:
-                agree = self._comparison.compare(part.signs.checksums, what)
+                agree = self._comparison.compare(part.signs.checksums, _mismatch(hypers))
             part.signs.apply(own, agree)
         self._comparison.check()  # once nothing is under way any more
 
@@ -388,7 +407,8 @@ class ShardedLion(Optimizer):
             else:
                 grads = [reducer.grads[number]] * len(params)
                 active = None  # it may still be on its way
-            columns.append(Columns(params, grads, [shard.exp_avg] * len(params), groups, part.segments, active))
+            exp_avgs = [shard.exp_avg] * len(params)
+            columns.append(Columns(params, grads, exp_avgs, groups, part.segments, active, shard.numbers))
         return columns
 
     @staticmethod
@@ -419,8 +439,7 @@ class ShardedLion(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        if self._reducer is not None:
-            self._reducer.check_usable()
+        self._membership.check()
         self._adopt_unfrozen()
         # Clipped before: what counts is the gradient as it would be stepped.
         before = self._clipping.scale if self._clipping and self._clipping.fits() else None
@@ -438,7 +457,7 @@ class ShardedLion(Optimizer):
         else:
             device = next((p.device for group in self.param_groups for p in group["params"]), "cpu")
             total = torch.zeros((), dtype=torch.float64, device=device)
-        with explaining(self._group):
+        with self._membership.collective():
             for group in (self._group, *process_groups) if self._parts else process_groups:
                 all_reduce_sum(total, group)
         if before is not None:
@@ -451,7 +470,9 @@ class ShardedLion(Optimizer):
         """Tells, whenever it is called, whether the gradients are what they are now."""
         reducer = self._reducer
         if reducer is None:
-            return same_gradients([p for part in self._parts for p in part.shard.params])
+            parts = self._parts  # another list once there are other parameters
+            same = same_gradients([p for part in parts for p in part.shard.params])
+            return lambda: self._parts is parts and same()
         generation = reducer.generation
         return lambda: not reducer.has_local() and reducer.generation == generation
 
@@ -470,7 +491,9 @@ class ShardedLion(Optimizer):
 
         Raises:
             RuntimeError: on every rank, where a replica differs: the parameters, and the ranks.
+            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
+        self._comparison.check(all=True)
         unlike = differing([p for group in self.param_groups for p in group["params"]], self._group)
         if unlike:
             some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
@@ -481,11 +504,12 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def resync(self) -> None:
-        """Gives every rank the parameters of the group's first rank; a collective call."""
+        """Gives every rank the parameters of the group's first rank; a collective call. Raises ValueError, once it
+        has, where hyper-parameters differed in one of the last steps; see `step`."""
         with Agreement(self._group, "ShardedLion.resync()"):
             pass
         broadcast([p for group in self.param_groups for p in group["params"]], self._group)
-        self._comparison = Comparison()
+        self._comparison.check(all=True)
 
     # State --------------------------------------------------------------------------------------
 
@@ -507,8 +531,10 @@ class ShardedLion(Optimizer):
 
         Raises:
             RuntimeError: ranks that did not make the call within the group's time-out, by number.
+            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
+            self._comparison.check(all=True)
             self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
         keep = not rank0_only or self._rank == 0
@@ -578,6 +604,7 @@ class ShardedLion(Optimizer):
         for shard in self._shards:
             shard.take_exp_avgs(saved, self._rank)
         self._clipping = None
+        self._comparison = Comparison()  # what the last steps did is gone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -39,18 +39,18 @@ class GradReducer:
     """Averages the gradients of sharded parameters over a group, each part on the rank that owns it.
 
     Args:
-        group: the ranks.
+        membership: the ranks.
         bucket_bytes: of gradients that are reduced together.
 
     Attributes:
         generation: changes whenever gradients do.
     """
 
-    def __init__(self, group: dist.ProcessGroup, bucket_bytes: int) -> None:
+    def __init__(self, membership: Membership, bucket_bytes: int) -> None:
         self._hooks: GradHooks | None = None
         self._witness: Witness | None = None
-        self._membership = Membership(group)
-        self._world_size = dist.get_world_size(group)
+        self._membership = membership
+        self._world_size = dist.get_world_size(membership.group)
         self._bucket_bytes = bucket_bytes
         self._paused = False  # no_sync()
         self.generation = 0
@@ -217,10 +217,6 @@ class GradReducer:
 
     # Reduction ----------------------------------------------------------------------------------
 
-    def check_usable(self) -> None:
-        """Raises if there has been a failure after which gradients can be trusted no more."""
-        self._membership.check()
-
     @torch.no_grad()
     def reduce(self) -> None:
         """Ends the period: every gradient of every rank is on its way to `grads`; see `finish`, `active`. A collective
@@ -247,10 +243,11 @@ class GradReducer:
             return
         for i, p in enumerate(self._params):
             if p.grad is not None and self._rounds.has_left(i) and not self._is_witness(i):
+                number = [n for shard in self._shards for n in shard.numbers][i]
                 raise RuntimeError(
-                    f"the gradient of parameter {i} (shape {tuple(p.shape)}) was reduced, and something put another "
-                    "into p.grad. Stage 2 reduces gradients itself: is the model wrapped in DistributedDataParallel? "
-                    "Take it out, or use stage=1"
+                    f"the gradient of parameter {number} (shape {tuple(p.shape)}) was reduced, and something put "
+                    "another into p.grad. Stage 2 reduces gradients itself: is the model wrapped in "
+                    "DistributedDataParallel? Take it out, or use stage=1"
                 )
 
     def _exchange(self) -> bool:

@@ -56,12 +56,12 @@ class Comparison:
     def __init__(self) -> None:
         self._pending: list[tuple[torch.cuda.Event | None, Tensor, Callable[[], str]]] = []
 
-    def compare(self, numbers: Tensor, what: Callable[[], str]) -> Tensor:
+    def compare(self, numbers: Tensor, message: Callable[[], str]) -> Tensor:
         """Whether all are equal; bool, shape (), on their device.
 
         Args:
             numbers: shape (world_size,).
-            what: says what they stand for on this rank, in the error of `check`.
+            message: what `check` is to say of ranks whose number is not the first one's.
         """
         copy, event = numbers, None
         if numbers.is_cuda:
@@ -69,22 +69,18 @@ class Comparison:
             copy.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((event, copy, what))
+        self._pending.append((event, copy, message))
         return (numbers == numbers[0]).all()
 
-    def check(self) -> None:
+    def check(self, all: bool = False) -> None:
         """After each `compare`: raises ValueError if numbers were not alike, those given last if they lie on the
-        CPU, those of LAG calls ago on a GPU."""
-        while self._pending and (self._pending[0][0] is None or len(self._pending) > self.LAG):
-            event, numbers, what = self._pending.pop(0)
+        CPU, those of LAG calls ago on a GPU; or of ``all`` calls, for which the host waits."""
+        while self._pending and (all or self._pending[0][0] is None or len(self._pending) > self.LAG):
+            event, numbers, message = self._pending.pop(0)
             if event is not None:
                 event.synchronize()
             first, *others = numbers.tolist()
             unlike = [r for r, other in enumerate(others, 1) if other != first]
             if unlike:
                 self._pending.clear()
-                raise ValueError(
-                    f"ranks {unlike} of the group made a step that is not that of its first rank, so that no "
-                    f"parameter was changed by it, though momenta were. Here it was {what()}. Hyper-parameters, and in "
-                    "stage 1 which gradients are None, must be the same on every rank"
-                )
+                raise ValueError(f"ranks {unlike} of the group {message()}")

@@ -75,6 +75,7 @@ class Rounds:
         self._bucket_bytes = bucket_bytes
         self._shards = shards
         self._params = [p for shard in shards for p in shard.params]
+        self._numbers = [n for shard in shards for n in shard.numbers]
         self._dtypes = [shard.pack.dtype for shard in shards for _ in shard.params]
         self._device = shards[0].pack.device if shards else None
         self._places: list[_Place] = []
@@ -215,7 +216,7 @@ class Rounds:
         grad = p.grad
         if grad is None:
             return
-        who = f"gradient of parameter {i} (shape {tuple(p.shape)})"
+        who = f"gradient of parameter {self._numbers[i]} (shape {tuple(p.shape)})"
         if grad.layout != torch.strided:
             raise TypeError(f"{who} is {grad.layout}; stage 2 needs dense gradients (sparse=False, or .to_dense())")
         if grad.dtype != self._dtypes[i] or grad.device != self._device:

@@ -58,6 +58,7 @@ class Shard:
 
     Attributes:
         params: the parameters, dense, all on one device.
+        numbers: theirs, as the user counts them, for messages.
         layout: their cut; parameter numbers are indices into ``params``.
         exp_avg: the momentum shard, shape (layout.shard_numel,).
         pack: staging for the tails, shape (layout.pack_numel,), dtype of the parameters.
@@ -65,6 +66,7 @@ class Shard:
 
     def __init__(self, params: list[Tensor], dtype: torch.dtype, world_size: int) -> None:
         self.params = params
+        self.numbers = list(range(len(params)))
         self.layout = ShardLayout.make([p.numel() for p in params], world_size)
         device = params[0].device
         self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)

@@ -26,7 +26,6 @@ from .segments import (
     Columns,
     Segment,
     SegmentTable,
-    check_gradient,
     check_no_shared_memory,
 )
 
@@ -224,15 +223,15 @@ class LionUpdate:
 
     @staticmethod
     def _check_gradients(columns: Columns) -> None:
-        for i, (p, g) in enumerate(zip(columns.params, columns.grads, strict=True)):
+        for i, g in enumerate(columns.grads):
             if g is not None:
-                check_gradient(i, p, g, may_be_flat=columns.segments is not None)
+                columns.check_gradient(i, g)
 
     @staticmethod
     def _relaid(index: int, g: Tensor, columns: Columns) -> Tensor:
         """A gradient in its parameter's memory order: itself, or a copy if it lies otherwise."""
         p = columns.params[index]
-        check_gradient(index, p, g, may_be_flat=columns.segments is not None)
+        columns.check_gradient(index, g)
         if not is_dense(p):  # stepped whole by torch, whatever the strides
             return g
         return laid_out_like(g, p) if g.shape == p.shape else g

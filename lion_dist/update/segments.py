@@ -45,6 +45,7 @@ class Columns:
         buffers, 1-D and contiguous, in which the segments' starts count.
     active: uint8, one an entry (a longer tensor's first), on the tensors' device: entries with 0 take no part
         either. For what other ranks decide too: a kernel reads it, the host need not wait to know it.
+    numbers: of the entries, as the user counts them, for messages; None: as they lie here.
     """
 
     params: list[Tensor]
@@ -53,20 +54,22 @@ class Columns:
     groups: list[int]
     segments: Sequence[Segment] | None = None
     active: Tensor | None = None
+    numbers: Sequence[int] | None = None
 
-
-def check_gradient(index: int, p: Tensor, g: Tensor, *, may_be_flat: bool = False) -> None:
-    """Raises where the rule cannot take g as the gradient of p, parameter number ``index``; which
-    ``may_be_flat``, 1-D and contiguous, where segments say what part of it is meant."""
-    who = f"gradient of parameter {index} (shape {tuple(p.shape)})"
-    if g.layout != torch.strided:
-        raise TypeError(f"{who} is {g.layout}; Lion needs dense gradients (sparse=False, or .to_dense())")
-    if g.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"{who} has dtype {g.dtype}; expected float32, bfloat16 or float16")
-    if g.shape != p.shape and not (may_be_flat and g.dim() == 1 and g.is_contiguous()):
-        raise ValueError(f"{who} has shape {tuple(g.shape)}; expected the parameter's own")
-    if g.device != p.device:
-        raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
+    def check_gradient(self, entry: int, g: Tensor) -> None:
+        """Raises where the rule cannot take g as the gradient of an entry."""
+        p = self.params[entry]
+        number = entry if self.numbers is None else self.numbers[entry]
+        who = f"gradient of parameter {number} (shape {tuple(p.shape)})"
+        if g.layout != torch.strided:
+            raise TypeError(f"{who} is {g.layout}; Lion needs dense gradients (sparse=False, or .to_dense())")
+        if g.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"{who} has dtype {g.dtype}; expected float32, bfloat16 or float16")
+        is_flat = self.segments is not None and g.dim() == 1 and g.is_contiguous()
+        if g.shape != p.shape and not is_flat:
+            raise ValueError(f"{who} has shape {tuple(g.shape)}; expected the parameter's own")
+        if g.device != p.device:
+            raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
 
 
 def check_no_shared_memory(params: Sequence[Tensor]) -> None:

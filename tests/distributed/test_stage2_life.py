@@ -53,11 +53,19 @@ class Pair:
     ``rank`` and ``world_size`` are of the optimizer's group.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device | None = None,
+        *,
+        sizes: Sequence[tuple[int, ...]] = SIZES,
+        **kwargs: Any,
+    ) -> None:
         self.rank, self.world_size = rank, world_size
         self.device = device or device_of(rank, world_size)
         generator = torch.Generator().manual_seed(3)
-        values = [torch.randn(shape, generator=generator).to(self.device) for shape in SIZES]
+        values = [torch.randn(shape, generator=generator).to(self.device) for shape in sizes]
         self.params = [nn.Parameter(v.clone()) for v in values]
         self.copies = [nn.Parameter(v.clone()) for v in values]
         self.sharded = ShardedLion(self.params, lr=LR, weight_decay=0.1, **{"bucket_mb": TINY, **kwargs})
@@ -208,6 +216,52 @@ def body_clip_then(rank: int, world_size: int) -> None:
 
 def test_clipping_does_not_outlive_its_gradients(tmp_path: Path) -> None:
     run_ranks(body_clip_then, 3, tmp_path)
+
+
+def body_clip_then_more(rank: int, world_size: int) -> None:
+    """A norm without the parameters that have come since is not one to clip them by."""
+    for kwargs in ({"stage": 2}, {"stage": 1}, {"stage": 1, "param_sync": "params"}):
+        pair = Pair(rank, world_size, **kwargs)
+        for _ in range(4):
+            pair.add((50,), requires_grad=False)
+        for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
+            optimizer.add_param_group({"params": params[-4:]})
+
+        def gradients(step: int, pair: Pair = pair, by_hand: bool = kwargs["stage"] == 1) -> None:
+            pair.expect(step)
+            if by_hand:
+                for p, copy in zip(pair.params, pair.copies, strict=True):
+                    p.grad = None if copy.grad is None else copy.grad.clone()
+            else:
+                pair.backward(step)
+
+        gradients(0)
+        pair.step("first")
+        for number, change in enumerate(("add", "unfreeze")):
+            before = [p.detach().clone() for p in pair.params]
+            gradients(1)
+            pair.sharded.clip_grad_norm_(0.01)
+            if change == "add":
+                pair.add((500,))
+                for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
+                    optimizer.add_param_group({"params": params[-1:]})
+            else:
+                for params in (pair.params, pair.copies):
+                    for p in params:
+                        p.requires_grad_(True)
+            with pytest.raises(ValueError, match="changed since clip_grad_norm_"):
+                pair.sharded.step()
+            for p, b in zip(pair.params, before, strict=False):
+                assert_same_bits(p, b, f"refused after {change}")
+            for optimizer in (pair.sharded, pair.lion):
+                optimizer.zero_grad()
+            gradients(2 + number)
+            pair.step(f"after {change}")
+        pair.finish()
+
+
+def test_clipping_without_parameters_that_came_later(tmp_path: Path) -> None:
+    run_ranks(body_clip_then_more, 2, tmp_path)
 
 
 def body_clip_grid(rank: int, world_size: int) -> list[float]:
@@ -915,6 +969,38 @@ def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
 @pytest.mark.parametrize("bucket_mb", [TINY, 64.0], ids=["tiny", "one"])
 def test_one_rank_raises_in_its_backward(bucket_mb: float, tmp_path: Path) -> None:
     seconds = run_ranks(body_one_raises, 3, tmp_path, (bucket_mb,), timeout=SHORT, deadline=40)
+    assert max(seconds) < SHORT.total_seconds() + 2
+
+
+def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
+    """In autograd's last callback, where what no gradient has come of is launched: here a gradient that cannot be."""
+    device = device_of(rank, world_size)
+    values = torch.ones(300), torch.ones(40), torch.ones(50, 8)
+    weight, _, table = params = [nn.Parameter(v.to(device)) for v in values]
+    optimizer = ShardedLion(params, lr=LR)  # one bucket
+    rows = torch.arange(5, device=device)
+    start = time.monotonic()
+
+    def train() -> None:
+        (nn.functional.embedding(rows, table, sparse=rank == 1).sum() + weight.sum()).backward()
+        optimizer.step()
+
+    if rank == 1:
+        with pytest.raises(TypeError, match=r"parameter 2 .*[Ss]parse"):
+            train()
+    else:
+        with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
+            train()
+    with pytest.raises(RuntimeError, match="can go on no more"):
+        optimizer.step()
+    for p in params:
+        assert bool((p == 1).all())
+    return time.monotonic() - start
+
+
+@spawn_only
+def test_one_rank_raises_at_the_end_of_its_backward(tmp_path: Path) -> None:
+    seconds = run_ranks(body_one_raises_at_the_end, 2, tmp_path, timeout=SHORT, deadline=40)
     assert max(seconds) < SHORT.total_seconds() + 2
 
 

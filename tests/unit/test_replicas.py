@@ -164,3 +164,45 @@ def test_numbers_between_others() -> None:
     assert not comparison.compare(buffer[:, 0], str)
     with pytest.raises(ValueError, match=r"ranks \[2\]"):
         comparison.check()
+
+
+class Late:
+    """An event of a GPU that nobody has waited for."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def late(comparison: Comparison, numbers: list[int], message: str) -> Late:
+    """As if the numbers lay on a GPU."""
+    comparison.compare(torch.tensor(numbers), lambda: message)
+    _, kept, say = comparison._pending.pop()
+    event = Late()
+    comparison._pending.append((event, kept, say))  # type: ignore[arg-type]
+    return event
+
+
+def test_numbers_on_a_gpu_are_judged_two_calls_later() -> None:
+    comparison = Comparison()
+    first = late(comparison, [1, 2], "step 0")
+    comparison.check()
+    late(comparison, [1, 1], "step 1")
+    comparison.check()
+    assert not first.waited
+    late(comparison, [1, 1], "step 2")
+    with pytest.raises(ValueError, match="step 0"):
+        comparison.check()
+    assert first.waited
+
+
+def test_all_numbers_are_judged_where_asked() -> None:
+    comparison = Comparison()
+    events = [late(comparison, numbers, f"step {i}") for i, numbers in enumerate(([1, 1], [1, 2]))]
+    with pytest.raises(ValueError, match="step 1"):
+        comparison.check(all=True)
+    assert all(event.waited for event in events)
+    comparison.check(all=True)
+    assert not comparison._pending
