@@ -1,8 +1,9 @@
 """ShardedLion: Lion for replicated parameters, with the momentum sharded over the ranks.
 
 Each rank steps the slices of the parameters that it owns (sharding/layout.py) and the ranks then bring
-the parameters together. Nothing is re-homed: parameters stay where they are, and only the shard of the
-momentum (in stage 2 of the gradients too) and small packs of tails are allocated.
+the parameters together. Nothing is re-homed: parameters stay where they are. Allocated are the shard of the
+momentum, in stage 2 that of the gradients, small packs of tails, and with signs those of all ranks: a quarter
+of a byte a parameter.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ class ShardedLion(Optimizer):
     """Lion for parameters replicated on every rank, its momentum sharded over them (ZeRO stages 1 and 2).
 
     Gives the same bits as `Lion` on the same averaged gradients, with a world_size-th of the momentum
-    and of the step's work on each rank. Every rank makes the same calls in the same order: the
-    constructor, step, clip_grad_norm_, add_param_group, broadcast_buffers, full_state_dict and
-    load_state_dict are collective. The constructor compares what the ranks were given and broadcasts the
-    parameters of the group's first rank; shards are allocated there too. Buffers, such as BatchNorm's running
-    statistics, are each rank's own: `broadcast_buffers` makes them equal once.
+    and of the step's work on each rank. Every rank makes the same calls in the same order: the constructor,
+    step, clip_grad_norm_, add_param_group, broadcast_buffers, check_replicas, resync, full_state_dict,
+    load_state_dict and, of gradients that nothing has used, zero_grad are collective. The constructor
+    compares what the ranks were given and broadcasts the parameters of the group's first rank; shards are
+    allocated there too. Buffers, such as BatchNorm's running statistics, are each rank's own:
+    `broadcast_buffers` makes them equal once.
 
     Args:
         params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
@@ -300,8 +302,9 @@ class ShardedLion(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters (in
         stage 1 also which gradients are None) must be the same on every rank. Where they are not, with signs, no
-        parameter changes and every rank raises ValueError: on CPUs in this step, on GPUs in the second after it,
-        since the host does not wait. With parameters gathered, slices are stepped differently, unnoticed.
+        parameter changes and every rank raises ValueError: on CPUs in this step, on GPUs in the second after it (or
+        in full_state_dict, check_replicas or resync before that), since the host does not wait; it runs two
+        steps ahead of the device at most. With parameters gathered, slices are stepped differently, unnoticed.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.

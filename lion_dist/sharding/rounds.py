@@ -20,7 +20,7 @@ from .collectives import Membership, Reduction, reduce_scatter_mean
 from .shard import Shard
 
 # Buckets under way before the backward waits for the oldest: bounds the memory of gradients that are being sent.
-# Enough for the gradients of a compiled block, which arrive all at once.
+# At 256 MiB each enough for the gradients of a compiled block, which arrive all at once.
 IN_FLIGHT = 2
 
 # Gives up the gradient of a parameter, by number: 1-D, in the parameter's memory order, or None.
