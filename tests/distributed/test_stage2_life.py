@@ -50,8 +50,10 @@ def average(i: int, p: Tensor, step: int, world_size: int) -> Tensor:
 class Pair:
     """Parameters under ShardedLion, stage 2, and their copies under Lion, which is given the averages.
 
-    ``rank`` and ``world_size`` are of the optimizer's group.
+    ``rank`` and ``world_size`` are of the optimizer's group; ``dtype`` is that of new pairs' parameters.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Pair:
         self.rank, self.world_size = rank, world_size
         self.device = device or device_of(rank, world_size)
         generator = torch.Generator().manual_seed(3)
-        values = [torch.randn(shape, generator=generator).to(self.device) for shape in sizes]
+        values = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in sizes]
         self.params = [nn.Parameter(v.clone()) for v in values]
         self.copies = [nn.Parameter(v.clone()) for v in values]
         self.sharded = ShardedLion(self.params, lr=LR, weight_decay=0.1, **{"bucket_mb": TINY, **kwargs})
@@ -74,7 +76,8 @@ class Pair:
     def add(self, shape: tuple[int, ...], requires_grad: bool = True) -> None:
         """One more parameter, still in no group."""
         for params in (self.params, self.copies):
-            params.append(nn.Parameter(torch.ones(shape, device=self.device), requires_grad=requires_grad))
+            value = torch.ones(shape, device=self.device, dtype=self.dtype)
+            params.append(nn.Parameter(value, requires_grad=requires_grad))
 
     def loss(self, step: int, of: Sequence[int] | None = None) -> Tensor:
         chosen = [i for i, p in enumerate(self.params) if p.requires_grad] if of is None else of
