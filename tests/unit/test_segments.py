@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lion_dist.memory_order import flat, is_dense, laid_out_like, may_overlap, same_layout
 from lion_dist.update import dispatch
 from lion_dist.update.reference import HyperParameters, lion_step_, scalars
-from lion_dist.update.segments import TILE, Columns, Segment, SegmentTable, check_gradient, check_no_shared_memory
+from lion_dist.update.segments import TILE, Columns, Segment, SegmentTable, check_no_shared_memory
 from tests.bits import assert_same_bits
 from tests.marks import needs_interpreter
 
@@ -296,4 +296,4 @@ P = nn.Parameter(torch.zeros(4, 3))
 )
 def test_bad_gradients_are_refused(g: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"gradient of parameter 7 .*{message}"):
-        check_gradient(7, P, g)
+        Columns([P, P], [None, g], [P, P], [0, 0], numbers=[0, 7]).check_gradient(1, g)
