@@ -49,8 +49,8 @@ def _all_gather(
     group: dist.ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: AllgatherOptions
 ) -> Any:
     # Both of gloo's threads assign the name of what they completed to one std::string, unguarded (runLoop of torch's
-    # ProcessGroupGloo.cpp, 2.11 to 2.13). A name of more than 15 bytes lies on the heap, and is then freed twice:
-    # "ALLGATHER_COALESCED", beside any other collective, corrupts memory within seconds. Others' names are short.
+    # ProcessGroupGloo.cpp). A name of more than 15 bytes lies on the heap, and may be freed twice: with torch 2.13
+    # "ALLGATHER_COALESCED" beside any other collective corrupts memory within seconds. Others' names are short.
     if group._get_backend(outputs[0].device).name() == "gloo":
         pairs = zip(outputs, inputs, strict=True)
         return _Works([_all_gather_single(whole, part, group=group, async_op=True) for whole, part in pairs])
