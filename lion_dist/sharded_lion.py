@@ -497,6 +497,9 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
         self._comparison.check(all=True)
+        self._check_bits()
+
+    def _check_bits(self) -> None:
         unlike = differing([p for group in self.param_groups for p in group["params"]], self._group)
         if unlike:
             some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
@@ -588,7 +591,7 @@ class ShardedLion(Optimizer):
                     ]
                 )
             if self._signs:
-                self.check_replicas()
+                self._check_bits()
         except Exception:
             self.param_groups = previous
             raise

@@ -230,3 +230,48 @@ def body_no_growth(rank: int, world_size: int) -> None:
 
 def test_comparisons_do_not_pile_up(tmp_path: Path) -> None:
     run_ranks(body_no_growth, 2, tmp_path)
+
+
+class Late:
+    """The event of a GPU, which may come as late as it likes."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def body_judged_before_they_count(rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = Comparison.compare
+
+    def compare_late(self: Comparison, *args: Any) -> torch.Tensor:
+        agree = compare(self, *args)
+        event, numbers, message = self._pending.pop()
+        self._pending.append((event or Late(), numbers.clone(), message))  # type: ignore[arg-type]
+        return agree
+
+    monkeypatch.setattr(Comparison, "compare", compare_late)
+    for call in ("check_replicas", "full_state_dict", "resync", "load_state_dict"):
+        trained = Trained(rank, world_size, stage=2)
+        optimizer = trained.optimizer
+        trained.step()
+        saved = optimizer.full_state_dict()
+        lr = torch.tensor(0.125 * (1 + rank))
+        optimizer.param_groups[0]["lr"] = lr
+        trained.step()  # not heard of yet
+        lr.fill_(LR)
+        if call == "load_state_dict":
+            optimizer.load_state_dict(saved)
+        else:
+            with pytest.raises(ValueError, match=rf"ranks \[1\] .*tensor\({0.125 * (1 + rank)}0*\)"):
+                getattr(optimizer, call)()
+        for _ in range(2 * Comparison.LAG):
+            trained.step()
+        optimizer.check_replicas()
+
+
+def body_judged(rank: int, world_size: int) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        body_judged_before_they_count(rank, world_size, monkeypatch)
+
+
+def test_steps_are_judged_before_state_is_read(tmp_path: Path) -> None:
+    run_ranks(body_judged, 2, tmp_path)
