@@ -35,7 +35,8 @@ DEADLINE_S = 120.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "lion_dist", "tests.harness"])
+# Dynamo takes a second and a half to import, and every optimizer of torch does.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "lion_dist", "tests.harness"])
 
 
 def device_of(rank: int, world_size: int) -> torch.device:
