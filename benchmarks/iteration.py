@@ -3,11 +3,13 @@
     python -m benchmarks.iteration --repeats 3                         every mode on all GPUs of this machine
     python -m benchmarks.iteration --modes zero2 --trace zero2.png     a picture of one iteration, by the profiler
     python -m benchmarks.iteration --modes zero2 --compile block       torch.compile of each block; or of the model
+    NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo python -m benchmarks.iteration
+                                                                       over NCCL's socket transport
     (from the repository's root; --help for sizes)
 
 Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay and no-decay groups, no clipping without
     `--clip`, `--sequences` of `--seq-len` tokens a rank. Random tokens, the same four batches in every mode.
-Mode: one way to train (peers.py), in processes of its own, one a GPU. `compute` is a forward and backward alone.
+Mode: one way to train (peers.py), in processes of its own, one a rank. `compute` is a forward and backward alone.
     Modes take turns, `--repeats` times; one that fails, or whose package is not installed, has a row that says so.
 Last loss: of the last timed iteration, the mean over the ranks. A mode that trains differently shows there.
 Time: of an iteration, the mean of `--iterations` between two CUDA events, on the slowest rank, nothing waited for
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from .llama import LanguageModel, Llama
+from .measure import join_group, machine
 from .peer_steps import installed_version, missing
 from .peers import MAX_NORM, MODES
 
@@ -58,11 +61,7 @@ class Report:
 
 
 def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out: str) -> None:
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=options.gpus, device_id=device
-    )
+    device = join_group(rank, options.ranks, rendezvous)
     torch.manual_seed(0)
     sizes = Llama(layers=options.layers, seq_len=options.seq_len)
     with device:
@@ -210,7 +209,7 @@ def draw(path: Path, spans: dict, marks: list[float], hidden: dict, mode: str, o
         axes.text(x, len(spans) - 0.45, f" {label}", fontsize=8)
     total, under = hidden["reduce"]
     axes.set_title(
-        f"{mode}, {options.gpus} GPUs, {options.layers} layers, {options.sequences} x {options.seq_len} tokens a rank, "
+        f"{mode}, {options.ranks} ranks, {options.layers} layers, {options.sequences} x {options.seq_len} tokens each, "
         f"torch.compile: {options.compile}; reduction {total:.1f} ms, {under:.1f} of them under other kernels",
         fontsize=9, pad=14,
     )  # fmt: skip
@@ -227,7 +226,7 @@ def measure(mode: str, options: argparse.Namespace) -> Report:
     """One turn of a mode. Whatever goes wrong in its processes is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        context = spawn(run, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.gpus, join=False)
+        context = spawn(run, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks, join=False)
         assert context is not None
         deadline = time.monotonic() + options.deadline
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
@@ -282,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--repeats", type=int, default=1, help="how many times the modes take turns")
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="more than GPUs: they share them")
     parser.add_argument("--layers", type=int, default=Llama.layers)
     parser.add_argument("--sequences", type=int, default=4, help="a rank")
     parser.add_argument("--seq-len", type=int, default=Llama.seq_len)
@@ -299,8 +298,10 @@ def main() -> None:
     unknown = sorted(set(options.modes.split(",")) - set(MODES))
     if unknown:
         parser.error(f"unknown modes: {', '.join(unknown)}; there are {', '.join(MODES)}")
-    if options.gpus < 1 or options.gpus > torch.cuda.device_count():
-        parser.error(f"--gpus {options.gpus}, but there are {torch.cuda.device_count()} CUDA devices here")
+    if options.ranks < 1 or not torch.cuda.is_available():
+        parser.error(
+            f"needs a rank and a CUDA device at least; got --ranks {options.ranks}, {torch.cuda.device_count()} devices"
+        )
     rows = [Row(mode) for mode in dict.fromkeys(options.modes.split(","))]
     for turn in range(options.repeats):
         for row in rows:
@@ -315,12 +316,8 @@ def main() -> None:
 def print_table(rows: list[Row], options: argparse.Namespace) -> None:
     used = sorted({MODES[row.mode].distribution for row in rows if row.turns} - {""})
     numel = sum(p.numel() for p in meta_model(options).parameters())
-    machine = [
-        str(datetime.date.today()),
-        f"{options.gpus} x {torch.cuda.get_device_name()}",
-        f"torch {torch.__version__}",
-    ]
-    print("\n" + ", ".join([*machine, *(f"{name} {installed_version(name)}" for name in used)]))
+    where = [str(datetime.date.today()), machine(options.ranks), f"torch {torch.__version__}"]
+    print("\n" + ", ".join([*where, *(f"{name} {installed_version(name)}" for name in used)]))
     print(f"`{shlex.join(['python', '-m', 'benchmarks.iteration', *sys.argv[1:]])}`")
     print(
         f"{numel:,} parameters, {options.sequences} x {options.seq_len} tokens a rank, compile {options.compile}, "

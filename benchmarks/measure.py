@@ -1,4 +1,4 @@
-"""How the benchmarks measure one device: device time, host time, launches, memory and copy bandwidth.
+"""How the benchmarks measure one device: device time, host time, launches, memory and copy bandwidth. And their ranks.
 
 Device time: between two CUDA events around a call, with the device held up beforehand so that the host
     is never what is waited for.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 DEVICE = torch.device("cuda")
 COPY_BYTES = 4 << 30
@@ -37,6 +39,24 @@ class Spread(NamedTuple):
         ordered = sorted(readings)
         last = len(ordered) - 1
         return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def join_group(rank: int, ranks: int, rendezvous: str) -> torch.device:
+    """Takes this rank's GPU and makes the default process group, on NCCL. Ranks that are more than the GPUs share them:
+    NCCL takes each for a host of its own, and they talk over its socket transport."""
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    if torch.cuda.device_count() < ranks:
+        os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo")
+    dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, device_id=device)
+    return device
+
+
+def machine(ranks: int) -> str:
+    """The GPUs that so many ranks run on, for the head of a table."""
+    gpus = min(ranks, torch.cuda.device_count())
+    shared = f", shared by {ranks} ranks over NCCL's sockets" if gpus < ranks else ""
+    return f"{gpus} x {torch.cuda.get_device_name()}{shared}"
 
 
 def events_ms(run: Step) -> float:

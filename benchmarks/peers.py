@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -84,10 +86,12 @@ def zero2(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
 # Torch's ways of sharding, and lion-pytorch -----------------------------------------------------------------
 
 
-def ddp_lion_pytorch(model: LanguageModel, options: Namespace) -> Trainer:
+def ddp_lion_pytorch(model: LanguageModel, options: Namespace, reduce_bf16: bool = False) -> Trainer:
     import lion_pytorch
 
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if reduce_bf16:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     optimizer = lion_pytorch.Lion(model.groups(DECAY), lr=LR, betas=BETAS, use_triton=on_gpu(model))
     return make_trainer(wrapped, optimizer, torch_clip(model), options)
 
@@ -125,13 +129,15 @@ def fsdp1_lion_pytorch(model: LanguageModel, options: Namespace, use_triton: boo
     return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options)
 
 
-def shard_fsdp2(model: LanguageModel, reshard: bool) -> None:
-    """`reshard`: parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3."""
-    from torch.distributed.fsdp import fully_shard
+def shard_fsdp2(model: LanguageModel, reshard: bool, bf16: bool = False) -> None:
+    """`reshard`: parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3.
+    `bf16`: they are gathered, and gradients reduced, in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if bf16 else MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(block, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, reshard_after_forward=False, mp_policy=policy)
 
 
 def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
@@ -143,10 +149,10 @@ def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) 
     return make_trainer(model, optimizer, torch_clip(model), options)
 
 
-def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
+def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool, bf16: bool = False) -> Trainer:
     from flashoptim import FlashLion
 
-    shard_fsdp2(model, reshard)
+    shard_fsdp2(model, reshard, bf16)
     optimizer = FlashLion(model.groups(DECAY), lr=LR, betas=BETAS, master_weight_bits=None)
     return make_trainer(model, optimizer, torch_clip(model), options)
 
@@ -157,8 +163,8 @@ def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool) -> 
 def deepspeed_zero(model: LanguageModel, options: Namespace, stage: int, reduce_bf16: bool = False) -> Trainer:
     """`reduce_bf16`: what DeepSpeed does of itself under torch_autocast: Linear layers communicate in bfloat16."""
     # What torchrun would set; without it DeepSpeed looks for MPI.
-    rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    rank, world_size, gpu = (str(i) for i in (dist.get_rank(), dist.get_world_size(), torch.cuda.current_device()))
+    os.environ.update(RANK=rank, LOCAL_RANK=gpu, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # named, not used: the process group exists
     import deepspeed
@@ -202,6 +208,10 @@ MODES = {
     "zero2": Mode(partial(zero2, param_sync="params"), "ShardedLion stage 2, parameters gathered"),
     "zero2_signs": Mode(partial(zero2, param_sync="signs"), "ShardedLion stage 2, signs gathered"),
     "ddp_lion_pytorch": Mode(ddp_lion_pytorch, "DDP + lion-pytorch, use_triton=True", "lion-pytorch"),
+    "ddp_lion_pytorch_bf16": Mode(
+        partial(ddp_lion_pytorch, reduce_bf16=True), "DDP, bf16 reduction + lion-pytorch, use_triton=True",
+        "lion-pytorch",
+    ),
     "zero_redundancy": Mode(
         zero_redundancy, "DDP + ZeroRedundancyOptimizer of lion-pytorch, use_triton=True", "lion-pytorch"
     ),
@@ -220,6 +230,10 @@ MODES = {
     "fsdp2_flashlion_grad_op": Mode(
         partial(fsdp2_flashlion, reshard=False),
         f"{FSDP2} reshard_after_forward=False + FlashLion (8-bit momentum)", "flashoptim",
+    ),
+    "fsdp2_flashlion_bf16": Mode(
+        partial(fsdp2_flashlion, reshard=False, bf16=True),
+        f"{FSDP2} reshard_after_forward=False, bf16 gather and reduction + FlashLion (8-bit momentum)", "flashoptim",
     ),
     "deepspeed_zero1": Mode(partial(deepspeed_zero, stage=1), f"DeepSpeed ZeRO-1, {FUSED}", "deepspeed"),
     "deepspeed_zero2": Mode(partial(deepspeed_zero, stage=2), f"DeepSpeed ZeRO-2, {FUSED}", "deepspeed"),

@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import spawn
 
 from lion_dist import ShardedLion
 
-from .measure import Spread, cycles_a_ms, events_ms
+from .measure import Spread, cycles_a_ms, events_ms, join_group, machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAD_MS = 5.0  # that the devices are held up, for the hosts to enqueue a step in
@@ -63,11 +63,7 @@ def parts(step: Any) -> dict[str, float]:
 
 
 def run(rank: int, options: argparse.Namespace, rendezvous: str, out: str) -> None:
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=options.gpus, device_id=device
-    )
+    device = join_group(rank, options.ranks, rendezvous)
     cycles = cycles_a_ms()
     reports = []
     for name in options.dtypes.split(","):
@@ -115,7 +111,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="more than GPUs: they share them")
     parser.add_argument("--numel", type=int, default=2**30)
     parser.add_argument("--tensors", type=int, default=128)
     parser.add_argument("--dtypes", default="fp32,bf16")
@@ -123,11 +119,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="after which bits are compared")
     parser.add_argument("--json", help="write the raw figures here")
     options = parser.parse_args()
-    print(f"{datetime.date.today()}, {options.gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{datetime.date.today()}, {machine(options.ranks)}, torch {torch.__version__}")
     print(f"{options.numel:,} parameters in {options.tensors} tensors")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        spawn(run, (options, f"{folder}/rendezvous", str(out)), nprocs=options.gpus)
+        spawn(run, (options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks)
         reports = json.loads(out.read_text())
     print("| dtype | params, ms | signs, ms | ratio | same bits | parts of params, ms | parts of signs, ms |")
     print("|---|---|---|---|---|---|---|")

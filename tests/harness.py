@@ -8,8 +8,9 @@ in a fraction of a second), with one CPU thread, a rendezvous through a file in 
 collective time-out. A deadline dumps every rank's stack and kills what is left. If any rank fails, the
 test fails with every rank's traceback.
 
-Backend: NCCL where there is a GPU for each rank, else gloo. Under ``torchrun -m pytest`` the function
-runs on the ranks that torchrun made, if they are as many as the test wants; else the test is skipped.
+Backend: NCCL where there are GPUs, else gloo. Ranks that are more than the GPUs share them: NCCL takes each
+for a host of its own, and they talk over sockets. Under ``torchrun -m pytest`` the function runs on the ranks
+that torchrun made, if they are as many as the test wants; else the test is skipped.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", 
 
 
 def device_of(rank: int, world_size: int) -> torch.device:
-    """Where a rank's tensors live: a GPU of its own where there are enough, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= world_size:
-        return torch.device("cuda", rank)
+    """Where a rank's tensors live: a GPU, shared where there are fewer than ranks, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -50,6 +51,8 @@ def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> No
     device = device_of(rank, world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if torch.cuda.device_count() < world_size:
+            os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
 

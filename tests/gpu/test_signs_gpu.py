@@ -30,7 +30,6 @@ from tests.harness import device_of, run_ranks
 from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step
 from .test_step_gpu import MIXES, SHIFTS, name
 
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 SALT = 1 << 62 | 777
 
 # -- The kernels, on ranks of one process and one GPU
@@ -193,7 +192,7 @@ def body_200_steps(rank: int, world_size: int) -> None:
         equals(rank, world_size, dtypes, steps=200)
 
 
-@needs_two
+@needs_gpu
 def test_200_steps_equal_params_and_lion(tmp_path: Path) -> None:
     run_ranks(body_200_steps, 2, tmp_path)
 
@@ -250,7 +249,7 @@ def body_no_host_synchronisation(rank: int, world_size: int) -> None:
         optimizer.check_replicas()
 
 
-@needs_two
+@needs_gpu
 def test_no_host_synchronisation(tmp_path: Path) -> None:
     run_ranks(body_no_host_synchronisation, 2, tmp_path)
 
@@ -279,7 +278,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
         assert len(optimizer._comparison._pending) <= Comparison.LAG
 
 
-@needs_two
+@needs_gpu
 def test_no_growth_of_memory(tmp_path: Path) -> None:
     run_ranks(body_no_growth, 2, tmp_path)
 
@@ -313,7 +312,7 @@ def body_caught(rank: int, world_size: int, stage: int) -> list[str]:
     return said
 
 
-@needs_two
+@needs_gpu
 @pytest.mark.parametrize("stage", [1, 2])
 def test_another_lr_is_caught(stage: int, tmp_path: Path) -> None:
     first, second = run_ranks(body_caught, 2, tmp_path, (stage,))
@@ -344,7 +343,7 @@ def body_uneven_hosts(rank: int, world_size: int) -> int:
     return -1
 
 
-@needs_two
+@needs_gpu
 def test_all_ranks_raise_in_the_same_step(tmp_path: Path) -> None:
     """Or one has collectives under way that the other takes no part in, and what follows meets the wrong ones."""
     first, second = run_ranks(body_uneven_hosts, 2, tmp_path, timeout=timedelta(seconds=20), deadline=60)

@@ -11,7 +11,9 @@ from torch import nn
 from lion_dist import ShardedLion
 from tests.harness import device_of, run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+from .common import needs_gpu
+
+pytestmark = needs_gpu
 
 
 def small_model(device: torch.device) -> nn.Sequential:
