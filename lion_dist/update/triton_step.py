@@ -75,10 +75,10 @@ def _momentum(g, m, hyper, grad_scale):
 
 
 @triton.jit
-def _moved(p, sign, lr64, hyper):
+def _moved(p, change, lr64, hyper):
     """reference.parameter_rule, in float32."""
     decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
-    return p.to(tl.float32) * decay - lr64.to(tl.float32) * sign
+    return p.to(tl.float32) * decay - change
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _step_block(
     c_is_nan = c != c
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
     lr64 = tl.load(hyper + _LR)
-    p = _moved(p, sign, lr64, hyper)
+    p = _moved(p, lr64.to(tl.float32) * sign, lr64, hyper)
     _store(m_pointer, m, c_is_nan | (m != m), mask, M)
     if lr64.to(tl.float32) != 0:
         _store(p_pointer, p, c_is_nan | (p != p), mask, P)
