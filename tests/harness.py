@@ -40,9 +40,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "lion_dist", "tests.harness"])
 
 
+_on_cpu = False  # of this rank; see run_ranks
+
+
 def device_of(rank: int, world_size: int) -> torch.device:
     """Where a rank's tensors live: a GPU, shared where there are fewer than ranks, else the CPU."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not _on_cpu:
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
@@ -58,8 +61,11 @@ def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> No
 
 
 def _rank_main(
-    body: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple, timeout: timedelta, deadline: float
-) -> None:
+    body: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple, timeout: timedelta,
+    deadline: float, on_cpu: bool,
+) -> None:  # fmt: skip
+    global _on_cpu
+    _on_cpu = on_cpu
     torch.set_num_threads(1)
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.enable(stack)  # a rank that dies of a signal tells where
@@ -90,6 +96,7 @@ def run_ranks(
     *,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     deadline: float = DEADLINE_S,
+    on_cpu: bool = False,
 ) -> list[Any]:
     """What ``body(rank, world_size, *args)`` returned, by rank (picklable; no GPU tensors).
 
@@ -97,13 +104,14 @@ def run_ranks(
         body: a module-level function.
         timeout: of the process group's collectives.
         deadline: seconds after which ranks are killed and their stacks shown.
+        on_cpu: on gloo even where there are GPUs: for ranks that outlive a failed collective, which NCCL's do not.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_under_torchrun(body, world_size, args, timeout)
     folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
     folder.mkdir()
     processes = [
-        _context.Process(target=_rank_main, args=(body, rank, world_size, folder, args, timeout, deadline))
+        _context.Process(target=_rank_main, args=(body, rank, world_size, folder, args, timeout, deadline, on_cpu))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -21,8 +21,8 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.sharding.collectives import reduce_scatter_mean
 from lion_dist.update import reference
 from tests.bits import assert_same_bits
+from tests.distributed.pair import LR, SHORT, SIZES, Fails, OwnError, Pair, assert_unmoved, gradient
 from tests.distributed.test_stage2 import TINY, some
-from tests.distributed.test_stage2_life import LR, SHORT, SIZES, Fails, OwnError, Pair, assert_unmoved, gradient
 from tests.harness import device_of, run_ranks, spawn_only
 
 # Orders of a backward's gradients: autograd takes the term made last first. Parameter 4 is the smallest, the witness.
@@ -277,7 +277,7 @@ def body_reentrant_alone(rank: int, world_size: int) -> None:
 
 @spawn_only
 def test_reentrant_checkpoints_on_some_ranks_only(tmp_path: Path) -> None:
-    run_ranks(body_reentrant_alone, 3, tmp_path, timeout=SHORT, deadline=40)
+    run_ranks(body_reentrant_alone, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
 
 
 def body_reentrant_raises(rank: int, world_size: int, where: str) -> None:
@@ -320,7 +320,7 @@ def body_reentrant_raises(rank: int, world_size: int, where: str) -> None:
 @spawn_only
 @pytest.mark.parametrize("where", ["inner pass", "recomputation", "recomputation, after the outer pass"])
 def test_exception_with_reentrant_checkpoints(where: str, tmp_path: Path) -> None:
-    run_ranks(body_reentrant_raises, 2, tmp_path, (where,), timeout=SHORT, deadline=40)
+    run_ranks(body_reentrant_raises, 2, tmp_path, (where,), timeout=SHORT, deadline=40, on_cpu=True)
 
 
 # Parameters that come, go and change --------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.pair import Pair
 from tests.distributed.test_stage2_corners import backward_expect, expect_uses
-from tests.distributed.test_stage2_life import Pair
 from tests.harness import run_ranks
 
 # Thousands of elements, and ways for them to arrive: in buckets of ten thousand they make other numbers of buckets.

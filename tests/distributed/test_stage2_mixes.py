@@ -8,22 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed import test_stage2_clipping as clipping
 from tests.distributed import test_stage2_corners as corners
 from tests.distributed import test_stage2_life as life
+from tests.distributed.pair import Pair
 from tests.harness import run_ranks
 
 BODIES: list[Callable[[int, int], object]] = [
-    life.body_clip_then_more, life.body_groups_grow, life.body_freezing, life.body_closure, life.body_state,
+    clipping.body_clip_then_more, life.body_groups_grow, life.body_freezing, life.body_closure, life.body_state,
     life.body_load_merges, life.body_never_zeroed, life.body_by_hand, life.body_create_graph,
     corners.body_zeroed_in_place, corners.body_zeros_then_none, corners.body_zeroed_before_group,
     corners.body_unfrozen, corners.body_unused,
 ]  # fmt: skip
 # They expect a scaled gradient, which the fused step does not round to the gradient's dtype.
-CLIPPED: list[Callable[[int, int], object]] = [life.body_clip_then, corners.body_create_graph]
+CLIPPED: list[Callable[[int, int], object]] = [clipping.body_clip_then, corners.body_create_graph]
 
 
 def body_all(rank: int, world_size: int, dtype: torch.dtype) -> None:
-    life.Pair.dtype = dtype  # of this process
+    Pair.dtype = dtype  # of this process
     for body in BODIES if dtype == torch.bfloat16 else [*BODIES, *CLIPPED]:
         try:
             body(rank, world_size)

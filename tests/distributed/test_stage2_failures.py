@@ -1,0 +1,149 @@
+"""Stage 2 with ranks that fail: what they and the others are told, and after how long."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lion_dist import ShardedLion
+from tests.distributed.pair import (
+    LR,
+    SHORT,
+    Exit,
+    OwnError,
+    Pair,
+    assert_unmoved,
+    fail_in_backward,
+)
+from tests.distributed.test_stage2 import TINY
+from tests.harness import device_of, run_ranks, spawn_only
+
+
+def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
+    pair = Pair(rank, world_size, bucket_mb=bucket_mb)
+    pair.train(0, 1)
+    weights = [p.detach().clone() for p in pair.params]
+    start = time.monotonic()
+    if rank == 1:
+        with pytest.raises(OwnError, match="of this rank's own"):
+            fail_in_backward(pair, 2, OwnError)
+        pair.sharded.zero_grad()  # as scripts do that catch an exception; it heals nothing
+        for call in (pair.sharded.step, lambda: pair.backward(3)):
+            with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+                call()
+    else:
+        with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
+            pair.backward_and_step(2)
+    assert_unmoved(pair, weights)
+    return time.monotonic() - start
+
+
+@spawn_only
+@pytest.mark.parametrize("bucket_mb", [TINY, 64.0], ids=["tiny", "one"])
+def test_one_rank_raises_in_its_backward(bucket_mb: float, tmp_path: Path) -> None:
+    seconds = run_ranks(body_one_raises, 3, tmp_path, (bucket_mb,), timeout=SHORT, deadline=40, on_cpu=True)
+    assert max(seconds) < SHORT.total_seconds() + 2
+
+
+def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
+    """In autograd's last callback, where what no gradient has come of is launched: here a gradient that cannot be."""
+    device = device_of(rank, world_size)
+    values = torch.ones(300), torch.ones(40), torch.ones(50, 8)
+    weight, _, table = params = [nn.Parameter(v.to(device)) for v in values]
+    optimizer = ShardedLion(params, lr=LR)  # one bucket
+    rows = torch.arange(5, device=device)
+    start = time.monotonic()
+
+    def train() -> None:
+        (nn.functional.embedding(rows, table, sparse=rank == 1).sum() + weight.sum()).backward()
+        optimizer.step()
+
+    if rank == 1:
+        with pytest.raises(TypeError, match=r"parameter 2 .*[Ss]parse"):
+            train()
+    else:
+        with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
+            train()
+    with pytest.raises(RuntimeError, match="can go on no more"):
+        optimizer.step()
+    for p in params:
+        assert bool((p == 1).all())
+    return time.monotonic() - start
+
+
+@spawn_only
+def test_one_rank_raises_at_the_end_of_its_backward(tmp_path: Path) -> None:
+    seconds = run_ranks(body_one_raises_at_the_end, 2, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+    assert max(seconds) < SHORT.total_seconds() + 2
+
+
+def body_one_dies(rank: int, world_size: int) -> None:
+    pair = Pair(rank, world_size)
+    pair.train(0, 1)
+    weights = [p.detach().clone() for p in pair.params]
+    start = time.monotonic()
+    if rank == 1:
+        fail_in_backward(pair, 2, Exit)
+    with pytest.raises(RuntimeError, match="one may have ended"):
+        pair.backward_and_step(2)
+    assert_unmoved(pair, weights)
+    assert time.monotonic() - start < SHORT.total_seconds() + 2
+
+
+@spawn_only
+def test_one_rank_dies_in_its_backward(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception) as failed:
+        run_ranks(body_one_dies, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+    text = str(failed.value)
+    assert "rank 1 ended with exit code 3" in text
+    assert text.count("---") == 1, text  # the others have seen what they expect
+
+
+def body_unsynced_raises(rank: int, world_size: int) -> None:
+    """Nothing was being reduced, so nothing is lost but the gradients."""
+    pair = Pair(rank, world_size)
+    pair.train(0)
+    if rank == 1:
+        with pytest.raises(OwnError), pair.sharded.no_sync():
+            fail_in_backward(pair, 1, OwnError)
+    pair.sharded.zero_grad()
+    pair.train(2)
+    # Nor if the others keep theirs: this rank tries again.
+    with pair.sharded.no_sync():
+        if rank == 1:
+            with pytest.raises(OwnError):
+                fail_in_backward(pair, 3, OwnError)
+            for p in pair.params:
+                p.grad = None
+        pair.backward(3)
+    pair.expect(3)
+    pair.backward(4)
+    pair.expect(4)
+    pair.step("tried again")
+    pair.finish()
+
+
+def test_exception_under_no_sync_is_survived(tmp_path: Path) -> None:
+    run_ranks(body_unsynced_raises, 3, tmp_path)
+
+
+def body_all_raise(rank: int, world_size: int) -> None:
+    pair = Pair(rank, world_size)
+    pair.train(0)
+    weights = [p.detach().clone() for p in pair.params]
+    # A rank that is behind may be told by the others before its own exception comes.
+    with pytest.raises((OwnError, RuntimeError), match=r"of this rank's own|a backward raised"):
+        fail_in_backward(pair, 1, OwnError)
+    for call in (pair.sharded.step, lambda: pair.sharded.clip_grad_norm_(1.0), lambda: pair.backward(2)):
+        with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+            call()
+    assert_unmoved(pair, weights)
+
+
+@spawn_only
+def test_all_ranks_raise_in_their_backward(tmp_path: Path) -> None:
+    run_ranks(body_all_raise, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
