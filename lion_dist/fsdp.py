@@ -12,6 +12,7 @@ Flat parameter: FSDP1 lays the parameters of a wrapped module one after another,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -37,29 +38,54 @@ def local(t: Any) -> Any:
     return getattr(t, "_local_tensor", t)
 
 
-def local_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """This rank's part of each gradient, which is sharded as its parameter is.
+# Through C loops, since they run over every tensor of every step; a model of DTensors alone is the rule.
+_LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
+    """`local` of each."""
+    try:
+        return list(map(_LOCAL, tensors))
+    except AttributeError:  # some are plain, or None
+        return list(map(local, tensors))
+
+
+def local_gradients(params: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+    """This rank's part of each gradient that is not None, sharded as its parameter is.
 
     Tensor parallelism may leave a gradient otherwise, for one as sums to be added up (of a norm's gains under sequence
     parallelism). It is brought into its parameter's placements by a collective, on every rank alike, as DTensor does
     in the steps of torch's optimizers and FSDP2 in its own backward.
     """
-    return [None if g is None else _local_gradient(p, g) for p, g in zip(params, grads, strict=True)]
+    try:
+        # FSDP2 gives both one spec, so as a rule nothing more than that is looked at.
+        alike = all(map(is_, map(_SPEC, params), map(_SPEC, grads)))
+    except AttributeError:
+        alike = False
+    parts = list(map(_LOCAL, grads)) if alike else list(map(_local_gradient, params, grads))
+    if set(map(type, parts)) <= _PLAIN:
+        return parts
+    # Those that a collective is still to deliver.
+    return [part.wait() if hasattr(part, "wait") else part for part in parts]
 
 
-def _local_gradient(p: Any, g: Any) -> Tensor:
-    # FSDP2 gives both one spec, so as a rule nothing more than that is looked at.
+_PLAIN = {Tensor, type(None)}
+
+
+def _local_gradient(p: Any, g: Any) -> Any:
+    if g is None:
+        return None
     wanted, got = getattr(p, "_spec", None), getattr(g, "_spec", None)
-    if wanted is not got:
-        if wanted is None or got is None:
-            raise TypeError(
-                f"a {type(g).__name__} is the gradient of a {type(p).__name__} (shape {tuple(p.shape)}); expected both "
-                "to be DTensors, or neither: was the model sharded after its backward?"
-            )
-        if wanted.placements != got.placements or wanted.mesh != got.mesh:
-            g = g.redistribute(wanted.mesh, wanted.placements)
-    part: Tensor = local(g)
-    return part if type(part) is Tensor or not hasattr(part, "wait") else part.wait()  # of a collective under way
+    if wanted is got:
+        return local(g)
+    if wanted is None or got is None:
+        raise TypeError(
+            f"a {type(g).__name__} is the gradient of a {type(p).__name__} (shape {tuple(p.shape)}); expected both "
+            "to be DTensors, or neither: was the model sharded after its backward?"
+        )
+    if wanted.placements != got.placements or wanted.mesh != got.mesh:
+        g = g.redistribute(wanted.mesh, wanted.placements)
+    return local(g)
 
 
 def new_momenta(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .fsdp import is_dtensor, local, local_gradients, new_momenta
+from .fsdp import is_dtensor, local, local_gradients, locals_of, new_momenta
 from .param_groups import (
     DecayWarning,
     KeptAsIs,
@@ -22,6 +22,7 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
+    with_named_dtypes,
 )
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
@@ -51,7 +52,7 @@ class _Members:
         exp_avgs = [entry["exp_avg"] for entry in self.entries]
         if self.dtensors:
             grads = local_gradients(params, grads)
-            params, exp_avgs = list(map(local, params)), list(map(local, exp_avgs))
+            params, exp_avgs = locals_of(params), locals_of(exp_avgs)
         return Columns(params, grads, exp_avgs, self.groups)
 
 
@@ -148,7 +149,8 @@ class Lion(Optimizer):
             self._update.step(columns, hypers)
         if self._members is not None and self._members.dtensors:
             # The local tensors' versions have risen; autograd saves the DTensors'.
-            torch.autograd.graph.increment_version([p for p in self._members.params if p.grad is not None])
+            stepped = zip(self._members.params, columns.grads, strict=True)
+            torch.autograd.graph.increment_version([p for p, g in stepped if g is not None])
         return loss
 
     def _columns(self) -> Columns:
@@ -212,6 +214,10 @@ class Lion(Optimizer):
             self.state[p]["exp_avg"] = m
         self._start(self._use_triton)
         self._decay_warning = warning or self._decay_warning  # once an optimizer, however often it loads
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32")."""
+        return with_named_dtypes(super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

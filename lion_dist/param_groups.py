@@ -182,6 +182,26 @@ class DecayWarning:
                 return
 
 
+def with_named_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy of a state_dict in which groups call their momentum_dtype "float32" and the like: torch's
+    gathering of a sharded optimizer's state takes no dtype."""
+    groups = [{**g, "momentum_dtype": _name(g["momentum_dtype"])} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _with_dtypes(group: Group) -> Group:
+    """A saved group with its momentum_dtype as a dtype again; what is the name of none is left for check_group."""
+    name = group.get("momentum_dtype")
+    return {**group, "momentum_dtype": _DTYPE_OF.get(name, name)} if isinstance(name, str) else group
+
+
+_DTYPE_OF = {_name(dtype): dtype for dtype in STORAGE_DTYPES}
+
+
 class KeptAsIs:
     """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
 
@@ -190,8 +210,8 @@ class KeptAsIs:
 
 
 def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """A shallow copy of a state_dict with every momentum in `KeptAsIs`, once the whole of it is known
-    to fit the optimizer's groups.
+    """A shallow copy of a state_dict with every momentum in `KeptAsIs`, and dtypes by their names made dtypes, once
+    the whole of it is known to fit the optimizer's groups.
 
     Raises:
         ValueError: naming the first thing that does not fit. Nothing has been changed then.
@@ -207,6 +227,7 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
     saved_sizes, sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
     if saved_sizes != sizes:
         raise ValueError(f"the state_dict has parameter groups of sizes {saved_sizes}; this optimizer has {sizes}")
+    saved_groups = list(map(_with_dtypes, saved_groups))
     for saved, group in zip(saved_groups, groups, strict=True):
         check_group({**group, **saved})
     params = [p for g in groups for p in g["params"]]
@@ -236,7 +257,7 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
                 "float16. Is this the state_dict of another model?"
             )
         state[i] = {"exp_avg": KeptAsIs(m)}
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:

@@ -34,6 +34,7 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
+    with_named_dtypes,
 )
 from .sharding.collectives import (
     Agreement,
@@ -556,7 +557,7 @@ class ShardedLion(Optimizer):
                 state[index_of[id(p)]] = {"exp_avg": exp_avg}
         if not keep:
             return {}
-        return {**super().state_dict(), "state": dict(sorted(state.items()))}
+        return with_named_dtypes({**super().state_dict(), "state": dict(sorted(state.items()))})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
