@@ -7,7 +7,8 @@ FSDP1 that starts at an odd element.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +26,21 @@ UNITS: dict[str, dict[str, tuple[int, ...]]] = {
     "idle": {"weight": (9, 5)},  # not used at all
     "sometimes": {"weight": (30, 11)},
 }
-TIED: dict[str, tuple[int, ...]] = {"embedding": (17, 3), "scale": (2,)}  # the root's own; the embedding is used twice
+OWN: dict[str, tuple[int, ...]] = {"embedding": (17, 3), "scale": (2,)}  # of the root; the embedding has two names
 WRAPPINGS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class Unit(nn.Module):
-    def __init__(
-        self, name: str, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, name: str, make: Callable[[tuple[int, ...]], nn.Parameter]) -> None:
         super().__init__()
         self.name = name
-        for key, shape in shapes.items():
-            value = torch.randn(shape, generator=generator).to(dtype)
-            setattr(self, key, nn.Parameter(value, requires_grad=key != "frozen"))
+        for key, shape in UNITS[name].items():
+            setattr(self, key, make(shape))
 
     def forward(self, loss: Tensor, step: int, rank: int, dp_size: int) -> Tensor:
-        for key, p in self.named_parameters(recurse=False):
+        for key in UNITS[self.name]:  # in a forward of FSDP1 they may be no parameters
             if key not in ("frozen", "unused"):
-                loss = loss + term(f"{self.name}.{key}", p, step, rank, dp_size)
+                loss = loss + term(f"{self.name}.{key}", getattr(self, key), step, rank, dp_size)
         return loss
 
 
@@ -50,24 +48,35 @@ class FsdpToy(nn.Module):
     """
     Args:
         dtypes: of the root's own parameters, then of each unit, over and over.
+        frozen: whether what is called so does not require a gradient.
+        tied: whether the embedding has a second name.
     """
 
-    def __init__(self, dtypes: tuple[torch.dtype, ...] = (torch.float32,), seed: int = 0) -> None:
+    def __init__(
+        self,
+        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+        device: str | torch.device = "cpu",
+        frozen: bool = True,
+        tied: bool = True,
+    ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in TIED.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator).to(dtypes[0])))
+        generator = torch.Generator().manual_seed(0)
+
+        def make(dtype: torch.dtype, shape: tuple[int, ...]) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+
+        for name, shape in OWN.items():
+            setattr(self, name, make(dtypes[0], shape))
+        if tied:
+            self.tied = self.embedding
         self.units = nn.ModuleDict(
-            {
-                name: Unit(name, shapes, generator, dtypes[(i + 1) % len(dtypes)])
-                for i, (name, shapes) in enumerate(UNITS.items())
-            }
+            {name: Unit(name, partial(make, dtypes[(i + 1) % len(dtypes)])) for i, name in enumerate(UNITS)}
         )
+        self.units["first"].frozen.requires_grad_(not frozen)
 
     def forward(self, step: int, rank: int, dp_size: int) -> Tensor:
-        # Through something that requires a gradient, as activations do.
         loss = term("embedding", self.embedding, step, rank, dp_size)
-        loss = loss + term("again", self.embedding, step, rank, dp_size)
+        loss = loss + term("again", getattr(self, "tied", self.embedding), step, rank, dp_size)
         loss = loss + term("scale", self.scale, step, rank, dp_size)
         for name, unit in self.units.items():
             if uses(name, step):
@@ -78,11 +87,11 @@ class FsdpToy(nn.Module):
         """Over the ranks; of an unused parameter None, or zeros if its unit was used and ``zeros``, as in FSDP1."""
         p = dict(self.named_parameters())[name]
         *units, key = name.split(".")
-        if key == "frozen" or (units and not uses(units[1], step)):
+        if not p.requires_grad or (units and not uses(units[1], step)):
             return None
-        if key == "unused":
+        if key in ("frozen", "unused"):
             return torch.zeros_like(p) if zeros else None
-        coefficients = {"embedding": ["embedding", "again"]}.get(name, [name.removeprefix("units.")])
+        coefficients = ["embedding", "again"] if name == "embedding" else [name.removeprefix("units.")]
         terms = [coefficient(c, p, step, r, dp_size).float() for c in coefficients for r in range(dp_size)]
         return (torch.stack(terms).sum(0) / dp_size).to(p.dtype)
 
@@ -120,14 +129,15 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 class Twin:
     """The unsharded model, stepped by Lion with the averaged gradients."""
 
-    def __init__(self, model: FsdpToy, zeros: bool, make: Callable[[nn.Module], Lion]) -> None:
-        self.model, self.zeros = model, zeros
-        self.optimizer = make(model)
+    def __init__(self, model: FsdpToy, make: Callable[[nn.Module], Lion], zeros: bool) -> None:
+        self.model, self.optimizer, self.zeros = model, make(model), zeros
 
-    def step(self, step: int, dp_size: int, scale: float = 1.0) -> None:
+    def step(self, steps: Sequence[int], dp_size: int, scale: Tensor | float = 1.0) -> None:
+        """With the gradients of these steps, added up."""
         for name, p in self.model.named_parameters():
-            g = self.model.average_gradient(name, step, dp_size, self.zeros)
-            p.grad = None if g is None else g * scale
+            found = [self.model.average_gradient(name, step, dp_size, self.zeros) for step in steps]
+            grads = [g for g in found if g is not None]
+            p.grad = sum(grads[1:], grads[0]) * scale if grads else None
         self.optimizer.step()
 
 
