@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .fsdp import is_dtensor, local, local_gradients, locals_of, new_momenta
+from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_momenta
 from .param_groups import (
     DecayWarning,
     KeptAsIs,
@@ -209,6 +209,11 @@ class Lion(Optimizer):
                     loaded.append(p)
                     tensors.append(saved.tensor)
                     dtypes.append(group["momentum_dtype"] or saved.tensor.dtype)
+                elif self.state and not self.state.get(p) and p.requires_grad and is_flat_view(p) and not p.numel():
+                    # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
+                    loaded.append(p)
+                    tensors.append(p.detach())
+                    dtypes.append(momentum_dtype(p, group))
         for p, m, tensor in zip(loaded, new_momenta(loaded, dtypes), tensors, strict=True):
             local(m).copy_(local(tensor))
             self.state[p]["exp_avg"] = m
