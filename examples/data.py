@@ -81,11 +81,15 @@ def training_batch(
 def validation_batches(
     data: Tensor, count: int, batch_size: int, seq_len: int, *, rank: int, world_size: int
 ) -> Iterator[Tensor]:
-    """This rank's share of `count` windows spread evenly over `data` (fewer if they would predict a byte twice)."""
+    """This rank's share of `count` windows spread evenly over `data` (fewer if they would predict a byte twice).
+
+    Every rank gets as many batches, the last perhaps empty: where the model is sharded a forward is collective.
+    """
     count = min(count, (len(data) - 1) // seq_len)
     starts = torch.arange(count) * (len(data) - seq_len) // count
-    for share in starts[rank::world_size].split(batch_size):
-        yield windows_at(data, share, seq_len)
+    share = starts[rank::world_size]
+    for first in range(0, -(-count // world_size), batch_size):
+        yield windows_at(data, share[first : first + batch_size], seq_len)
 
 
 def windows_at(data: Tensor, starts: Tensor, seq_len: int) -> Tensor:

@@ -159,6 +159,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
     model = GPT(config.model()).to(world.device)
     if resumed:
         model.load_state_dict(resumed["model"])
+    parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
     groups = parameter_groups(model, config.weight_decay)
     strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2))
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
@@ -175,8 +176,8 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
     if writes:
         bar.write(
             f"{config.strategy} on {world.size} x {world.device.type}, steps {first_step} to {config.steps}: "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters; a step reads {read_per_step:,} bytes of text "
-            f"and each rank sends {strategy.bytes_sent_per_step(world.size):,} (by arithmetic)"
+            f"{parameters:,} parameters; a step reads {read_per_step:,} bytes of text "
+            f"and each rank sends {strategy.bytes_sent_per_step(world.size, config.accumulation):,} (by arithmetic)"
         )
         bar.write(
             f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} held out, of unigram "
@@ -198,16 +199,16 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - clock
             if evaluates:
-                val_loss = evaluate(model, corpus, config, world)
+                val_loss = evaluate(strategy.model, corpus, config, world)
                 history["validation"].append((done, val_loss))
                 if writes:
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
             if saves:
-                optimizer_state = strategy.optimizer_state()
+                model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state()
                 if writes:
                     checkpoint = {
                         "step": done,
-                        "model": model.state_dict(),
+                        "model": model_state,
                         "optimizer": optimizer_state,
                         "scheduler": scheduler.state_dict(),
                         "history": history,
@@ -217,12 +218,14 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
             clock = time.perf_counter()
     bar.close()
 
-    val_loss = history["validation"][-1][1]
+    val_loss, weights = history["validation"][-1][1], strategy.model_state()
     if writes:
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
         prompt = bytes(corpus.validation[:64].tolist())
-        text = model.generate(prompt, config.sample, seed=config.seed)
+        writer = GPT(config.model()).to(world.device)  # the model may be in parts
+        writer.load_state_dict(weights)
+        text = writer.generate(prompt, config.sample, seed=config.seed)
         print(f"curve: {curve}\nsample, after the first {len(prompt)} bytes held out:\n{printable(text)}")
     tokens_per_s = (config.steps - first_step) * read_per_step / seconds if seconds else 0.0
     return (

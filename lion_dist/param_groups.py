@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .fsdp import local, misfit
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
 
@@ -93,10 +94,11 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
     seen = {id(p) for p in already}
     for i, p in enumerate(params):
         who = f"parameter {i} of the group (shape {tuple(p.shape)})"
-        if is_traceable_wrapper_subclass(p) or p.is_meta:
+        part = local(p)
+        if is_traceable_wrapper_subclass(part) or p.is_meta:
             raise TypeError(
-                f"{who} is a {'meta tensor' if p.is_meta else type(p).__name__}, which has no memory of its own to "
-                "step: materialise the model before making the optimizer (DTensors are not supported in this version)"
+                f"{who} is a {'meta tensor' if p.is_meta else type(part).__name__}, which has no memory of its own to "
+                "step: materialise the model before making the optimizer"
             )
         if p.is_complex():
             raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
@@ -105,9 +107,9 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
         if id(p) in seen:
             raise ValueError(f"{who} was given twice; pass each parameter once (model.parameters() does)")
         seen.add(id(p))
-        if may_overlap(p):
+        if may_overlap(part):
             raise ValueError(
-                f"{who} has strides {p.stride()}, in which elements share memory (an expanded tensor?); "
+                f"{who} has strides {part.stride()}, in which elements share memory (an expanded tensor?); "
                 "use .clone() to give each element its own"
             )
 
@@ -180,6 +182,26 @@ class DecayWarning:
                 return
 
 
+def with_named_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy of a state_dict in which groups call their momentum_dtype "float32" and the like: torch's
+    gathering of a sharded optimizer's state takes no dtype."""
+    groups = [{**g, "momentum_dtype": _name(g["momentum_dtype"])} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _with_dtypes(group: Group) -> Group:
+    """A saved group with its momentum_dtype as a dtype again; what is the name of none is left for check_group."""
+    name = group.get("momentum_dtype")
+    return {**group, "momentum_dtype": _DTYPE_OF.get(name, name)} if isinstance(name, str) else group
+
+
+_DTYPE_OF = {_name(dtype): dtype for dtype in STORAGE_DTYPES}
+
+
 class KeptAsIs:
     """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
 
@@ -188,8 +210,8 @@ class KeptAsIs:
 
 
 def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """A shallow copy of a state_dict with every momentum in `KeptAsIs`, once the whole of it is known
-    to fit the optimizer's groups.
+    """A shallow copy of a state_dict with every momentum in `KeptAsIs`, and dtypes by their names made dtypes, once
+    the whole of it is known to fit the optimizer's groups.
 
     Raises:
         ValueError: naming the first thing that does not fit. Nothing has been changed then.
@@ -205,6 +227,7 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
     saved_sizes, sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
     if saved_sizes != sizes:
         raise ValueError(f"the state_dict has parameter groups of sizes {saved_sizes}; this optimizer has {sizes}")
+    saved_groups = list(map(_with_dtypes, saved_groups))
     for saved, group in zip(saved_groups, groups, strict=True):
         check_group({**group, **saved})
     params = [p for g in groups for p in g["params"]]
@@ -225,6 +248,8 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
                 "Is this another optimizer's state_dict?"
             )
         m, p = entry["exp_avg"], param_of[i]
+        if isinstance(m, Tensor) and (reason := misfit(m, p)):
+            raise ValueError(f"exp_avg of parameter {i!r} {reason}")
         if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES:
             got = f"{tuple(m.shape)} {m.dtype}" if isinstance(m, Tensor) else type(m).__name__
             raise ValueError(
@@ -232,12 +257,7 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
                 "float16. Is this the state_dict of another model?"
             )
         state[i] = {"exp_avg": KeptAsIs(m)}
-    return {**state_dict, "state": state}
-
-
-def new_momentum(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in p's shape and on its device; in p's memory order where p is dense."""
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:

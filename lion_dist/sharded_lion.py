@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
+from .fsdp import refuse_sharded
 from .param_groups import (
     DecayWarning,
     check_and_wrap_state,
@@ -33,6 +34,7 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
+    with_named_dtypes,
 )
 from .sharding.collectives import (
     Agreement,
@@ -209,6 +211,7 @@ class ShardedLion(Optimizer):
         try:
             complete_group(group, self.defaults)
             check_group(group)
+            refuse_sharded(group["params"])
             check_params(group["params"], before)
             check_shardable(group["params"], before, self._group)
             check_no_shared_memory([*before, *group["params"]])
@@ -554,7 +557,7 @@ class ShardedLion(Optimizer):
                 state[index_of[id(p)]] = {"exp_avg": exp_avg}
         if not keep:
             return {}
-        return {**super().state_dict(), "state": dict(sorted(state.items()))}
+        return with_named_dtypes({**super().state_dict(), "state": dict(sorted(state.items()))})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

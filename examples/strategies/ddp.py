@@ -24,6 +24,6 @@ class DDP(Single):
     def no_sync(self) -> AbstractContextManager[None]:
         return self.wrapped.no_sync()
 
-    def bytes_sent_per_step(self, world_size: int) -> int:
+    def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """A ring all-reduce of the gradients: a reduce-scatter and an all-gather of (W - 1) / W of them each."""
         return 2 * self.parameter_bytes() * (world_size - 1) // world_size

@@ -15,7 +15,7 @@ class Single:
     """The model and its optimizer, as the training loop sees them.
 
     Attributes:
-        model: the module itself, under plain names: what is saved, evaluated and sampled from.
+        model: what is evaluated: the module itself, unless its forward is not to be called without its wrapper.
         wrapped: what a training forward calls.
         optimizer: made from `groups`, the parameter groups; it keeps their order.
     """
@@ -39,6 +39,10 @@ class Single:
         """Scale the gradients so that their norm over all parameters is at most `max_norm`; the norm before."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
+    def model_state(self) -> dict[str, Tensor]:
+        """The whole model's state on rank 0, under plain names. Every rank must call it."""
+        return self.model.state_dict()
+
     def optimizer_state(self) -> dict[str, Any]:
         """The whole optimizer's state on rank 0. Every rank must call it."""
         return self.optimizer.state_dict()
@@ -47,8 +51,8 @@ class Single:
         """Load what `optimizer_state` of any strategy and world size returned. Every rank must call it."""
         self.optimizer.load_state_dict(state)
 
-    def bytes_sent_per_step(self, world_size: int) -> int:
-        """What one rank sends in an optimizer step, by arithmetic, not measured."""
+    def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
+        """What one rank sends in an optimizer step of so many micro-steps, by arithmetic, not measured."""
         return 0
 
     def parameter_bytes(self) -> int:

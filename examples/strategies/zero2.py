@@ -16,6 +16,6 @@ class Zero2(Sharded):
     def no_sync(self) -> AbstractContextManager[None]:
         return self.optimizer.no_sync()
 
-    def bytes_sent_per_step(self, world_size: int) -> int:
+    def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """A reduce-scatter of the gradients, then an all-gather of signs: (W - 1) / W of them each."""
         return (self.parameter_bytes() + self.sign_bytes()) * (world_size - 1) // world_size

@@ -1,0 +1,29 @@
+"""FullyShardedDataParallel: the parameters of a block are one flat parameter, cut over the ranks. Lion steps what each
+rank has of them, in one launch."""
+
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from model import Block
+from strategies.fsdp import FSDP
+
+
+class FSDP1(FSDP):
+    wrapped: FullyShardedDataParallel
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            device_id=next(model.parameters()).device,
+            use_orig_params=True,  # so that groups can part matrices from norms, and the groups made before still hold
+        )
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self.wrapped.no_sync()
+
+    def clip(self, max_norm: float) -> Tensor:
+        return self.wrapped.clip_grad_norm_(max_norm)

@@ -1,0 +1,46 @@
+"""fully_shard: every parameter is a DTensor, cut over the ranks by rows. Lion steps what each rank has of them, in one
+launch."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from model import Block
+from strategies.fsdp import FSDP
+from strategies.single import Groups
+
+
+class FSDP2(FSDP):
+    def mesh(self, device_type: str) -> DeviceMesh | None:
+        """The ranks that share the parameters out; None: all."""
+        return None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        mesh = self.mesh(next(model.parameters()).device.type)
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # in place
+        return model
+
+    def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        # The groups were made of parameters that fully_shard has replaced.
+        parameters = dict(self.model.named_parameters())
+        sharded = [
+            {**group, "params": [parameters[name] for name in names]}
+            for group, names in zip(groups, self.names, strict=True)
+        ]
+        return super().make_optimizer(sharded, lr, betas)
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        assert isinstance(self.wrapped, FSDPModule)
+        self.wrapped.set_requires_gradient_sync(False)
+        yield
+        self.wrapped.set_requires_gradient_sync(True)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self._no_sync()

@@ -1,0 +1,27 @@
+"""FSDP2 over a 2-D mesh (HSDP): the ranks of a node share the parameters out, every node holds all of them. On a single
+node two halves of its ranks stand in for nodes."""
+
+import os
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from strategies.fsdp2 import FSDP2
+
+
+class HSDP(FSDP2):
+    replicas: int
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        ranks = dist.get_world_size()
+        self.replicas = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        if self.replicas == 1 and ranks % 2 == 0:
+            self.replicas = 2
+        names = ("replicate", "shard")
+        return init_device_mesh(device_type, (self.replicas, ranks // self.replicas), mesh_dim_names=names)
+
+    def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
+        """FSDP2's within a node, and an all-reduce of this rank's part of the gradients with the other nodes'."""
+        ranks = world_size // self.replicas
+        part = self.whole_bytes // ranks
+        return super().bytes_sent_per_step(ranks, micro_steps) + 2 * part * (self.replicas - 1) // self.replicas

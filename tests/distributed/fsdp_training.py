@@ -1,0 +1,248 @@
+"""How the tests of FSDP train: a way to wrap against the unsharded twin, and what both flavours of FSDP must stand."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from lion_dist import Lion
+from lion_dist.update import dispatch
+from tests.bits import assert_same_bits
+from tests.distributed.fsdp_toy import FsdpToy, Twin, assert_same_as, groups_of
+
+FULL = StateDictOptions(full_state_dict=True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this rank among those that share out the data."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def make_lion(model: nn.Module, **options: Any) -> Lion:
+    return Lion(groups_of(model), lr=1e-2, weight_decay=0.1, **options)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to wrap the toy and to train it.
+
+    make: the optimizer of the wrapped model, and of its twin.
+    toy: options of FsdpToy.
+    micro_steps: backward passes a step, of which all but the last are not synchronised.
+    zeros: whether an unused parameter of a used unit has a gradient of zeros, as in FSDP1.
+    """
+
+    wrap: Callable[[FsdpToy], nn.Module]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    make: Callable[[nn.Module], Lion] = make_lion
+    micro_steps: int = 1
+    toy: dict[str, bool] = field(default_factory=dict)
+    replaces_gradients: bool = False
+    zeros: bool = field(default=False, kw_only=True)
+
+    def start(self, place: Place, **options: Any) -> tuple[nn.Module, Lion, Twin]:
+        model = self.wrap(FsdpToy(self.dtypes, place.device, **self.toy))
+        twin = Twin(FsdpToy(self.dtypes, place.device, **self.toy), self.make, self.zeros)
+        return model, self.make(model, **options), twin
+
+
+def local(t: Any) -> Tensor:
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+@contextmanager
+def unsynchronised(model: Any) -> Iterator[None]:
+    if hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def backward(
+    way: Way, model: nn.Module, step: int, place: Place, scale: Callable[[Tensor], Tensor] | None = None
+) -> list[int]:
+    """Of a step; the numbers of its micro-steps, which use the same parameters."""
+    micro_steps = [step + 30 * i for i in range(way.micro_steps)]
+    for micro_step in micro_steps:
+        with nullcontext() if micro_step == micro_steps[-1] else unsynchronised(model):
+            loss = model(micro_step, place.rank, place.size)
+            (loss if scale is None else scale(loss)).backward()
+    if way.replaces_gradients:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = p.grad.clone()
+    return micro_steps
+
+
+def train(way: Way, place: Place, steps: range, model: nn.Module, optimizer: Lion, twin: Twin) -> None:
+    for step in steps:
+        micro_steps = backward(way, model, step, place)
+        optimizer.step()
+        optimizer.zero_grad()
+        twin.step(micro_steps, place.size)
+
+
+def check_way(what: str, way: Way, place: Place) -> None:
+    """After 10 steps all is as in the twin."""
+    try:
+        model, optimizer, twin = way.start(place)
+        train(way, place, range(10), model, optimizer, twin)
+        assert_same_as(twin, model, optimizer, what)
+    except Exception as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def from_meta(model: FsdpToy, shard: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A wrapped model made without memory and given it afterwards; ``shard`` leaves it with memory."""
+    sharded = shard(copy.deepcopy(model).to("meta"))
+    set_model_state_dict(sharded, model.state_dict(), options=FULL)
+    return sharded
+
+
+def check_moves(way: Way, place: Place, moves: list[Callable[[nn.Module, FsdpToy], object]]) -> None:
+    """Each move puts the model's or optimizer's tensors elsewhere between two steps."""
+    model, optimizer, twin = way.start(place)
+    train(way, place, range(2), model, optimizer, twin)
+
+    def load_weights(model: nn.Module, plain: FsdpToy) -> None:
+        with torch.no_grad():
+            for p in plain.parameters():
+                p.mul_(0.5)
+        set_model_state_dict(model, plain.state_dict(), options=FULL)
+
+    def load_full_state(model: nn.Module, plain: FsdpToy) -> None:
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        set_optimizer_state_dict(model, optimizer, state, options=FULL)
+
+    def load_local_state(model: nn.Module, plain: FsdpToy) -> None:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    for i, move in enumerate([*moves, load_weights, load_full_state, load_local_state]):
+        move(model, twin.model)
+        train(way, place, range(2 + i, 3 + i), model, optimizer, twin)
+        assert_same_as(twin, model, optimizer, f"after {move.__name__ if hasattr(move, '__name__') else move}")
+
+
+def check_clipping(way: Way, place: Place, clip: Callable[[nn.Module, float], Tensor]) -> None:
+    """torch's own clipping: gradients are multiplied by one coefficient, before the step."""
+    model, optimizer, twin = way.start(place)
+    for step in range(4):
+        micro_steps = backward(way, model, step, place)
+        norm = clip(model, 10.0)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad()
+        coefficient = torch.clamp(10.0 / (norm.float() + 1e-6), max=1.0)
+        assert coefficient < 1
+        twin.step(micro_steps, place.size, coefficient)
+        grads = [p.grad.flatten() / coefficient for p in twin.model.parameters() if p.grad is not None]
+        torch.testing.assert_close(torch.linalg.vector_norm(torch.cat(grads)), norm.float())
+    assert_same_as(twin, model, optimizer, "clipped")
+
+
+def check_loss_scale(way: Way, place: Place, scaler: Any) -> None:
+    """An infinity on one rank alone: every rank leaves the step out, or replicas would part for ever."""
+    model, optimizer, twin = way.start(place)
+    for step in range(6):
+        micro_steps = backward(way, model, step, place, scaler.scale)
+        if step == 2 and place.rank == place.size - 1:
+            grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+            next(g for g in grads if g.numel()).view(-1)[0] = torch.inf
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (scaler.get_scale() < before) == (step == 2), f"step {step}: {before} to {scaler.get_scale()}"
+        if step != 2:
+            twin.step(micro_steps, place.size)
+    assert_same_as(twin, model, optimizer, "scaled")
+
+
+def check_one_launch(way: Way, place: Place) -> None:
+    """All parameters of one dtype, whatever their groups, in one launch of the fused kernel a step."""
+    launched, launch = [], dispatch.triton_step.lion_step
+    model, optimizer, twin = way.start(place, use_triton=True)
+    dispatch.triton_step.lion_step = lambda *args: launched.append(launch(*args))
+    try:
+        for step in range(4):
+            train(way, place, range(step, step + 1), model, optimizer, twin)
+            assert len(launched) == step + 1
+    finally:
+        dispatch.triton_step.lion_step = launch
+    assert not optimizer._update.plain
+    assert_same_as(twin, model, optimizer, "fused")
+
+
+def check_growth(way: Way, place: Place) -> None:
+    """200 steps leave no more tensors and no more memory behind than the first few."""
+    model, optimizer, _ = way.start(place)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = sum(isinstance(o, Tensor) for o in gc.get_objects())
+        return tensors, torch.cuda.memory_allocated(place.device) if place.device.type == "cuda" else 0
+
+    for step in range(200):
+        if step == 11:  # as after the last one, all units have just been used
+            before = held()
+        backward(way, model, step, place)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = held()
+    assert after == before, f"(tensors, bytes on the GPU) {before} before, {after} after"
+
+
+def check_own_gradients(model: nn.Module, optimizer: Lion, train_once: Callable[[int], object], steps: int = 4) -> None:
+    """Every rank's parts are stepped as plain parameters with the same gradients would be."""
+    groups = [[p for p in group["params"]] for group in optimizer.param_groups]
+    shadows = [[nn.Parameter(local(p.detach()).clone()) for p in group] for group in groups]
+    plain = Lion([{**group, "params": own} for group, own in zip(optimizer.param_groups, shadows, strict=True)])
+    pairs = [(p, q) for group, own in zip(groups, shadows, strict=True) for p, q in zip(group, own, strict=True)]
+    for step in range(steps):
+        train_once(step)
+        for p, q in pairs:
+            q.grad = None if p.grad is None else local(p.grad).clone()
+        assert any(q.grad is not None and q.grad.any() for _, q in pairs)
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.step()
+        for i, (p, q) in enumerate(pairs):
+            assert_same_bits(local(p.detach()), q.detach(), f"parameter {i}")
+            assert_same_bits(local(optimizer.state[p]["exp_avg"]), plain.state[q]["exp_avg"], f"momentum {i}")
+
+
+def mlp(device: torch.device) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 3)).to(device)
+
+
+def check_compiled(shard: Callable[[nn.Sequential], nn.Module], place: Place) -> None:
+    """A model under torch.compile, whose optimizer was made before and whose state goes by plain names."""
+    model = shard(mlp(place.device))
+    optimizer = Lion(model.parameters(), lr=1e-2)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 6, device=place.device, generator=torch.Generator(place.device).manual_seed(place.rank))
+    check_own_gradients(model, optimizer, lambda step: compiled(x).square().mean().backward(), steps=3)
+    state = get_optimizer_state_dict(compiled, optimizer, options=FULL)["state"]
+    assert set(state) == {"0.weight", "0.bias", "2.weight", "2.bias"}
