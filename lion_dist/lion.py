@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .fsdp import is_dtensor, local, local_gradients, new_momenta
 from .param_groups import (
     DecayWarning,
     KeptAsIs,
@@ -21,7 +22,6 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
-    new_momentum,
 )
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
@@ -32,7 +32,8 @@ class _Members:
     """What a walk through the groups found, kept for the next step if nothing has changed since.
 
     ids: of all parameters, by group. params, entries, groups: those that are stepped, their state and
-    the number of their group. idle: frozen ones without state. entry_ids: of all state entries.
+    the number of their group. idle: frozen ones without state. dtensors: whether any of params is one.
+    entry_ids: of all state entries.
     """
 
     ids: list[list[int]]
@@ -40,16 +41,30 @@ class _Members:
     entries: list[dict[str, Tensor]]
     groups: list[int]
     idle: list[Tensor]
+    dtensors: bool
     entry_ids: list[int]
+
+    def columns(self) -> Columns:
+        """Of this step; of DTensors, this rank's part."""
+        params: list[Tensor] = self.params
+        grads: list[Tensor | None] = [p.grad for p in params]
+        exp_avgs = [entry["exp_avg"] for entry in self.entries]
+        if self.dtensors:
+            grads = local_gradients(params, grads)
+            params, exp_avgs = list(map(local, params)), list(map(local, exp_avgs))
+        return Columns(params, grads, exp_avgs, self.groups)
 
 
 class Lion(Optimizer):
     """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
 
-    Elementwise, so it is right wherever each rank steps whole the tensors it holds: one device, DDP. (DTensor
-    parameters, as of FSDP2 and tensor parallelism, are refused in this version.) State: ``exp_avg`` a
-    parameter, in the parameter's shape, made at the first step for every parameter that requires a
-    gradient. The rule is in lion_dist/update/reference.py.
+    Elementwise, so it is right wherever each rank steps the elements it holds: one device, DDP, FSDP1, FSDP2,
+    tensor parallelism. State: ``exp_avg`` a parameter, in the parameter's shape and sharding, made at the
+    first step for every parameter that requires a gradient, whether this rank holds any of it or not. The
+    rule is in lion_dist/update/reference.py.
+
+    Under FSDP1 with use_orig_params=False a wrapped module is one parameter, which groups cannot split: its
+    gains and biases decay with its matrices.
 
     Args:
         params: parameters, named parameters or groups; strided float32, bfloat16 or float16.
@@ -131,11 +146,15 @@ class Lion(Optimizer):
         columns = self._columns()
         if columns.params:
             self._update.step(columns, hypers)
+        if self._members is not None and self._members.dtensors:
+            # The local tensors' versions have risen; autograd saves the DTensors'.
+            torch.autograd.graph.increment_version([p for p in self._members.params if p.grad is not None])
         return loss
 
     def _columns(self) -> Columns:
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         members = self._members
+        new: dict[Tensor, dict[str, Tensor]] = {}
         if (
             members is None
             or ids != members.ids
@@ -143,34 +162,33 @@ class Lion(Optimizer):
             or not all(members.entries)
             or any(p.requires_grad or p.grad is not None for p in members.idle)
         ):
-            members = self._members = self._find_members(ids)
-        return Columns(
-            params=members.params,
-            grads=[p.grad for p in members.params],
-            exp_avgs=[entry["exp_avg"] for entry in members.entries],
-            groups=members.groups,
-        )
+            members, new = self._find_members(ids)
+        columns = members.columns()
+        if new:
+            self._update.prepare(columns)  # raises for a bad gradient before there is any new state
+            self.state.update(new)
+            members.entry_ids = [id(entry) for entry in self.state.values()]
+        self._members = members
+        return columns
 
-    def _find_members(self, ids: list[list[int]]) -> _Members:
-        """Goes through the groups, and makes the state that is missing."""
-        params, entries, groups, idle = [], [], [], []
-        new: dict[Tensor, dict[str, Tensor]] = {}
+    def _find_members(self, ids: list[list[int]]) -> tuple[_Members, dict[Tensor, dict[str, Tensor]]]:
+        """Goes through the groups, and makes the state that is missing; the caller puts it in its place."""
+        params, groups, idle = [], [], []
+        stateless, dtypes = [], []
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                entry = self.state.get(p)
-                if not entry:
+                if not self.state.get(p):
                     if not p.requires_grad and p.grad is None:
                         idle.append(p)
                         continue
-                    entry = new[p] = {"exp_avg": new_momentum(p, momentum_dtype(p, group))}
+                    stateless.append(p)
+                    dtypes.append(momentum_dtype(p, group))
                 params.append(p)
-                entries.append(entry)
                 groups.append(i)
-        if new:
-            # Raises for a bad gradient before there is any new state.
-            self._update.prepare(Columns(params, [p.grad for p in params], [e["exp_avg"] for e in entries], groups))
-            self.state.update(new)
-        return _Members(ids, params, entries, groups, idle, [id(entry) for entry in self.state.values()])
+        new = {p: {"exp_avg": m} for p, m in zip(stateless, new_momenta(stateless, dtypes), strict=True)}
+        entries = [new[p] if p in new else self.state[p] for p in params]
+        dtensors = any(map(is_dtensor, params))
+        return _Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}
@@ -181,12 +199,17 @@ class Lion(Optimizer):
         super().__setstate__(state)
         warning = self.__dict__.get("_decay_warning")
         complete_loaded_groups(self.param_groups, previous, self.defaults)
+        loaded, tensors, dtypes = [], [], []
         for group in self.param_groups:
             for p in group["params"]:
                 saved = self.state.get(p, {}).get("exp_avg")
                 if isinstance(saved, KeptAsIs):
-                    dtype = group["momentum_dtype"] or saved.tensor.dtype
-                    self.state[p]["exp_avg"] = new_momentum(p, dtype).copy_(saved.tensor)
+                    loaded.append(p)
+                    tensors.append(saved.tensor)
+                    dtypes.append(group["momentum_dtype"] or saved.tensor.dtype)
+        for p, m, tensor in zip(loaded, new_momenta(loaded, dtypes), tensors, strict=True):
+            local(m).copy_(local(tensor))
+            self.state[p]["exp_avg"] = m
         self._start(self._use_triton)
         self._decay_warning = warning or self._decay_warning  # once an optimizer, however often it loads
 
@@ -196,7 +219,9 @@ class Lion(Optimizer):
         ``ShardedLion.full_state_dict()``, copying its tensors.
 
         Each momentum keeps the dtype it was saved in, unless the group it lands in names a
-        ``momentum_dtype``. Groups take the saved hyper-parameters, as in every torch optimizer.
+        ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over
+        (``set_optimizer_state_dict``, ``FSDP.optim_state_dict_to_load``), sharded alike. Groups take the saved
+        hyper-parameters, as in every torch optimizer.
 
         Raises:
             ValueError: the state_dict does not fit this optimizer; nothing has been changed.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .fsdp import local, misfit
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
 
@@ -93,10 +94,11 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
     seen = {id(p) for p in already}
     for i, p in enumerate(params):
         who = f"parameter {i} of the group (shape {tuple(p.shape)})"
-        if is_traceable_wrapper_subclass(p) or p.is_meta:
+        part = local(p)
+        if is_traceable_wrapper_subclass(part) or p.is_meta:
             raise TypeError(
-                f"{who} is a {'meta tensor' if p.is_meta else type(p).__name__}, which has no memory of its own to "
-                "step: materialise the model before making the optimizer (DTensors are not supported in this version)"
+                f"{who} is a {'meta tensor' if p.is_meta else type(part).__name__}, which has no memory of its own to "
+                "step: materialise the model before making the optimizer"
             )
         if p.is_complex():
             raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
@@ -105,9 +107,9 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
         if id(p) in seen:
             raise ValueError(f"{who} was given twice; pass each parameter once (model.parameters() does)")
         seen.add(id(p))
-        if may_overlap(p):
+        if may_overlap(part):
             raise ValueError(
-                f"{who} has strides {p.stride()}, in which elements share memory (an expanded tensor?); "
+                f"{who} has strides {part.stride()}, in which elements share memory (an expanded tensor?); "
                 "use .clone() to give each element its own"
             )
 
@@ -225,6 +227,8 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
                 "Is this another optimizer's state_dict?"
             )
         m, p = entry["exp_avg"], param_of[i]
+        if isinstance(m, Tensor) and (reason := misfit(m, p)):
+            raise ValueError(f"exp_avg of parameter {i!r} {reason}")
         if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES:
             got = f"{tuple(m.shape)} {m.dtype}" if isinstance(m, Tensor) else type(m).__name__
             raise ValueError(
@@ -233,11 +237,6 @@ def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) ->
             )
         state[i] = {"exp_avg": KeptAsIs(m)}
     return {**state_dict, "state": state}
-
-
-def new_momentum(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in p's shape and on its device; in p's memory order where p is dense."""
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:

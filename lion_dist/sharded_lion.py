@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
+from .fsdp import refuse_sharded
 from .param_groups import (
     DecayWarning,
     check_group,
@@ -209,6 +210,7 @@ class ShardedLion(Optimizer):
         try:
             complete_group(group, self.defaults)
             check_group(group)
+            refuse_sharded(group["params"])
             check_params(group["params"], before)
             check_shardable(group["params"], before, self._group)
             check_no_shared_memory([*before, *group["params"]])

@@ -67,7 +67,10 @@ class Columns:
             raise TypeError(f"{who} has dtype {g.dtype}; expected float32, bfloat16 or float16")
         is_flat = self.segments is not None and g.dim() == 1 and g.is_contiguous()
         if g.shape != p.shape and not is_flat:
-            raise ValueError(f"{who} has shape {tuple(g.shape)}; expected the parameter's own")
+            raise ValueError(
+                f"{who} has shape {tuple(g.shape)}; expected the parameter's own. Under FSDP a backward inside "
+                "no_sync() leaves whole gradients: the last one before step() belongs outside of it"
+            )
         if g.device != p.device:
             raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
 
