@@ -186,6 +186,11 @@ class ShardedLion(Optimizer):
         self._take_in([p for group in self.param_groups for p in group["params"]])
         self._constructed = True
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the replicas."""
+        return self._group
+
     # Parameters ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

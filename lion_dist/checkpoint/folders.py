@@ -1,7 +1,7 @@
 """Checkpoints as folders beside each other: made under another name, committed by one rename, swept.
 
-    runs/step-100                          a checkpoint: it is whole, since the rename came last
-    runs/.step-200.3f2a.unfinished         being written, or what a crash left; swept by the next save
+runs/step-100                          a checkpoint: it is whole, since the rename came last
+runs/.step-200.3f2a.unfinished         being written, or what a crash left; swept by the next save
 """
 
 from __future__ import annotations
@@ -70,12 +70,28 @@ def number_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder whose names end in a number, the smallest first."""
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         return []
-    found = [(number_of(p.name), p) for p in folder.iterdir() if (p / NAME).is_file() and not p.name.startswith(".")]
-    return [p for number, p in sorted((n, p) for n, p in found if n is not None)]
+    found = []
+    for path in Path(folder).iterdir():
+        number = number_of(path.name)
+        if number is not None and (path / NAME).is_file() and not path.name.startswith("."):
+            found.append((number, path))
+    return [path for _, path in sorted(found)]
+
+
+def latest(folder: str | os.PathLike[str]) -> Path:
+    """The checkpoint in a folder whose name ends in the largest number.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"there is no checkpoint in {os.fspath(folder)}")
+    return found[-1]
 
 
 def keep_last(path: Path, count: int) -> None:

@@ -228,7 +228,9 @@ def _held(name: str, raw: Any) -> Held:
         raise ValueError(f"{name} is of dtype {str(held.get('dtype'))[:40]!r}, which is none of torch's")
     if not isinstance(held.get("chunks"), list):
         raise ValueError(f"{name} has no list of chunks")
-    return Held(held["dtype"], _numbers(held.get("shape"), f"the shape of {name}"), tuple(_chunks(name, held["chunks"])))
+    return Held(
+        held["dtype"], _numbers(held.get("shape"), f"the shape of {name}"), tuple(_chunks(name, held["chunks"]))
+    )
 
 
 def _chunks(name: str, raw: list[Any]) -> Iterator[Chunk]:

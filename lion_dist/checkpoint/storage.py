@@ -47,8 +47,8 @@ from torch.futures import Future
 from ..sharding.boxes import Box
 from . import folders
 from .blocks import Buffers, as_tensor, checksum, copy_in, copy_out, in_threads, read_block, write_block
-from .manifest import BLOCK_BYTES, DIGEST, DTYPES, NAME, Chunk, Held, Manifest, RegularFile, data_name, size_of
-from .plain import dtype_name, from_plain, to_plain
+from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, RegularFile, data_name, size_of
+from .plain import DTYPES, dtype_name, from_plain, to_plain
 
 Key = str | os.PathLike[str]
 
@@ -188,10 +188,11 @@ class Writer(StorageWriter):
         mixed = {name: of for name, of in dtypes.items() if len(of) > 1}
         if mixed:
             raise ValueError(f"tensors of different dtypes on the ranks: {mixed}")
-        tensors = {
-            name: Held(*dtypes[name], tuple(metadata.state_dict_metadata[name].size), tuple(of))
-            for name, of in chunks.items()
-        }
+        tensors = {}
+        for name, of_tensor in chunks.items():
+            known = metadata.state_dict_metadata[name]
+            assert isinstance(known, TensorStorageMetadata)
+            tensors[name] = Held(dtypes[name].pop(), tuple(known.size), tuple(of_tensor))
         manifest = Manifest(files, tensors, objects)
         manifest.check()
         for name, size in files.items():

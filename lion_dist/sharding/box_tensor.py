@@ -38,7 +38,7 @@ class BoxTensor(Tensor):
     def __new__(
         cls, shape: Sequence[int], boxes: Sequence[Box], parts: Sequence[Tensor], dtype: torch.dtype, device: Any
     ) -> BoxTensor:
-        self: BoxTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self: BoxTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         for box, part in zip(boxes, parts, strict=True):
             if tuple(part.shape) != box.sizes:
                 raise ValueError(f"a part of shape {tuple(part.shape)} was given for {box}")
@@ -106,7 +106,9 @@ class BoxTensor(Tensor):
     # What copies, moves and compares of state dicts need; anything else says that this is not a tensor to reckon with.
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs, self = kwargs or {}, args[0]
         if func in (_aten.detach.default, _aten.alias.default):
             return self.map(lambda part: part)
@@ -132,11 +134,12 @@ class BoxTensor(Tensor):
             return self.map(lambda part: function(part, *rest, **known), function(_empty_of(self), *rest, **known))
         raise NotImplementedError(f"{_ADVICE} It does not do {func}.")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BoxTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes={list(self.boxes)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoxTensor:
-        return memo.setdefault(id(self), self.map(torch.clone))
+        memo[id(self)] = copied = self.map(torch.clone)
+        return copied
 
     def __copy__(self) -> BoxTensor:
         return self.map(lambda part: part)
@@ -151,9 +154,7 @@ class BoxTensor(Tensor):
 _ADVICE = "This is a BoxTensor: one rank's part of a sharded tensor, of ShardedLion.state_dict()."
 _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     _aten.clone.default: torch.clone,
-    _aten._to_copy.default: lambda part, *_, **kw: part.to(
-        **{k: v for k, v in kw.items() if v is not None}, copy=True
-    ),
+    _aten._to_copy.default: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),
     _aten.zeros_like.default: torch.zeros_like,
     _aten.empty_like.default: torch.empty_like,
     _aten.new_empty.default: torch.empty_like,
@@ -163,5 +164,3 @@ _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
 
 def _empty_of(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=t.dtype, device=t.device)
-
-
