@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from ..sharded_lion import ShardedLion
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
-from .manifest import Manifest
 from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
 from .ranks import Ranks, as_error
 from .saving import PendingSave, Saving
@@ -162,11 +161,10 @@ def load(
     """
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.load()") as agreement:
-        manifest = Manifest.read(Path(path))
-        incoming = Incoming(manifest, model, optimizer, _as_list(schedulers), cast, ranks)
+        reader = Reader(path, cast=cast)
+        incoming = Incoming(reader, model, optimizer, _as_list(schedulers), cast, ranks)
         if agreement is not None:
-            agreement.says([f"path {os.fspath(path)!r}", *(f"{k}: {v}" for k, v in sorted(manifest.files.items()))])
-    reader = Reader(path, cast=cast, manifest=manifest)
+            agreement.says([f"path {os.fspath(path)!r}", f"manifest {reader.digest}"])
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def plan() -> LoadPlan:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..param_groups import check_group
-from .manifest import Manifest
 from .named import EXP_AVG, GROUPS, MODEL, MOMENTUM, Logical, Names, model_tensors, momenta, state_to_load
 from .plain import DTYPES, from_plain
 from .ranks import Ranks
+from .storage import Reader
 
 SCHEDULER, EXTRA, RANKS, RNG = "scheduler.", "extra", "ranks", "rng."
 
@@ -40,7 +40,7 @@ class Incoming:
 
     def __init__(
         self,
-        manifest: Manifest,
+        reader: Reader,
         model: nn.Module,
         optimizer: Optimizer | None,
         schedulers: Sequence[Any],
@@ -48,6 +48,7 @@ class Incoming:
         ranks: Ranks,
     ) -> None:
         names, logical = Names.read(model), Logical(model)
+        manifest = reader.manifest
         objects = from_plain(manifest.objects)
         self.extra = objects.get(EXTRA)
         self.tensors = {key: t for key, t, _ in model_tensors(model, names, logical)}
@@ -73,21 +74,25 @@ class Incoming:
             for saved, live in zip(self._load["param_groups"], optimizer.param_groups, strict=True):
                 check_group({**live, **saved})
             self._schedulers = _schedulers(objects, schedulers)
-        self._rng = self._own_rng(manifest, objects, ranks)
+        self._rng = self._generators(reader, objects, ranks)
 
-    def _own_rng(self, manifest: Manifest, objects: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    def _generators(self, reader: Reader, objects: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+        """The states saved for this rank; {} if the ranks were others, or only weights are wanted."""
         if self._optimizer is None or objects.get(RANKS) != ranks.size:
             return {}
-        own = {k: v for k, v in generators(ranks.rank).items() if k in manifest.tensors or k in objects}
-        for key, value in own.items():
-            if isinstance(value, Tensor):
-                held = manifest.tensors.get(key)
-                if held is None or (held.shape, DTYPES[held.dtype]) != (tuple(value.shape), value.dtype):
-                    raise ValueError(f"{key} of the checkpoint is no state of a generator")
-                self.tensors[key] = value  # to be filled
-            else:
-                own[key] = objects[key]
-                random.Random().setstate(own[key])  # raises for one that is none
+        own: dict[str, Any] = {}
+        for key in generators(ranks.rank):
+            try:
+                if key in objects:
+                    own[key] = objects[key]
+                    random.Random().setstate(own[key])
+                elif key in reader.manifest.tensors:
+                    own[key] = reader.fetch(key)
+                    torch.Generator("cuda" if key.endswith(".cuda") else "cpu").set_state(own[key])
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+                raise ValueError(
+                    f"{key} of the checkpoint is no state of a random number generator: {error}"
+                ) from error
         return own
 
     def apply(self) -> None:

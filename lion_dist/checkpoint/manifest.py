@@ -76,7 +76,7 @@ class Manifest:
     files: dict[str, int]
     tensors: dict[str, Held]
     objects: dict[str, Any]
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int
     format: str = field(default=FORMAT, init=False)
     version: int = field(default=VERSION, init=False)
 

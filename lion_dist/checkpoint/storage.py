@@ -47,7 +47,7 @@ from torch.futures import Future
 from ..sharding.boxes import Box
 from . import folders
 from .blocks import Buffers, as_tensor, checksum, copy_in, copy_out, in_threads, read_block, write_block
-from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, RegularFile, data_name, size_of
+from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, RegularFile, data_name, read_small, size_of
 from .plain import DTYPES, dtype_name, from_plain, to_plain
 
 Key = str | os.PathLike[str]
@@ -193,7 +193,7 @@ class Writer(StorageWriter):
             known = metadata.state_dict_metadata[name]
             assert isinstance(known, TensorStorageMetadata)
             tensors[name] = Held(dtypes[name].pop(), tuple(known.size), tuple(of_tensor))
-        manifest = Manifest(files, tensors, objects)
+        manifest = Manifest(files, tensors, objects, BLOCK_BYTES)
         manifest.check()
         for name, size in files.items():
             there = size_of(self.unfinished / name)
@@ -231,22 +231,25 @@ class Reader(StorageReader):
     Args:
         path: the checkpoint's folder.
         cast: whether tensors may be loaded into ones of another dtype; an error otherwise.
-        manifest: the checkpoint's, if it has been read already.
     """
 
-    def __init__(self, path: Key, *, cast: bool = False, manifest: Manifest | None = None) -> None:
+    def __init__(self, path: Key, *, cast: bool = False) -> None:
         self._cast = cast
-        self._manifest = manifest
-        self._path = Path(os.path.abspath(path))
+        self.reset(path)
 
     def reset(self, checkpoint_id: Key | None = None) -> None:
         if checkpoint_id is not None:
             self._path = Path(os.path.abspath(checkpoint_id))
-        self._manifest = None
+        self._manifest: Manifest | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Key) -> bool:
         return "://" not in os.fspath(checkpoint_id)
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest, which ranks can compare."""
+        return read_small(self._path / DIGEST).decode(errors="replace")
 
     @property
     def manifest(self) -> Manifest:
@@ -353,6 +356,22 @@ class Reader(StorageReader):
         finally:
             for file in opened.values():
                 file.close()
+
+    def fetch(self, name: str) -> Tensor:
+        """A small tensor, whole and verified."""
+        held = self.manifest.tensors[name]
+        if held.nbytes > BLOCK_BYTES:
+            raise ValueError(f"{name} has {held.nbytes} bytes; expected a small tensor")
+        found = torch.empty(held.shape, dtype=DTYPES[held.dtype])
+
+        def copy(block: _Block, buffer: memoryview) -> None:
+            box = held.chunks[block[1]].box
+            values = as_tensor(buffer, found.dtype)
+            copy_in(found[box.slices()], Box((0,) * len(box.sizes), box.sizes), box.sizes,
+                    block[2] * self.manifest.block_bytes // found.itemsize, values)  # fmt: skip
+
+        self._read({block: [] for block in self.every_block() if block[0] == name}, copy)
+        return found
 
     def every_block(self) -> _Blocks:
         """All of the checkpoint."""

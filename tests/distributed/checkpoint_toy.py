@@ -1,7 +1,8 @@
 """A model that every strategy can train, with an averaged gradient that is the same under all of them.
 
-Rank r's gradient of a step is base + delta_r, small dyadic numbers whose deltas add up to nothing: the average is base
-whatever the number of ranks, their order or the strategy. So what one process with `Lion` computes is what all must.
+The ranks' gradients of a step are small dyadic numbers, multiples of world_size, that add up to world_size * base: the
+average is base, exactly, whatever the number of ranks, their order or the strategy. So what one process with `Lion`
+computes is what all must.
 
 Sizes split badly for 2, 3 and 4 ranks: odd rows, fewer rows than ranks, heads and tails of ShardLayout, parameters of
 which a rank holds nothing; a bfloat16 unit, a frozen parameter, tied names, a buffer.
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lion_dist import Lion, ShardedLion
 from tests.bits import assert_same_bits
 from tests.distributed.toy import hash_of
+from tests.harness import device_of
 
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
 FIRST, MORE = 3, 5  # steps before a checkpoint, and after it
@@ -50,7 +52,7 @@ class Unit(nn.Module):
     def forward(self, loss: Tensor, prefix: str, step: int, rank: int, world_size: int) -> Tensor:
         for name, p in self.named_parameters(recurse=False):
             if name not in ("frozen", "tied"):
-                c = (base(prefix + name, p, step) + delta(prefix + name, p, step, rank, world_size)).to(p.dtype)
+                c = part(prefix + name, p, step, rank, world_size).to(p.device, p.dtype)
                 loss = loss + (p * c).float().sum()
         return loss
 
@@ -68,7 +70,7 @@ class CheckpointToy(Unit):
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
     def forward(self, step: int, rank: int, world_size: int) -> Tensor:  # type: ignore[override]
-        loss = super().forward(torch.zeros(()), "", step, rank, world_size)
+        loss = super().forward(torch.zeros((), device=self.gain.device), "", step, rank, world_size)
         for unit in ("low", "block"):
             loss = getattr(self, unit)(loss, unit + ".", step, rank, world_size)
         return loss
@@ -80,10 +82,14 @@ def base(name: str, p: Tensor, step: int) -> Tensor:
     return torch.randint(-8, 9, p.shape, generator=generator) / 4
 
 
-def delta(name: str, p: Tensor, step: int, rank: int, world_size: int) -> Tensor:
-    if world_size == 1 or rank not in (0, world_size - 1):
-        return torch.zeros(p.shape)
-    return base(name + "'", p, step) * (1 if rank == 0 else -1)
+def part(name: str, p: Tensor, step: int, rank: int, world_size: int) -> Tensor:
+    """A rank's gradient: a multiple of world_size, since DDP divides before it adds up."""
+    if world_size == 1:
+        return base(name, p, step)
+    other = base(name + "'", p, step)
+    if rank == 0:
+        return world_size * (base(name, p, step) + other)
+    return -world_size * other if rank == world_size - 1 else torch.zeros(p.shape)
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -103,25 +109,26 @@ class Run:
 
     def __init__(self, strategy: str, seed: int, ranks: dist.ProcessGroup | None) -> None:
         self.strategy, self.ranks = strategy, ranks
-        self.model = model = CheckpointToy(seed)
+        device = device_of(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else torch.device("cpu")
+        self.model = model = CheckpointToy(seed).to(device)
         self.wrapped: nn.Module = model
         size = 1 if ranks is None else dist.get_world_size(ranks)
         kwargs: dict[str, Any] = {"lr": 0.01}
         if strategy in ("ddp", "stage1"):
             self.wrapped = DistributedDataParallel(model, process_group=ranks)
         elif strategy == "fsdp1":
+            of_fsdp1: dict[str, Any] = {"process_group": ranks, "use_orig_params": True, "device_id": device}
             for name in ("low", "block"):
-                setattr(model, name, FSDP(getattr(model, name), process_group=ranks, use_orig_params=True))
-            self.wrapped = FSDP(model, process_group=ranks, use_orig_params=True)
+                setattr(model, name, FSDP(getattr(model, name), **of_fsdp1))
+            self.wrapped = FSDP(model, **of_fsdp1)
         elif strategy == "fsdp2":
-            mesh = init_device_mesh("cpu", (size,))
+            mesh = init_device_mesh(device.type, (size,))
             for unit in (model.low, model.block, model):
                 fully_shard(unit, mesh=mesh)
         if strategy in ("stage1", "stage2", "signs"):
-            sync = "signs" if strategy == "signs" else "params"
-            self.optimizer: Any = ShardedLion(
-                groups(self.wrapped), **kwargs, stage=1 if strategy == "stage1" else 2, param_sync=sync, process_group=ranks
-            )  # fmt: skip
+            kwargs["stage"] = 1 if strategy == "stage1" else 2
+            kwargs["param_sync"] = "signs" if strategy == "signs" else "params"
+            self.optimizer: Any = ShardedLion(groups(self.wrapped), **kwargs, process_group=ranks)
         else:
             self.optimizer = Lion(groups(self.wrapped), **kwargs)
         self.scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 7))
@@ -152,7 +159,7 @@ class Run:
             momenta = {names[id(params[i])]: entry["exp_avg"] for i, entry in full()["state"].items()}
         found = {f"w {n}": t for n, t in weights.items() if n != "tied"}
         found.update({f"m {n}": t for n, t in momenta.items()})
-        return {n: t.detach().clone() for n, t in found.items()}
+        return {n: t.detach().cpu().clone() for n, t in found.items()}
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
         return [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
