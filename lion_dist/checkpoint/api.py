@@ -72,7 +72,8 @@ def async_save(
     """`save`, in a thread beside the training. Returns once each rank has copied what it will write to its CPU's
     memory, so that parameters may be stepped; a collective call, as is the first one's making of a gloo group.
 
-    One at a time: a save before it is waited for, and raises here if it failed. Call ``result()`` on the last one
+    One at a time: a save before it is waited for, and if it failed and its ``result()`` has not said so, it is said
+    here. Call ``result()`` on the last one
     before the process group is destroyed.
     """
     saving, ranks = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group)
@@ -92,11 +93,11 @@ def _begin(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Saving, Ranks]:
     global _running
-    if _running is not None:
-        previous, _running = _running, None
-        previous.result()
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.save()") as agreement:
+        previous, _running = _running, None
+        if previous is not None:
+            previous.settle()
         state = _to_save(model, optimizer, _as_list(schedulers), extra, ranks)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}, keep_last {keep_last}"])

@@ -11,6 +11,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class _Planner(DefaultSavePlanner):
         self.state_dict = {}  # the training's own tensors are let go of
 
 
+def _nbytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
 def _on_cpu(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype).copy_(t)
 
@@ -63,7 +70,7 @@ class Saving:
         self.written = self.total = 0
         self._metadata: Metadata | None = None
         self._plan: SavePlan = self._together(lambda: ranks.steps.reduce_scatter("plan", self._local(state), self._all))
-        self.total = sum(item.tensor_storage_size() or 0 for item in self._plan.items)
+        self.total = sum(map(_nbytes, self._plan.items))
 
     def _local(self, state: dict[str, Any]) -> Callable[[], SavePlan]:
         def plan() -> SavePlan:
@@ -114,6 +121,7 @@ class PendingSave:
     def __init__(self, saving: Saving, ranks: Ranks) -> None:
         self._saving = saving
         self._future: Future[None] = Future()
+        self._told = False
         self._thread = threading.Thread(target=self._run, args=(ranks,), name="lion_dist.checkpoint.async_save")
         self._thread.start()
 
@@ -138,4 +146,13 @@ class PendingSave:
         Raises:
             TimeoutError: it has not ended within ``timeout`` seconds.
         """
-        self._future.result(timeout)
+        error = self._future.exception(timeout)
+        if error is not None:
+            self._told = True
+            raise error
+
+    def settle(self) -> None:
+        """Waits for its end; raises what went wrong, if `result` has not told yet."""
+        error = self._future.exception()
+        if error is not None and not self._told:
+            self.result()
