@@ -39,14 +39,6 @@ class Single:
         """Scale the gradients so that their norm over all parameters is at most `max_norm`; the norm before."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The whole optimizer's state on rank 0. Every rank must call it."""
-        return self.optimizer.state_dict()
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Load what `optimizer_state` of any strategy and world size returned. Every rank must call it."""
-        self.optimizer.load_state_dict(state)
-
     def bytes_sent_per_step(self, world_size: int) -> int:
         """What one rank sends in an optimizer step, by arithmetic, not measured."""
         return 0

@@ -14,9 +14,9 @@ order in which it is used:
 ``python -m lion_dist.checkpoint PATH`` lists and verifies a checkpoint.
 """
 
-from .api import async_save, load, save
+from .api import async_save, load, read_extra, save
 from .folders import checkpoints, latest
 from .saving import PendingSave
 from .storage import Reader, Writer
 
-__all__ = ["PendingSave", "Reader", "Writer", "async_save", "checkpoints", "latest", "load", "save"]
+__all__ = ["PendingSave", "Reader", "Writer", "async_save", "checkpoints", "latest", "load", "read_extra", "save"]

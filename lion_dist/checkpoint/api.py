@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from ..sharded_lion import ShardedLion
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
+from .manifest import Manifest
 from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
+from .plain import from_plain
 from .ranks import Ranks, as_error
 from .saving import PendingSave, Saving
 from .storage import Key, Reader
@@ -129,6 +131,15 @@ def _to_save(
         state[EXTRA], state[RANKS] = extra, ranks.size
     state.update(generators(ranks.rank))
     return state
+
+
+def read_extra(path: Key) -> Any:
+    """The ``extra`` of `save`, of a checkpoint that is there, and nothing else of it; not a collective call.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    return from_plain(Manifest.read(Path(path)).objects.get(EXTRA))
 
 
 def load(
