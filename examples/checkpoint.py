@@ -1,56 +1,33 @@
-"""One file that a killed run continues from.
+"""Which checkpoint a run continues from.
 
-A *checkpoint* is a dict of tensors, numbers, strings, lists and dicts, nothing that unpickling would execute:
-`step` (optimizer steps done), `model`, `optimizer` and `scheduler` (state dicts, tensors in logical shapes, so that
-another strategy or world size can load them), `run` (what a resumed run must have in common), and `history` (the
-curve so far).
+lion_dist.checkpoint keeps them: `step-<n>` in the run's folder, each with the weights, the momentum and the schedule,
+under any strategy and number of ranks. Beside these, as its *extra*: `step` (optimizer steps done), `run` (what a
+resumed run must have in common) and `history` (the curve so far).
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from lion_dist import checkpoint
 
-Checkpoint = dict[str, Any]
-
-
-def checkpoint_path(folder: Path) -> Path:
-    return folder / "checkpoint.pt"
+KEPT = 2  # checkpoints; the last may be of a moment at which something was already wrong
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replace the folder's checkpoint in one step: whenever this process is killed, a whole one is there."""
-    path = checkpoint_path(folder)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # else the rename may reach the disk before the bytes do
-    os.replace(unfinished, path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
 
 
-def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint:
-    """Read the folder's checkpoint, on the CPU, and check that it belongs to `run`.
+def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path:
+    """The folder's last checkpoint, checked to be one of `run`.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or of a run that differs in the data, the model or the schedule.
     """
-    path = checkpoint_path(folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without --resume, or correct --out")
-    try:
-        checkpoint: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = checkpoint["run"]
-    except Exception as error:  # of many types, by what the damage hit
-        raise ValueError(
-            f"{path} is not a whole checkpoint of this program (reading it: {type(error).__name__}): start without "
-            "--resume, or correct --out"
-        ) from error
+    if not checkpoint.checkpoints(folder):
+        raise FileNotFoundError(f"nothing to resume in {folder}: start without --resume, or correct --out")
+    path = checkpoint.latest(folder)
+    theirs = checkpoint.read_extra(path)["run"]
     differences = [
         f"{name} is {theirs.get(name)!r} in the checkpoint, {run.get(name)!r} now"
         for name in sorted(theirs.keys() | run.keys())
@@ -61,4 +38,12 @@ def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint:
             f"{path} is of another run: {'; '.join(differences)}. Repeat the options it was started with, "
             "or give another --out and no --resume"
         )
-    return checkpoint
+    return path
+
+
+def check_unused(folder: Path) -> None:
+    """Raises ValueError if another run has left checkpoints in the folder, which a new one must not be mixed with."""
+    if checkpoint.checkpoints(folder):
+        raise ValueError(
+            f"{folder} has checkpoints of an earlier run: continue it with --resume, give another --out, or remove them"
+        )

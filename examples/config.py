@@ -32,7 +32,7 @@ class Config:
     strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero2"
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
-    resume: Annotated[bool, Option("continue from the checkpoint in --out")] = False
+    resume: Annotated[bool, Option("continue from the last checkpoint in --out")] = False
     device: Annotated[str, Option("cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu"
     deterministic: Annotated[bool, Option("the same bits each time on a GPU too; on a CPU they always are")] = False
 

@@ -1,7 +1,8 @@
 """Train a small GPT on bytes with Lion, on one process or many, on CPUs (gloo) or GPUs (NCCL).
 
     torchrun --nproc_per_node 2 examples/train.py                 gradients and momentum sharded over two ranks
-    torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash
+    torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash or SIGTERM
+    torchrun --nproc_per_node 2 --max_restarts 3 examples/train.py     continues by itself after a crash
     python examples/train.py --strategy single                    one process
     python examples/train.py --help
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+import lion_dist.checkpoint
+from checkpoint import KEPT, check_unused, find_checkpoint, path_of
 from config import Config, make_parser
 from data import Corpus, bigram_entropy, load_corpus, training_batch, unigram_entropy, validation_batches
 from model import GPT
 from report import History, peak_mib, printable, save_curve
+from stopping import Stopping
 from strategies import STRATEGIES
 from strategies.single import Groups, Single
 
@@ -153,21 +157,19 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> 
     return float(total[0] / total[1])
 
 
-def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | None) -> str:
+def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) -> str:
     """The job itself, in a process group if the strategy needs one; the line that sums it up."""
+    stopping = Stopping()
     torch.manual_seed(config.seed)
     model = GPT(config.model()).to(world.device)
-    if resumed:
-        model.load_state_dict(resumed["model"])
     parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
     groups = parameter_groups(model, config.weight_decay)
     strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2))
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
     first_step, history = 0, History(train=[], validation=[])
     if resumed:
-        strategy.load_optimizer_state(resumed["optimizer"])
-        scheduler.load_state_dict(resumed["scheduler"])
-        first_step, history = resumed["step"], resumed["history"]
+        extra = lion_dist.checkpoint.load(resumed, strategy.wrapped, strategy.optimizer, schedulers=scheduler)
+        first_step, history = extra["step"], extra["history"]
 
     writes = world.rank == 0  # prints, draws and saves for all
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not writes, mininterval=1.0)
@@ -194,7 +196,8 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
             history["train"].append((done, loss.item()))
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         evaluates, saves = (done % n == 0 or done == config.steps for n in (config.eval_every, config.checkpoint_every))
-        if evaluates or saves:
+        stops = done % config.log_every == 0 and done < config.steps and stopping.agreed(world.device)
+        if evaluates or saves or stops:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - clock
@@ -203,19 +206,16 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
                 history["validation"].append((done, val_loss))
                 if writes:
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
-            if saves:
-                model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state()
-                if writes:
-                    checkpoint = {
-                        "step": done,
-                        "model": model_state,
-                        "optimizer": optimizer_state,
-                        "scheduler": scheduler.state_dict(),
-                        "history": history,
-                        "run": identity(config, corpus),
-                    }
-                    save_checkpoint(config.folder, checkpoint)
+            if saves or stops:
+                extra = {"step": done, "history": history, "run": identity(config, corpus)}
+                path = path_of(config.folder, done)
+                lion_dist.checkpoint.save(
+                    path, strategy.wrapped, strategy.optimizer, schedulers=scheduler, extra=extra, keep_last=KEPT
+                )
             clock = time.perf_counter()
+        if stops:
+            bar.close()
+            return f"stopped by SIGTERM after step {done}: --resume continues"
     bar.close()
 
     val_loss, weights = history["validation"][-1][1], strategy.model_state()
@@ -238,6 +238,16 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
     return {**config.identity(), "data (sha256)": corpus.digest}
 
 
+def where_to_start(config: Config, corpus: Corpus) -> Path | None:
+    """The checkpoint to continue from; None: the beginning. torchrun starts all ranks again where one has failed."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if config.resume or (restarted and lion_dist.checkpoint.checkpoints(config.folder)):
+        return find_checkpoint(config.folder, identity(config, corpus))
+    if not restarted:
+        check_unused(config.folder)
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(argv)
     options = vars(parser.parse_args(argv))
@@ -246,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = Config(**options)
         world = find_world(config)
         corpus = load_corpus(config.data, config.seq_len)
-        resumed = load_checkpoint(config.folder, identity(config, corpus)) if config.resume else None
+        resumed = where_to_start(config, corpus)
         config.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))

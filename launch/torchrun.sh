@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several nodes. Run it on every node, in any order, with the same HEAD_NODE; arguments go to
-# examples/train.py. The nodes share this folder, or each has a copy; .venv is made beforehand (launch/setup). For
-# --resume every node reads the checkpoint, so --out must then be on a disk that they share.
+# examples/train.py. The nodes share this folder, or each has a copy; .venv is made beforehand (launch/setup). Every
+# rank writes its part of a checkpoint, so --out must be on a disk that they share.
 #
 #   HEAD_NODE       host name or address of one of the nodes, which the others can reach; required
 #   NODES           number of nodes; required

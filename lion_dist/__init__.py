@@ -1,7 +1,18 @@
 """Lion for distributed PyTorch: a fused step, and momentum sharded over the ranks."""
 
+from typing import Any
+
 from .lion import Lion
 from .sharded_lion import ShardedLion
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "ShardedLion", "__version__"]
+__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """lion_dist.checkpoint, when it is first used: torch.distributed.checkpoint takes a second to import."""
+    if name == "checkpoint":
+        from importlib import import_module
+
+        return import_module(".checkpoint", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

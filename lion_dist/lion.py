@@ -173,6 +173,10 @@ class Lion(Optimizer):
         self._members = members
         return columns
 
+    def init_state(self) -> None:
+        """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
+        self._columns()
+
     def _find_members(self, ids: list[list[int]]) -> tuple[_Members, dict[Tensor, dict[str, Tensor]]]:
         """Goes through the groups, and makes the state that is missing; the caller puts it in its place."""
         params, groups, idle = [], [], []
@@ -198,6 +202,7 @@ class Lion(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by unpickling and deepcopy on an empty object, and by load_state_dict on this one.
         previous = self.__dict__.get("param_groups", [])
+        own = {p: entry.get("exp_avg") for p, entry in self.__dict__.get("state", {}).items()}
         super().__setstate__(state)
         warning = self.__dict__.get("_decay_warning")
         complete_loaded_groups(self.param_groups, previous, self.defaults)
@@ -206,9 +211,13 @@ class Lion(Optimizer):
             for p in group["params"]:
                 saved = self.state.get(p, {}).get("exp_avg")
                 if isinstance(saved, KeptAsIs):
+                    dtype = group["momentum_dtype"] or saved.tensor.dtype
+                    if saved.tensor is own.get(p) and saved.tensor.dtype == dtype:
+                        self.state[p]["exp_avg"] = saved.tensor  # loaded in place, as lion_dist.checkpoint does
+                        continue
                     loaded.append(p)
                     tensors.append(saved.tensor)
-                    dtypes.append(group["momentum_dtype"] or saved.tensor.dtype)
+                    dtypes.append(dtype)
                 elif self.state and not self.state.get(p) and p.requires_grad and is_flat_view(p) and not p.numel():
                     # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
                     loaded.append(p)

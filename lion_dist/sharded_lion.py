@@ -25,7 +25,6 @@ from .clipping import Clipping, same_gradients
 from .fsdp import refuse_sharded
 from .param_groups import (
     DecayWarning,
-    check_and_wrap_state,
     check_group,
     check_params,
     complete_group,
@@ -36,6 +35,7 @@ from .param_groups import (
     momentum_dtype,
     with_named_dtypes,
 )
+from .sharded_state import IncomingState, shard_entries, whole_momenta
 from .sharding.collectives import (
     Agreement,
     Membership,
@@ -187,6 +187,11 @@ class ShardedLion(Optimizer):
         self._take_in([p for group in self.param_groups for p in group["params"]])
         self._constructed = True
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the replicas."""
+        return self._group
+
     # Parameters ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -245,6 +250,8 @@ class ShardedLion(Optimizer):
         kept = {id(part.shard): part for part in self._parts}
         self._parts = [kept.get(id(shard)) or self._make_part(shard) for shard in shards]
         self._ids = []
+        self.state.clear()
+        self.state.update(shard_entries(shards, self._rank))
 
     def _make_part(self, shard: Shard) -> _Part:
         layout, update = shard.layout, LionUpdate(self._use_triton)
@@ -522,11 +529,20 @@ class ShardedLion(Optimizer):
 
     # State --------------------------------------------------------------------------------------
 
-    def state_dict(self) -> NoReturn:
-        raise RuntimeError(
-            "ShardedLion.state_dict() is not in this version: each rank holds a shard of the momentum. Call "
-            "full_state_dict() on every rank and save what the first one gets"
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, as `BoxTensor`s: views of the shard, in the parameters' logical shapes.
+
+        Local and cheap. torch.distributed.checkpoint saves and loads it under any other cut, as do
+        torch.distributed.checkpoint.state_dict.get_optimizer_state_dict and set_optimizer_state_dict;
+        `lion_dist.checkpoint` does it all. For a state that torch.save takes, see `full_state_dict`.
+
+        Raises:
+            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
+        """
+        self._comparison.check(all=True)
+        self._group_numbers()
+        packed = with_named_dtypes(super().state_dict())
+        return {**packed, "state": {i: dict(entry) for i, entry in sorted(packed["state"].items())}}
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
@@ -547,22 +563,17 @@ class ShardedLion(Optimizer):
             self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
         keep = not rank0_only or self._rank == 0
-        index_of: dict[int, int] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                index_of[id(p)] = len(index_of)
-        state = {}
-        for shard in self._shards:
-            for p, exp_avg in zip(shard.params, shard.gather_exp_avgs(self._group, keep), strict=True):
-                state[index_of[id(p)]] = {"exp_avg": exp_avg}
+        gathered = whole_momenta(self._shards, self._group, keep)
         if not keep:
             return {}
-        return with_named_dtypes({**super().state_dict(), "state": dict(sorted(state.items()))})
+        packed = with_named_dtypes(super().state_dict())
+        ids = [id(p) for group in self.param_groups for p in group["params"]]
+        return {**packed, "state": {i: {"exp_avg": gathered[p]} for i, p in enumerate(ids) if p in gathered}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a whole state, of `full_state_dict` or of `Lion`, keeping this rank's slices; a
-        collective call, with the same state_dict on every rank.
+        """Loads a state, keeping this rank's slices; a collective call. Either a whole one, of `full_state_dict` or
+        of `Lion`, the same on every rank; or one of `state_dict`, which torch.distributed.checkpoint has filled.
 
         Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``.
 
@@ -570,29 +581,15 @@ class ShardedLion(Optimizer):
             ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
                 nothing has been changed.
         """
-        saved: dict[int, Tensor] = {}
-
-        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            checked = check_and_wrap_state(given, self.param_groups)
-            ids = [i for group in checked["param_groups"] for i in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                if checked["state"].get(i):
-                    saved[id(p)] = checked["state"][i]["exp_avg"].tensor
-            return {**checked, "state": {}}
-
+        incoming = IncomingState(self.param_groups)
         previous = self.param_groups
-        handle = self.register_load_state_dict_pre_hook(take)
+        handle = self.register_load_state_dict_pre_hook(incoming.take)
         try:
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
                 super().load_state_dict(state_dict)
+                incoming.check_cut(self.param_groups, self._shards, self._rank)
                 agreement.says(describe_groups(self.param_groups))
-                agreement.says(
-                    [
-                        f"momentum of parameter {i}: {saved[id(p)].dtype if id(p) in saved else None}"
-                        for i, p in enumerate(p for group in self.param_groups for p in group["params"])
-                    ]
-                )
+                agreement.says(incoming.describe())
             if self._signs:
                 self._check_bits()
         except Exception:
@@ -600,18 +597,17 @@ class ShardedLion(Optimizer):
             raise
         finally:
             handle.remove()
+            self.state.update(shard_entries(self._shards, self._rank))  # which torch has replaced
 
-        sharded = {id(p) for part in self._parts for p in part.shard.params} | saved.keys()
-        dtypes = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in saved:
-                    dtypes[id(p)] = group["momentum_dtype"] or saved[id(p)].dtype
-        params = [p for group in self.param_groups for p in group["params"] if id(p) in sharded]
-        self._frozen = [p for p in self._frozen if id(p) not in sharded]
-        self._set_shards(self._make_shards(params, dtypes))
+        if incoming.fits(self._shards):
+            self._set_shards(self._shards)
+        else:
+            params = [p for group in self.param_groups for p in group["params"]]
+            sharded = {id(p) for shard in self._shards for p in shard.params} | incoming.momenta.keys()
+            self._frozen = [p for p in self._frozen if id(p) not in sharded]
+            self._set_shards(self._make_shards([p for p in params if id(p) in sharded], incoming.dtypes))
         for shard in self._shards:
-            shard.take_exp_avgs(saved, self._rank)
+            shard.take_exp_avgs(incoming.momenta, self._rank)
         self._clipping = None
         self._comparison = Comparison()  # what the last steps did is gone
 

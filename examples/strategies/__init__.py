@@ -1,8 +1,7 @@
 """Ways to spread one training job over ranks, one short file each.
 
-A *strategy* owns what differs between them: what the forward goes through, which optimizer steps, how gradients are
-clipped, and how the optimizer's state becomes one dict that every other strategy can load. `Single` says what the
-training loop calls; to add one, write its file and name it here.
+A *strategy* owns what differs between them: what the forward goes through, which optimizer steps and how gradients are
+clipped. `Single` says what the training loop calls; to add one, write its file and name it here.
 """
 
 from strategies.ddp import DDP

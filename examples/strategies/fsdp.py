@@ -1,16 +1,9 @@
-"""What FSDP1 and FSDP2 have in common: `lion_dist.Lion` over a model whose every tensor is sharded, and checkpoints
-through torch's own state dicts, which gather them on rank 0."""
+"""What FSDP1 and FSDP2 have in common: `lion_dist.Lion` over a model whose every tensor is sharded."""
 
-from itertools import chain
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from strategies.single import Groups, Single
 
@@ -20,7 +13,7 @@ class FSDP(Single):
     Attributes:
         names: of the parameters of each group.
         whole_bytes: of all parameters, unsharded.
-        gathered: how a state dict is to come: whole, and from a GPU to rank 0's CPU memory.
+        gathered: how the model's state is to come: whole, and from a GPU to rank 0's CPU memory.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float]) -> None:
@@ -36,26 +29,7 @@ class FSDP(Single):
     def model_state(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], get_model_state_dict(self.wrapped, options=self.gathered))
 
-    def optimizer_state(self) -> dict[str, Any]:
-        state = get_optimizer_state_dict(self.wrapped, self.optimizer, options=self.gathered)
-        # torch names parameters here; an optimizer's own state dict, as other strategies load it, numbers them.
-        number = {name: i for i, name in enumerate(chain(*self.names))}
-        return rekeyed(state, number) if state else {}
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        name = dict(enumerate(chain(*self.names)))
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.wrapped, self.optimizer, rekeyed(state, name), options=whole)
-
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """All-gathers of the parameters, for every forward and again for its backward; a reduce-scatter of the
         gradients, once: (W - 1) / W of them each."""
         return (2 * micro_steps + 1) * self.whole_bytes * (world_size - 1) // world_size
-
-
-def rekeyed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with its parameters called otherwise."""
-    return {
-        "state": {key[p]: entry for p, entry in state["state"].items()},
-        "param_groups": [{**group, "params": [key[p] for p in group["params"]]} for group in state["param_groups"]],
-    }

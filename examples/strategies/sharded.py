@@ -1,6 +1,4 @@
-"""What every strategy with ShardedLion has in common: clipping on shards, and a state gathered on rank 0."""
-
-from typing import Any
+"""What every strategy with ShardedLion has in common: clipping on shards."""
 
 from torch import Tensor
 
@@ -13,9 +11,6 @@ class Sharded(Single):
 
     def clip(self, max_norm: float) -> Tensor:
         return self.optimizer.clip_grad_norm_(max_norm)
-
-    def optimizer_state(self) -> dict[str, Any]:
-        return self.optimizer.full_state_dict(rank0_only=True)
 
     def sign_bytes(self) -> int:
         """Of the update's signs, 2 bits an element."""

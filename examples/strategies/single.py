@@ -43,14 +43,6 @@ class Single:
         """The whole model's state on rank 0, under plain names. Every rank must call it."""
         return self.model.state_dict()
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The whole optimizer's state on rank 0. Every rank must call it."""
-        return self.optimizer.state_dict()
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Load what `optimizer_state` of any strategy and world size returned. Every rank must call it."""
-        self.optimizer.load_state_dict(state)
-
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """What one rank sends in an optimizer step of so many micro-steps, by arithmetic, not measured."""
         return 0

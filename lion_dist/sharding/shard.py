@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..memory_order import flat, is_dense, laid_out_like
+from .box_tensor import BoxTensor
+from .boxes import Box
 from .collectives import all_gather_in_place, check_device, start_all_gather
-from .layout import ShardLayout
+from .layout import ParamSlice, ShardLayout
 
 # Elements of the parameters of a shard, if they are more than one. Shards are stepped and synchronised one after
 # another, so that the collective of one hides behind the work of the next; it must be large enough to be efficient.
@@ -71,6 +73,7 @@ class Shard:
         device = params[0].device
         self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)
         self.pack = torch.zeros(self.layout.pack_numel, dtype=params[0].dtype, device=device)
+        self._slices: dict[int, list[list[ParamSlice]]] = {}
         self._described = self._describe()
         self._addresses: list[int] = []
         self._buffers: list[Tensor] = []  # what the all-gather completes: heads in place, and the pack
@@ -145,9 +148,34 @@ class Shard:
             yield exp_avg.contiguous()
 
     def take_exp_avgs(self, exp_avgs: dict[int, Tensor], rank: int) -> None:
-        """Copies this rank's slices of whole momenta in the shapes of their parameters, by ``id`` of these."""
-        for s in sorted(self.layout.slices(rank), key=lambda s: s.param):
-            p = self.params[s.param]
-            if id(p) in exp_avgs:
-                in_order = laid_out_like(exp_avgs[id(p)], p)
-                self.exp_avg.narrow(0, s.shard_offset, s.length).copy_(flat(in_order, s.start, s.length))
+        """Takes over this rank's slices of momenta in the shapes of their parameters, by ``id`` of these: whole, or
+        `BoxTensor`s of this very shard's cut. Momenta that are not given become zeros."""
+        for i, p in enumerate(self.params):
+            given = exp_avgs.get(id(p))
+            if isinstance(given, BoxTensor):
+                self.boxes(i, rank).copy_(given)
+                continue
+            in_order = None if given is None else laid_out_like(given, p)
+            for s in self.slices(i, rank):
+                own = self.exp_avg.narrow(0, s.shard_offset, s.length)
+                if in_order is None:
+                    own.zero_()
+                else:
+                    own.copy_(flat(in_order, s.start, s.length))
+
+    def slices(self, param: int, rank: int) -> list[ParamSlice]:
+        """What a rank owns of a parameter."""
+        if rank not in self._slices:
+            owned = self._slices[rank] = [[] for _ in self.params]
+            for s in self.layout.slices(rank):
+                owned[s.param].append(s)
+        return self._slices[rank][param]
+
+    def boxes(self, param: int, rank: int) -> BoxTensor:
+        """A parameter's momentum as this rank has it: a view. One without elements is the first rank's."""
+        p = self.params[param]
+        if rank == 0 and not p.numel():
+            nothing = self.exp_avg[:0].view(p.shape)
+            return BoxTensor(p.shape, [Box((0,) * p.dim(), tuple(p.shape))], [nothing], nothing.dtype, nothing.device)
+        runs = [(s.start, self.exp_avg.narrow(0, s.shard_offset, s.length)) for s in self.slices(param, rank)]
+        return BoxTensor.of_runs(p.shape, p.stride(), runs, self.exp_avg)

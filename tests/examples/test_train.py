@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from lion_dist import checkpoint
+from lion_dist.checkpoint import Reader
 from tests.bits import assert_same_bits
-from tests.harness import run_ranks, spawn_only
+from tests.harness import spawn_only
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -57,20 +59,26 @@ def run_well(ranks: int, out: Path, *options: str) -> tuple[float, ...]:
     return tuple(float(x) for x in found.groups())
 
 
-def checkpoint(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+def last(out: Path) -> Reader:
+    return Reader(checkpoint.latest(out))
 
 
-def assert_same_checkpoint(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a["step"] == b["step"]
-    assert a["model"].keys() == b["model"].keys()
-    for name in a["model"]:
-        assert_same_bits(a["model"][name], b["model"][name], name)
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    for i, entry in a["optimizer"]["state"].items():
-        assert_same_bits(entry["exp_avg"], b["optimizer"]["state"][i]["exp_avg"], f"exp_avg {i}")
-    assert a["scheduler"] == b["scheduler"]
+def step_of(out: Path) -> int:
+    return int(checkpoint.read_extra(checkpoint.latest(out))["step"])
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Weights, momenta, groups, schedule and step of the last checkpoints of two runs."""
+    got, expected = last(a), last(b)
+    tensors = {n for n in expected.manifest.tensors if not n.startswith("rng.")}
+    assert {n for n in got.manifest.tensors if not n.startswith("rng.")} == tensors
+    assert any(n.startswith("optim.state.") for n in tensors)
+    for name in tensors:
+        assert_same_bits(got.fetch(name), expected.fetch(name), name)
+    for name, value in expected.manifest.objects.items():
+        if name.startswith(("optim.", "scheduler.")):
+            assert got.manifest.objects[name] == value, name
+    assert step_of(a) == step_of(b)
 
 
 @spawn_only
@@ -93,54 +101,53 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     assert losses["single"] == pytest.approx(losses["ddp"], abs=0.5)  # half the data a step
 
 
-def kill_after_checkpoint(ranks: int, out: Path, *options: str) -> int:
-    """Starts a run and kills every process of it, with no warning, once there is a checkpoint; its step."""
-    process = subprocess.Popen(
-        command(ranks, out, *options),
+def start(ranks: int, out: Path, *options: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    given = command(ranks, out, *options)
+    at = given.index("--standalone")
+    return subprocess.Popen(
+        [*given[:at], *torchrun, *given[at:]],
         cwd=ROOT,
         env=environment(),
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
+
+
+def await_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    end = time.monotonic() + 120
+    while not checkpoint.checkpoints(out):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, "no checkpoint after two minutes"
+        time.sleep(0.002)
+
+
+def kill_after_checkpoint(ranks: int, out: Path, *options: str) -> int:
+    """Starts a run and kills every process of it, with no warning, once there is a checkpoint; its step."""
+    process = start(ranks, out, *options)
     try:
-        end = time.monotonic() + 120
-        while not (out / "checkpoint.pt").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < end, "no checkpoint after two minutes"
-            time.sleep(0.002)
+        await_checkpoint(process, out)
     finally:
         kill_tree(process.pid)
         process.wait()
-    return int(checkpoint(out)["step"])
+    return step_of(out)
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in children.read_text().split()]
+    return found
 
 
 def kill_tree(pid: int) -> None:
     """SIGKILL for a process and all that descend from it."""
     os.kill(pid, signal.SIGSTOP)  # it starts nobody while its children are counted
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            kill_tree(int(child))
+    for child in workers(pid):
+        kill_tree(child)
     os.kill(pid, signal.SIGKILL)
-
-
-def body_loaded(rank: int, world_size: int, out: Path) -> None:
-    """What a resumed run starts from, on this many ranks, is what the checkpoint holds."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from model import GPT, GPTConfig
-    from strategies import STRATEGIES
-    from train import parameter_groups
-
-    saved = checkpoint(out)
-    run = saved["run"]
-    torch.manual_seed(rank)
-    model = GPT(GPTConfig(run["layers"], run["width"], run["heads"], run["seq_len"]))
-    model.load_state_dict(saved["model"])
-    groups = parameter_groups(model, run["weight_decay"])
-    strategy = STRATEGIES["zero2"](model, groups, run["lr"], (run["beta1"], run["beta2"]))
-    strategy.load_optimizer_state(saved["optimizer"])
-    full = strategy.optimizer.full_state_dict()  # type: ignore[attr-defined]
-    assert_same_checkpoint({**saved, "model": model.state_dict(), "optimizer": full}, saved)
 
 
 on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
@@ -158,7 +165,7 @@ def test_killed_run_resumes_on_gpus(tmp_path: Path) -> None:
     run_well(ranks, whole, *options)
     assert kill_after_checkpoint(ranks, killed, *options) < 200
     run_well(ranks, killed, "--resume", *options)
-    assert_same_checkpoint(checkpoint(killed), checkpoint(whole))
+    assert_same_checkpoint(killed, whole)
 
 
 @spawn_only
@@ -167,15 +174,45 @@ def test_killed_run_resumes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_well(2, whole)
     assert kill_after_checkpoint(2, killed) < 24  # else there was nothing left to resume
-    for ranks in (1, 3):
-        run_ranks(body_loaded, ranks, tmp_path, (killed,))
-        copy = tmp_path / f"on{ranks}"
-        copy.mkdir()
-        (copy / "checkpoint.pt").write_bytes((killed / "checkpoint.pt").read_bytes())
-        run_well(ranks, copy, "--resume")
-        assert checkpoint(copy)["step"] == 24
+    for ranks, strategy in ((1, "single"), (3, "ddp")):
+        copy = tmp_path / strategy
+        shutil.copytree(killed, copy)
+        run_well(ranks if strategy != "single" else 0, copy, "--resume", "--strategy", strategy)
+        assert step_of(copy) == 24
     run_well(2, killed, "--resume")
-    assert_same_checkpoint(checkpoint(killed), checkpoint(whole))
+    assert_same_checkpoint(killed, whole)
+    assert len(checkpoint.checkpoints(killed)) == 2  # the last two are kept, and nothing unfinished
+    assert not list(killed.glob(".*"))
+
+
+@spawn_only
+@on_proc
+def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
+    """SIGTERM to one rank: all save in one step and end well; then one is killed, and torchrun's restart goes on."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_well(2, whole, "--steps", "100")
+    process = start(2, stopped, "--steps", "100")
+    try:
+        await_checkpoint(process, stopped)
+        os.kill(workers(process.pid)[1], signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "stopped by SIGTERM after step" in said
+    assert step_of(stopped) < 100
+    before = step_of(stopped)
+    process = start(2, stopped, "--steps", "100", "--resume", torchrun=("--max_restarts", "2"))
+    try:
+        while step_of(stopped) == before:
+            assert process.poll() is None
+        os.kill(workers(process.pid)[0], signal.SIGKILL)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert LAST_LINE.fullmatch(said.splitlines()[-1])
+    assert_same_checkpoint(stopped, whole)
 
 
 @spawn_only
@@ -192,4 +229,11 @@ def test_bad_options_say_what_to_do(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
-        assert not (tmp_path / "out" / "checkpoint.pt").exists()
+        assert not checkpoint.checkpoints(tmp_path / "out")
+    run_well(0, tmp_path / "out", "--strategy", "single", "--steps", "1")
+    again = run(0, tmp_path / "out", "--strategy", "single", "--steps", "1")
+    assert again.returncode == 2
+    assert "has checkpoints of an earlier run" in again.stderr
+    other = run(0, tmp_path / "out", "--strategy", "single", "--steps", "2", "--resume")
+    assert other.returncode == 2
+    assert "steps is 1 in the checkpoint, 2 now" in other.stderr

@@ -1,0 +1,158 @@
+"""A save, in the three parts that let most of it happen beside the training.
+
+plan     who writes what; collective
+stage    only of an asynchronous save: a copy on the CPU of what this rank will write, and of no more
+write    bytes, checksums, manifest, rename; collective, on a group of its own if beside the training
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from .ranks import Ranks, as_error
+from .storage import Writer
+
+
+class _Planner(DefaultSavePlanner):
+    """torch's, over a flat dict. ``staged``: copies to write, in place of the tensors themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.staged: dict[MetadataIndex, Any] = {}
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.staged[index] if index in self.staged else super().lookup_object(index)
+
+    def stage(self, items: list[WriteItem]) -> None:
+        for item in items:
+            found = super().lookup_object(item.index)
+            self.staged[item.index] = copy.deepcopy(found) if item.type == WriteItemType.BYTE_IO else _on_cpu(found)
+        self.state_dict = {}  # the training's own tensors are let go of
+
+
+def _nbytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _on_cpu(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+
+
+class Saving:
+    """One save.
+
+    Attributes:
+        written, total: bytes that this rank has written, and will have.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None) -> None:
+        self._what = f"lion_dist.checkpoint.save({str(path)!r})"
+        self._ranks = ranks
+        self._planner = _Planner()
+        self._writer = Writer(path, keep_last=keep_last, progress=self._count)
+        self._lock = threading.Lock()
+        self.written = self.total = 0
+        self._metadata: Metadata | None = None
+        self._plan: SavePlan = self._together(lambda: ranks.steps.reduce_scatter("plan", self._local(state), self._all))
+        self.total = sum(map(_nbytes, self._plan.items))
+
+    def _local(self, state: dict[str, Any]) -> Callable[[], SavePlan]:
+        def plan() -> SavePlan:
+            self._planner.set_up_planner(state, None, self._ranks.rank == 0)
+            self._writer.set_up_storage_writer(self._ranks.rank == 0)
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+        return plan
+
+    def _all(self, plans: list[SavePlan]) -> list[SavePlan]:
+        plans, self._metadata = self._planner.create_global_plan(plans)
+        return self._writer.prepare_global_plan(plans)
+
+    def stage(self) -> None:
+        with torch.no_grad():
+            self._planner.stage(self._plan.items)
+
+    def write(self, ranks: Ranks | None = None) -> None:
+        """Until the checkpoint is there; with ``ranks`` on another group of theirs."""
+
+        def local() -> list[WriteResult]:
+            plan = self._planner.finish_plan(self._plan)
+            results: list[WriteResult] = self._writer.write_data(plan, self._planner).wait()
+            return results
+
+        def finish(results: list[list[WriteResult]]) -> None:
+            assert self._metadata is not None
+            self._writer.finish(self._metadata, results)
+
+        steps = (ranks or self._ranks).steps
+        self._together(lambda: steps.all_reduce("write", local, finish))
+
+    def _together(self, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except CheckpointException as error:
+            self._writer.abandon()  # every rank has stopped writing, or there would be no such error
+            raise as_error(error, self._what) from None
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.written += nbytes
+
+
+class PendingSave:
+    """An asynchronous save that is under way."""
+
+    def __init__(self, saving: Saving, ranks: Ranks) -> None:
+        self._saving = saving
+        self._future: Future[None] = Future()
+        self._told = False
+        self._thread = threading.Thread(target=self._run, args=(ranks,), name="lion_dist.checkpoint.async_save")
+        self._thread.start()
+
+    def _run(self, ranks: Ranks) -> None:
+        try:
+            self._saving.write(ranks)
+            self._future.set_result(None)
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that this rank has written, and will have written."""
+        return self._saving.written, self._saving.total
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits for its end; raises what went wrong, which is the same on every rank.
+
+        Raises:
+            TimeoutError: it has not ended within ``timeout`` seconds.
+        """
+        error = self._future.exception(timeout)
+        if error is not None:
+            self._told = True
+            raise error
+
+    def settle(self) -> None:
+        """Waits for its end; raises what went wrong, if `result` has not told yet."""
+        error = self._future.exception()
+        if error is not None and not self._told:
+            self.result()

@@ -1,0 +1,166 @@
+"""BoxTensor: one rank's part of a tensor, as boxes, for torch.distributed.checkpoint.
+
+A flat cut of a tensor has no name in torch: neither DTensor nor ShardedTensor can say "elements 1000 to 1300 in memory
+order". As boxes (boxes.py) it has one, through the three methods that torch asks of tensors it does not know:
+``__create_write_items__``, ``__create_chunk_list__`` and ``__get_tensor_shard__``. So a BoxTensor is saved in the
+tensor's own shape, and loaded from any other cut, without a collective. It is a view: loading into one writes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .boxes import Box, cut, memory_order
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
+
+_aten = torch.ops.aten
+
+
+class BoxTensor(Tensor):
+    """Part of a tensor, in boxes.
+
+    Attributes:
+        boxes: which elements; they do not overlap.
+        parts: the elements of each, in its shape; views of whatever memory they lie in.
+    """
+
+    boxes: tuple[Box, ...]
+    parts: tuple[Tensor, ...]
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], boxes: Sequence[Box], parts: Sequence[Tensor], dtype: torch.dtype, device: Any
+    ) -> BoxTensor:
+        self: BoxTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        for box, part in zip(boxes, parts, strict=True):
+            if tuple(part.shape) != box.sizes:
+                raise ValueError(f"a part of shape {tuple(part.shape)} was given for {box}")
+        self.boxes, self.parts = tuple(boxes), tuple(parts)
+        return self
+
+    @staticmethod
+    def of_runs(
+        shape: Sequence[int], strides: Sequence[int] | None, runs: Sequence[tuple[int, Tensor]], like: Tensor
+    ) -> BoxTensor:
+        """From runs of elements in memory order.
+
+        Args:
+            strides: of the dense tensor whose order that is; None is row-major.
+            runs: where each begins, and its elements, 1-D and contiguous.
+            like: of the dtype and device that it should have where there are no runs.
+        """
+        order = tuple(range(len(shape))) if strides is None else memory_order(strides)
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        boxes, parts = [], []
+        for start, run in runs:
+            at = 0
+            for box in cut(shape, start, start + run.numel(), order):
+                in_order = run[at : at + box.numel].view([box.sizes[d] for d in order])
+                boxes.append(box)
+                parts.append(in_order.permute(back))
+                at += box.numel
+        return BoxTensor(shape, boxes, parts, like.dtype, like.device)
+
+    def map(self, function: Callable[[Tensor], Tensor], like: Tensor | None = None) -> BoxTensor:
+        """The same boxes of ``function`` of each part; ``like`` has the result's dtype and device."""
+        parts = [function(part) for part in self.parts]
+        like = next(iter(parts), self) if like is None else like
+        return BoxTensor(self.shape, self.boxes, parts, like.dtype, like.device)
+
+    # torch.distributed.checkpoint asks these.
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets, i),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), self.shape),
+            )
+            for i, chunk in enumerate(self.__create_chunk_list__())
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self.boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        offsets = tuple(index.offset or ())
+        if index.index is not None and index.index < len(self.boxes) and self.boxes[index.index].offsets == offsets:
+            return self.parts[index.index]
+        for box, part in zip(self.boxes, self.parts, strict=True):
+            if box.offsets == offsets:
+                return part
+        raise ValueError(f"{index.fqn} has no box at {offsets} on this rank")
+
+    # What copies, moves and compares of state dicts need; anything else says that this is not a tensor to reckon with.
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, self = kwargs or {}, args[0]
+        if func in (_aten.detach.default, _aten.alias.default):
+            return self.map(lambda part: part)
+        if func is _aten.copy_.default:
+            source = args[1]
+            if not isinstance(self, BoxTensor):
+                raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor.")
+            if isinstance(source, BoxTensor):
+                if source.boxes != self.boxes:
+                    raise ValueError("BoxTensors of different cuts cannot be copied; go through a checkpoint")
+                for part, other in zip(self.parts, source.parts, strict=True):
+                    part.copy_(other)
+            else:
+                for box, part in zip(self.boxes, self.parts, strict=True):
+                    part.copy_(source[box.slices()])
+            return self
+        if func in (_aten.new_empty.default, _aten.new_zeros.default) and tuple(args[1]) != tuple(self.shape):
+            return func(torch.empty(0, dtype=self.dtype, device=self.device), *args[1:], **kwargs)
+        if func in _ELEMENTWISE:
+            rest = () if func in (_aten.new_empty.default, _aten.new_zeros.default) else args[1:]
+            known = {k: v for k, v in kwargs.items() if k not in ("memory_format", "layout", "pin_memory")}
+            function = _ELEMENTWISE[func]
+            return self.map(lambda part: function(part, *rest, **known), function(_empty_of(self), *rest, **known))
+        raise NotImplementedError(f"{_ADVICE} It does not do {func}.")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"BoxTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes={list(self.boxes)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoxTensor:
+        memo[id(self)] = copied = self.map(torch.clone)
+        return copied
+
+    def __copy__(self) -> BoxTensor:
+        return self.map(lambda part: part)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{_ADVICE} It cannot be pickled, as torch.save would: save full_state_dict(), or the BoxTensors through "
+            "lion_dist.checkpoint or torch.distributed.checkpoint"
+        )
+
+
+_ADVICE = "This is a BoxTensor: one rank's part of a sharded tensor, of ShardedLion.state_dict()."
+_ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
+    _aten.clone.default: torch.clone,
+    _aten._to_copy.default: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),
+    _aten.zeros_like.default: torch.zeros_like,
+    _aten.empty_like.default: torch.empty_like,
+    _aten.new_empty.default: torch.empty_like,
+    _aten.new_zeros.default: torch.zeros_like,
+}
+
+
+def _empty_of(t: Tensor) -> Tensor:
+    return torch.empty(0, dtype=t.dtype, device=t.device)

@@ -1,0 +1,126 @@
+"""Boxes of a tensor: integers only, no torch.
+
+Box: the elements whose index lies, in every dimension, in ``offsets[d] : offsets[d] + sizes[d]``. What
+    torch.distributed.checkpoint calls a chunk: a tensor is saved, and sharded, as boxes that do not overlap.
+Order: the dimensions of a dense tensor from the outermost to the innermost in memory, (0, 1, ..., ndim - 1) if it is
+    row-major. Elements are numbered in that order, which is how `ShardLayout` cuts them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Box:
+    """A hyper-rectangle of a tensor; of one element, (), if the tensor has no dimensions."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    def overlap(self, other: Box) -> Box | None:
+        """The box of the elements that are in both; None if there are none."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = (
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))
+        return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+    def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+        """To index a tensor with; one whose own first element is at ``origin`` of the whole."""
+        starts = self.offsets if origin is None else [o - at for o, at in zip(self.offsets, origin, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+    def hull(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The shortest range ``start, stop`` of a row-major tensor of ``shape`` that has the whole box in it; (0, 0) if
+        the box is empty."""
+        if not self.numel:
+            return 0, 0
+        first = last = 0
+        for offset, size, extent in zip(self.offsets, self.sizes, shape, strict=True):
+            first = first * extent + offset
+            last = last * extent + offset + size - 1
+        return first, last + 1
+
+
+def memory_order(strides: Sequence[int]) -> tuple[int, ...]:
+    """The order of a dense tensor's dimensions, from its strides."""
+    return tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
+
+
+def cut(shape: Sequence[int], start: int, stop: int, order: Sequence[int] | None = None) -> list[Box]:
+    """Elements ``start`` to ``stop``, that one excluded, of a dense tensor as boxes: at most 2 * ndim - 1 of them
+    (one without dimensions), none if there are no elements. Each is a run of elements, and they are in order.
+
+    Args:
+        order: of the tensor's dimensions; None is row-major.
+    """
+    if not 0 <= start <= stop <= prod(shape):
+        raise ValueError(f"expected 0 <= start <= stop <= {prod(shape)} for shape {tuple(shape)}, got {start}, {stop}")
+    if order is None:
+        return [Box(offsets, sizes) for offsets, sizes in _cut(tuple(shape), start, stop)]
+    place = {d: i for i, d in enumerate(order)}
+    if sorted(place) != list(range(len(shape))):
+        raise ValueError(f"order must have each dimension of shape {tuple(shape)} once, got {tuple(order)}")
+    back = [place[d] for d in range(len(shape))]
+    return [
+        Box(tuple(offsets[i] for i in back), tuple(sizes[i] for i in back))
+        for offsets, sizes in _cut(tuple(shape[d] for d in order), start, stop)
+    ]
+
+
+def _cut(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes): what is left of the first row, whole rows, and what there is of the last."""
+    if start == stop:
+        return []
+    if not shape:
+        return [((), ())]
+    inner = shape[1:]
+    row = prod(inner)
+    (first, begin), (last, end) = divmod(start, row), divmod(stop, row)
+
+    def within(index: int, start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [((index, *offsets), (1, *sizes)) for offsets, sizes in _cut(inner, start, stop)]
+
+    if first == last:
+        return within(first, begin, end)
+    boxes = []
+    if begin:
+        boxes += within(first, begin, row)
+        first += 1
+    if first < last:
+        boxes.append(((first, *[0] * len(inner)), (last - first, *inner)))
+    return boxes + within(last, 0, end)
+
+
+def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    """Raises ValueError unless the boxes hold every element of a tensor once."""
+    for box in boxes:
+        if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
+            raise ValueError(f"{box} has not the {len(shape)} dimensions of shape {tuple(shape)}")
+        if any(o < 0 or n < 0 or o + n > extent for o, n, extent in zip(box.offsets, box.sizes, shape, strict=True)):
+            raise ValueError(f"{box} reaches out of shape {tuple(shape)}")
+    full = [box for box in boxes if box.numel]
+    covered = sum(box.numel for box in full)
+    # Boxes of the right volume together that do not overlap leave nothing out.
+    if covered != prod(shape):
+        raise ValueError(f"{len(full)} boxes hold {covered} elements of {prod(shape)} of shape {tuple(shape)}")
+    if not shape or len(full) < 2:
+        return
+    along = max(range(len(shape)), key=lambda d: shape[d])
+    open_boxes: list[tuple[int, int]] = []  # the end along that dimension, and the number; sorted
+    for number, box in sorted(enumerate(full), key=lambda numbered: numbered[1].offsets[along]):
+        while open_boxes and open_boxes[0][0] <= box.offsets[along]:
+            open_boxes.pop(0)
+        for _, other in open_boxes:
+            if box.overlap(full[other]):
+                raise ValueError(f"{box} and {full[other]} overlap")
+        insort(open_boxes, (box.offsets[along] + box.sizes[along], number))

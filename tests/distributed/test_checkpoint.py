@@ -1,0 +1,185 @@
+"""Saved under one strategy, loaded under another: the same bits, and the same run from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lion_dist import checkpoint
+from tests.distributed.checkpoint_toy import FIRST, MORE, STRATEGIES, Run, assert_same
+from tests.harness import run_ranks
+
+SEED = 3
+
+
+def uninterrupted() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Whole states of one process with Lion after FIRST and after FIRST + MORE steps, and its last groups."""
+    run = Run("single", SEED, None).train(range(FIRST))
+    then = run.whole()
+    run.train(range(FIRST, FIRST + MORE))
+    return then, run.whole(), run.hyper_parameters()
+
+
+def body_matrix(rank: int, world_size: int, folder: Path, saves: tuple[str, ...], loads: tuple[str, ...]) -> list[str]:
+    """Every strategy in ``loads`` loads what those in ``saves`` (and earlier calls) left in the folder."""
+    alone = dist.new_group([0])
+    then, later, hyper_parameters = uninterrupted()
+    for strategy in saves:
+        if strategy != "single" or rank == 0:
+            run = Run(strategy, SEED, alone if strategy == "single" else dist.group.WORLD).train(range(FIRST))
+            torch.manual_seed(rank)
+            checkpoint.save(
+                folder / f"{strategy}{world_size}", run.wrapped, run.optimizer, schedulers=run.scheduler,
+                extra={"step": FIRST, "pair": (1, 2.5)}, process_group=run.ranks,
+            )  # fmt: skip
+        dist.barrier()
+    table = []
+    for strategy in loads:
+        if strategy != "single" or rank == 0:
+            run = Run(strategy, SEED + 1 + rank, alone if strategy == "single" else dist.group.WORLD)
+            run.train(range(20, 22))  # what is there must be replaced
+            for path in sorted(folder.iterdir()):
+                what = f"{path.name} -> {strategy}{world_size}"
+                extra = checkpoint.load(
+                    path, run.wrapped, run.optimizer, schedulers=run.scheduler, process_group=run.ranks
+                )
+                assert extra == {"step": FIRST, "pair": (1, 2.5)}
+                assert_same(run.whole(), then, f"{what}, loaded")
+                run.train(range(FIRST, FIRST + MORE))
+                assert_same(run.whole(), later, f"{what}, {MORE} steps later")
+                assert run.hyper_parameters() == hyper_parameters, what
+                table.append(f"{what}: same bits")
+        dist.barrier()
+    return table
+
+
+def test_all_pairs_on_two_ranks(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    table = run_ranks(body_matrix, 2, tmp_path, (folder, STRATEGIES, STRATEGIES))[0]
+    print(*table, sep="\n")
+    assert len(table) == len(STRATEGIES) ** 2
+
+
+# Sizes and strategies such that each of either is saved and loaded, and most sizes meet. By world size.
+SAVES = {1: ("signs", "fsdp1"), 2: ("single", "ddp"), 3: ("stage1", "fsdp2"), 4: ("stage2", "fsdp1")}
+LOADS = {1: ("stage2",), 2: ("stage1", "fsdp2"), 3: ("signs", "fsdp1"), 4: ("fsdp2", "ddp")}
+
+
+def over_world_sizes(
+    saves: dict[int, tuple[str, ...]], loads: dict[int, tuple[str, ...]], tmp_path: Path, deadline: float
+) -> list[str]:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    table = []
+    for world_size, strategies in saves.items():
+        run_ranks(body_matrix, world_size, tmp_path, (folder, strategies, ()), deadline=deadline)
+    for world_size, strategies in loads.items():
+        table += run_ranks(body_matrix, world_size, tmp_path, (folder, (), strategies), deadline=deadline)[0]
+    print(*table, sep="\n")
+    return table
+
+
+def test_pairs_over_world_sizes(tmp_path: Path) -> None:
+    table = over_world_sizes(SAVES, LOADS, tmp_path, deadline=120)
+    assert len(table) == sum(map(len, SAVES.values())) * sum(map(len, LOADS.values()))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_all_pairs_over_world_sizes(tmp_path: Path) -> None:
+    """25 ways to save and to load, so 625 pairs."""
+    every = {1: STRATEGIES, 2: STRATEGIES[1:], 3: STRATEGIES[1:], 4: STRATEGIES[1:]}
+    assert len(over_world_sizes(every, every, tmp_path, deadline=1800)) == 25**2
+
+
+# torch's own doors ----------------------------------------------------------------------------------
+
+
+def tutorial_state(run: Run) -> dict[str, Any]:
+    """As torch's tutorials have it, in user code."""
+    return {
+        "model": get_model_state_dict(run.wrapped),
+        "optim": get_optimizer_state_dict(run.wrapped, run.optimizer),
+    }
+
+
+def untie(state: dict[str, Any]) -> dict[str, Any]:
+    """lion_dist.checkpoint saves a parameter once; torch's model state has it under both names."""
+    return {**state, "model": {n: t for n, t in state["model"].items() if n != "tied"}}
+
+
+def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
+    group = dist.group.WORLD
+    then, later, _ = uninterrupted()
+
+    def check(run: Run, what: str) -> None:
+        assert_same(run.whole(), then, what)
+        assert_same(run.train(range(FIRST, FIRST + MORE)).whole(), later, f"{what}, later")
+
+    # The buffer is not what counts here: the doors load each rank's own.
+    beside = [dist.new_group(), dist.new_group()]
+    for strategy in ("signs", "stage1", "fsdp2"):
+        run = Run(strategy, SEED, group).train(range(FIRST))
+        state = tutorial_state(run)
+        assert_same(run.whole(), then, f"{strategy}: asking for the state changes nothing")
+        dcp.save(state, storage_writer=checkpoint.Writer(folder / f"{strategy}-ours"))
+        dcp.save(state, checkpoint_id=folder / f"{strategy}-torch")  # torch's own storage
+        flat = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True)
+        dcp.save(
+            {"optim": get_optimizer_state_dict(run.wrapped, run.optimizer, options=flat)},
+            storage_writer=checkpoint.Writer(folder / f"{strategy}-flat"),
+        )
+        future = dcp.async_save(
+            tutorial_state(run), storage_writer=checkpoint.Writer(folder / f"{strategy}-async"), process_group=beside[0]
+        )
+        run.train(range(50, 53))  # while it is being saved
+        future.result()
+
+    for source, target in (("signs", "fsdp2"), ("stage1", "signs"), ("fsdp2", "stage1")):
+        for kind in ("ours", "torch", "async"):
+            path, what = folder / f"{source}-{kind}", f"{source} -> {target}, {kind}"
+            run = Run(target, SEED + 1, group).train(range(20, 21))
+            state = tutorial_state(run)
+            dcp.load(
+                state, **({"checkpoint_id": path} if kind == "torch" else {"storage_reader": checkpoint.Reader(path)})
+            )
+            # Of DDP torch's set_model_state_dict does not find tied weights under their second name.
+            set_model_state_dict(run.wrapped if target == "fsdp2" else run.model, state["model"])
+            set_optimizer_state_dict(run.wrapped, run.optimizer, state["optim"])
+            run.scheduler.load_state_dict(Run("single", 0, None).train(range(FIRST)).scheduler.state_dict())
+            check(run, what)
+        flat_run = Run(target, SEED + 1, group).train(range(20, 21))
+        flat_options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state = {"optim": get_optimizer_state_dict(flat_run.wrapped, flat_run.optimizer, options=flat_options)}
+        dcp.load(state, storage_reader=checkpoint.Reader(folder / f"{source}-flat"))
+        set_optimizer_state_dict(flat_run.wrapped, flat_run.optimizer, state["optim"], options=flat_options)
+        momenta = {n: t for n, t in flat_run.whole().items() if n.startswith("m ")}
+        assert_same(momenta, {n: t for n, t in then.items() if n.startswith("m ")}, f"{source} -> {target}, flat")
+        # What user code saved, lion_dist.checkpoint loads, and the other way round.
+        run = Run(target, SEED + 1, group).train(range(20, 21))
+        checkpoint.load(folder / f"{source}-ours", run.wrapped, run.optimizer)
+        assert_same(run.whole(), then, f"{source} by dcp.save, {target} by lion_dist.checkpoint")
+        checkpoint.save(folder / f"{target}-again", run.wrapped, run.optimizer)
+        run = Run(source, SEED + 1, group).train(range(20, 21))
+        state = untie(tutorial_state(run))
+        dcp.load(state, storage_reader=checkpoint.Reader(folder / f"{target}-again"))
+        set_optimizer_state_dict(run.wrapped, run.optimizer, state["optim"])
+        momenta = {n: t for n, t in run.whole().items() if n.startswith("m ")}
+        assert_same(momenta, {n: t for n, t in then.items() if n.startswith("m ")}, f"{target} -> {source} by dcp.load")
+
+
+def test_torchs_own_doors(tmp_path: Path) -> None:
+    run_ranks(body_torch_doors, 2, tmp_path, (tmp_path,))

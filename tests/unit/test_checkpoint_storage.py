@@ -1,0 +1,379 @@
+"""The storage alone, in one process: what goes in comes out, and what was tampered with does not get in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lion_dist import Lion, checkpoint
+from lion_dist.checkpoint import Reader, Writer, blocks, folders, storage
+from lion_dist.checkpoint.__main__ import main
+from lion_dist.checkpoint.plain import from_plain, to_plain
+from tests.bits import assert_same_bits
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 64)
+
+
+# Values that are no tensors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, -3, 2**70, 0.1, math.inf, "x", [], [1, [2]], (1, (2, "a")), {}, {"a": {"b": 1}}, {3: 4, "x": (5,)},
+        {"$a": 1}, torch.bfloat16, {"lr": [torch.float16]},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_plain_values_come_back(value: Any) -> None:
+    back = from_plain(json.loads(json.dumps(to_plain(value, "it"), allow_nan=False)))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_plain_nan_and_tensors_come_back() -> None:
+    assert math.isnan(from_plain(to_plain(math.nan, "it")))
+    for t in (torch.tensor(0.1), torch.tensor([1.5, math.inf, -0.0], dtype=torch.bfloat16), torch.tensor([[2**60, 1]])):
+        assert_same_bits(from_plain(json.loads(json.dumps(to_plain(t, "it")))), t)
+
+
+@pytest.mark.parametrize("value", [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(5000)], ids=type)
+def test_other_values_are_refused_by_name(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"extra\.a\[1\] is a .* cannot hold"):
+        to_plain({"a": [0, value]}, "extra")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"$pickle": "x"}, {"$tuple": 1}, {"$dtype": "Tensor"}, {"$dtype": "load"}, {"$float": []}, {"$a": 1, "b": 2},
+        {"$tensor": {"dtype": "float32", "shape": [2**40], "values": [0]}}, {"$dict": [[[], 1]]},
+        {"$dict": [[1, 2, 3]]},
+        {"$tensor": {"dtype": "float32", "shape": [1], "values": ["x"]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_values_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read|is nothing that"):
+        from_plain([value])
+
+
+# Tensors --------------------------------------------------------------------------------------------
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(33, 17, generator=generator)
+    return {
+        "rows": rows,
+        "turned": rows.t(),
+        "kernel": torch.randn(4, 3, 5, 2, generator=generator).contiguous(memory_format=torch.channels_last),
+        "half": torch.randn(101, generator=generator).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "nothing": torch.empty(0, 3),
+        "flags": torch.tensor([True, False, True]),
+        "numbers": torch.arange(70),
+        "every other": torch.arange(50)[::2],
+    }
+
+
+def test_tensors_come_back(small_blocks: None, tmp_path: Path) -> None:
+    saved = {"deep": {"er": tensors()}, "lr": 0.1, "betas": (0.9, 0.99)}
+    dcp.save(saved, storage_writer=Writer(tmp_path / "c"))
+    loaded = {"deep": {"er": {n: torch.zeros_like(t) for n, t in tensors().items()}}, "lr": 0.0, "betas": None}
+    dcp.load(loaded, storage_reader=Reader(tmp_path / "c"))
+    for name, t in tensors().items():
+        assert_same_bits(loaded["deep"]["er"][name], t, name)
+    assert (loaded["lr"], loaded["betas"]) == (0.1, (0.9, 0.99))
+    # Nothing on disk but what the manifest says, and nothing that pickle would take.
+    names = {p.name for p in (tmp_path / "c").iterdir()}
+    assert names == {"manifest.json", "manifest.sha256", "data-00000.bin"}
+    assert (tmp_path / "c" / "data-00000.bin").stat().st_size == sum(t.nbytes for t in tensors().values())
+
+
+def test_blocks_of_any_layout_and_part(small_blocks: None) -> None:
+    """Every block of a turned tensor, into every box of it."""
+    t = torch.arange(120, dtype=torch.int16).view(4, 5, 6).permute(2, 0, 1)
+    buffer = bytearray(t.nbytes)
+    for start in range(0, t.numel(), 32):
+        part = memoryview(buffer)[start * 2 : (start + 32) * 2]
+        blocks.copy_out(t, start, part)
+    assert torch.equal(torch.frombuffer(buffer, dtype=torch.int16).view(t.shape), t)
+    for wanted in (
+        blocks.Box((1, 0, 2), (4, 3, 2)),
+        blocks.Box((5, 3, 4), (1, 1, 1)),
+        blocks.Box((0, 0, 0), (6, 4, 5)),
+    ):
+        target = torch.full(wanted.sizes, -1, dtype=torch.int16)
+        for start in range(0, t.numel(), 32):
+            block = t.reshape(-1)[start : start + 32]
+            blocks.copy_in(target, wanted, tuple(t.shape), start, block)
+        assert torch.equal(target, t[wanted.slices()])
+
+
+def test_dtypes_change_only_when_asked(tmp_path: Path) -> None:
+    saved = {"w": torch.randn(10)}
+    dcp.save(saved, storage_writer=Writer(tmp_path / "c"))
+    loaded = {"w": torch.zeros(10, dtype=torch.bfloat16)}
+    with pytest.raises(CheckpointException, match="cast=True"):
+        dcp.load(loaded, storage_reader=Reader(tmp_path / "c"))
+    assert not loaded["w"].any()
+    dcp.load(loaded, storage_reader=Reader(tmp_path / "c", cast=True))
+    assert_same_bits(loaded["w"], saved["w"].bfloat16())
+
+
+# Folders --------------------------------------------------------------------------------------------
+
+
+def toy() -> tuple[nn.Module, Lion]:
+    model = nn.Linear(7, 5)
+    return model, Lion(model.parameters(), lr=0.5)
+
+
+def test_the_last_are_kept_and_leftovers_swept(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    (tmp_path / "notes").mkdir()
+    for step in (9, 10, 100, 20):
+        left = tmp_path / ".step-9.0123abcd.unfinished"
+        left.mkdir()
+        (left / "data-00000.bin").write_bytes(b"x")
+        checkpoint.save(tmp_path / f"step-{step}", model, optimizer, keep_last=2)
+        assert not left.exists()
+    # By number, not by name or age; the one just written stays, whatever its number.
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-20", "step-100"}
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-100"
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "step-20", tmp_path / "step-100"]
+    checkpoint.save(tmp_path / "step-1", model, optimizer, keep_last=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-1", "step-100"}
+
+
+def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    path = tmp_path / "step-1"
+    path.mkdir()
+    with pytest.raises(FileExistsError, match="step-1 exists"):
+        checkpoint.save(path, model, optimizer)
+    with pytest.raises(TypeError, match="extra is a object"):
+        checkpoint.save(tmp_path / "step-2", model, optimizer, extra=object())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.latest(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        checkpoint.load(path, model, optimizer)
+
+
+def test_the_commit_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and folder is on disk before the rename, and the rename before the call returns."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("rename"), rename(self, to))[1])
+    model, optimizer = toy()
+    checkpoint.save(tmp_path / "step-1", model, optimizer)
+    assert done[:3] == ["data-00000.bin", "manifest.json", "manifest.sha256"]
+    assert done[3].endswith(".unfinished")
+    assert done[4:] == ["rename", tmp_path.name]
+
+
+# What is hostile or damaged -------------------------------------------------------------------------
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Any]], Any], text: bytes = b"") -> None:
+    """Changes a manifest as an attacker would: with a digest that fits."""
+    raw = json.loads((path / "manifest.json").read_text())
+    edit(raw)
+    text = text or json.dumps(raw).encode()
+    (path / "manifest.json").write_bytes(text)
+    (path / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
+
+
+def weight(raw: dict[str, Any]) -> dict[str, Any]:
+    return raw["tensors"]["model.weight"]
+
+
+def bias(raw: dict[str, Any]) -> dict[str, Any]:
+    return raw["tensors"]["model.bias"]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+def data(path: Path) -> Path:
+    return path / "data-00000.bin"
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["LION_DIST_TEST_BOMB"],)
+
+
+def rename_data(raw: dict[str, Any], name: str) -> None:
+    raw["files"] = {name: raw["files"]["data-00000.bin"]}
+    for held in raw["tensors"].values():
+        held["chunks"][0]["file"] = name
+
+
+def link(path: Path) -> None:
+    real = path.parent / "real"
+    data(path).rename(real)
+    data(path).symlink_to(real)
+
+
+def pipe(path: Path) -> None:
+    data(path).unlink()
+    os.mkfifo(data(path))
+
+
+def halve(raw: dict[str, Any]) -> None:
+    weight(raw)["chunks"][0]["sizes"][0] -= 1
+
+
+def overlap(raw: dict[str, Any]) -> None:
+    chunks = weight(raw)["chunks"]
+    chunks[0]["sizes"][0] -= 1
+    chunks.append({**chunks[0], "sizes": [1, chunks[0]["sizes"][1]]})
+
+
+def bomb_file(name: str) -> Callable[[Path], None]:
+    def put(path: Path) -> None:
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+
+    return put
+
+
+def manifest_edit(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, edit)
+
+
+# What is done to a checkpoint, and what is to be said of it.
+ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped first byte": (lambda p: flip(data(p), 0), "is damaged"),
+    "flipped last byte": (lambda p: flip(data(p), -1), "is damaged"),
+    "truncated": (lambda p: os.truncate(data(p), data(p).stat().st_size - 1), "bytes, not"),
+    "longer": (lambda p: data(p).write_bytes(data(p).read_bytes() + b"x"), "bytes, not"),
+    "empty": (lambda p: data(p).write_bytes(b""), "bytes, not"),
+    "no data": (lambda p: data(p).unlink(), r"there is no data-00000\.bin"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), r"there is no manifest\.json"),
+    "no digest": (lambda p: (p / "manifest.sha256").unlink(), r"there is no manifest\.sha256"),
+    "flipped manifest": (lambda p: flip(p / "manifest.json", 100), "sha256"),
+    "link": (link, "cannot be loaded"),
+    "pipe": (pipe, "not a regular file"),
+    "pickled manifest": (bomb_file("manifest.json"), "sha256"),
+    "pickled data": (bomb_file("data-00000.bin"), "bytes, not"),
+    "torch's metadata, pickled": (lambda p: (bomb_file(".metadata")(p), (p / "manifest.json").unlink()), "pickled"),
+    "not JSON": (lambda p: rewrite(p, str, b"{"), "cannot be loaded"),
+    "no dict": (lambda p: rewrite(p, str, b"[]"), "format"),
+    "nested deeply": (lambda p: rewrite(p, str, b"[" * 100_000), "nested too deeply"),
+    "a key twice": (lambda p: rewrite(p, str, b'{"format": 1, "format": 2}'), "stands twice"),
+    "infinite": (lambda p: rewrite(p, str, b'{"format": Infinity}'), "format"),
+    "other format": (manifest_edit(lambda raw: raw.update(format="x")), "format"),
+    "later version": (manifest_edit(lambda raw: raw.update(version=2)), "version 2"),
+    "no objects": (manifest_edit(lambda raw: raw.update(objects={"a": 1})), "in no parameter group"),
+    "absolute path": (manifest_edit(lambda raw: rename_data(raw, "/etc/passwd")), "not the name of a data file"),
+    "path upwards": (manifest_edit(lambda raw: rename_data(raw, "../data-00000.bin")), "not the name of a data file"),
+    "hidden file": (manifest_edit(lambda raw: rename_data(raw, "data-00000.bin\n")), "not the name of a data file"),
+    "file not listed": (manifest_edit(lambda raw: weight(raw)["chunks"][0].update(file="data-00001.bin")), "not among"),
+    "half covered": (manifest_edit(halve), "is not whole"),
+    "overlapping": (manifest_edit(overlap), "is not whole"),
+    "no chunks": (manifest_edit(lambda raw: weight(raw).update(chunks=[])), "is not whole"),
+    "out of bounds": (manifest_edit(lambda raw: weight(raw)["chunks"][0].update(offsets=[1, 0])), "is not whole"),
+    "negative": (manifest_edit(lambda raw: weight(raw)["chunks"][0].update(offsets=[-1, 0])), "not negative"),
+    "shared bytes": (manifest_edit(lambda raw: bias(raw)["chunks"][0].update(start=4)), "begins at byte"),
+    "huge": (manifest_edit(lambda raw: weight(raw).update(shape=[2**62, 2**62])), "is not whole"),
+    "huge number": (manifest_edit(lambda raw: weight(raw).update(shape=[2**80])), "expected a whole number"),
+    "float shape": (manifest_edit(lambda raw: weight(raw).update(shape=[5.0, 7.0])), "expected a whole number"),
+    "other shape": (manifest_edit(lambda raw: (weight(raw).update(shape=[7, 5]),
+                                               weight(raw)["chunks"][0].update(sizes=[7, 5]))), "has shape"),
+    "other dtype": (manifest_edit(lambda raw: weight(raw).update(dtype="int32")), "cast=True"),
+    "no dtype": (manifest_edit(lambda raw: weight(raw).update(dtype="os.system")), "none of torch's"),
+    "fewer checksums": (manifest_edit(lambda raw: weight(raw)["chunks"][0].update(checksums=[])), "0 checksums"),
+    "no blocks": (manifest_edit(lambda raw: raw.update(block_bytes=0)), "block_bytes"),
+    "missing tensor": (manifest_edit(lambda raw: raw["tensors"].pop("model.bias")), "begins at byte|belong"),
+    "group of others": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.params": ["x"]})),
+                        "in no parameter group"),
+    "bad lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": -1.0})), "lr must be"),
+    "object for lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": {"$x": 1}})), "noth"),
+    "other generators": (manifest_edit(lambda raw: raw["objects"].update({"rng.0.python": {"$tuple": [1]}})), "gener"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_refused_and_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LION_DIST_TEST_BOMB", str(tmp_path / "exploded"))
+    attack, message = ATTACKS[name]
+    model, optimizer = toy()
+    path = tmp_path / "c"
+    checkpoint.save(path, model, optimizer, extra=1)
+    model, optimizer = toy()
+    optimizer.init_state()
+    for entry in optimizer.state.values():
+        entry["exp_avg"].fill_(7)
+    before = [t.clone() for t in (*model.parameters(), *(e["exp_avg"] for e in optimizer.state.values()))]
+    groups = [{**group, "params": None} for group in optimizer.param_groups]
+    generators = torch.get_rng_state()
+    attack(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        checkpoint.load(path, model, optimizer)
+    after = [*model.parameters(), *(e["exp_avg"] for e in optimizer.state.values())]
+    for a, b in zip(after, before, strict=True):
+        assert_same_bits(a, b, name)
+    assert [{**group, "params": None} for group in optimizer.param_groups] == groups
+    assert torch.equal(torch.get_rng_state(), generators)
+    assert not (tmp_path / "exploded").exists()
+    # Those that say that the files are not what was saved are found by the command line, too.
+    assert main([str(path), "--quiet"]) == (0 if name in FIT_FOR_ANOTHER else 1)
+
+
+# Whole checkpoints, but not of this model.
+FIT_FOR_ANOTHER = {
+    "other shape", "other dtype", "group of others", "bad lr", "object for lr", "other generators", "no objects",
+}  # fmt: skip
+
+
+def test_a_bomb_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above could fail."""
+    monkeypatch.setenv("LION_DIST_TEST_BOMB", str(tmp_path / "exploded"))
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "exploded").exists()
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = toy()
+    checkpoint.save(tmp_path / "step-3", model, optimizer, extra={"step": 3})
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for line in ("model.weight: float32 [5, 7]", "optim.state.weight.exp_avg: float32 [5, 7]", 'extra = {"step": 3}',
+                 "optim.param_groups.0.lr = 0.5", "step-3: whole"):  # fmt: skip
+        assert line in shown
+    flip(data(tmp_path / "step-3"), 4)
+    assert main([str(tmp_path / "step-3")]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert main([str(tmp_path / "absent")]) == 1
+
+
+def test_only_folders_and_names_are_taken(tmp_path: Path) -> None:
+    assert not Writer.validate_checkpoint_id("s3://bucket/step-1")
+    with pytest.raises(ValueError, match="keep_last"):
+        Writer(tmp_path, keep_last=0)
+    assert folders.number_of("step-0100") == 100
+    assert folders.number_of("best") is None
