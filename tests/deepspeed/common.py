@@ -31,32 +31,45 @@ def start_deepspeed(rank: int, world_size: int) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     __compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for half a minute, to copy a few numbers
+    # On the CPU DeepSpeed asks whether fp16 is fast there.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     return deepspeed
 
 
 class Model(Toy):
-    """``forward(step)`` is the loss of this rank, or, with ``ranks`` given, the average of the losses of so many."""
+    """``forward(step)`` is the loss of this rank.
 
-    def __init__(self, rank: int, world_size: int, *, average: bool = False) -> None:
+    Args:
+        average: of the losses of all ranks instead, for one process that does the work of several.
+        steady: whether "sometimes" is used in every step.
+        infinite: the step in which the last rank's loss is infinite.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, *, average: bool = False, steady: bool = False, infinite: int = -1
+    ) -> None:
         super().__init__(0, (torch.float32,), torch.device("cpu"))
         del self.scalar, self.empty
         self.kernel.data = self.kernel.data.contiguous()
-        self.rank, self.world_size, self.average = rank, world_size, average
+        self.rank, self.world_size, self.average, self.steady = rank, world_size, average, steady
+        self.infinite = infinite
 
     def used(self, step: int) -> list[str]:
-        return [name for name in super().used(step) if name not in ("scalar", "empty")]
+        names = super().used(1 if self.steady else step)  # step 1 uses it
+        return [name for name in names if name not in ("scalar", "empty")]
 
     def forward(self, step: int) -> Tensor:
         if self.average:
-            return sum(super(Model, self).forward(step, r, self.world_size) for r in range(self.world_size)) / (
-                self.world_size
-            )
-        return super().forward(step, self.rank, self.world_size)
+            losses = [super(Model, self).forward(step, r, self.world_size) for r in range(self.world_size)]
+            return torch.stack(losses).mean()
+        loss = super().forward(step, self.rank, self.world_size)
+        return loss * torch.inf if step == self.infinite and self.rank == self.world_size - 1 else loss
 
 
 def make_config(stage: int, dtype: str = "fp32", offload: bool = False, **more: Any) -> dict[str, Any]:
@@ -102,7 +115,8 @@ def averaged(model: Model, micro: range, last: dict[str, Tensor] | None = None) 
     """The gradients of one step, float32, averaged over ranks and micro-steps.
 
     A parameter that was not used has a gradient of zero, which is what DeepSpeed hands for it; or that of ``last``, if
-    given: with offload_optimizer, stages 1 and 2 of DeepSpeed 0.19.8 leave it in their buffer, for any optimizer.
+    given: with offload_optimizer, and at stage 3, DeepSpeed 0.19.8 leaves it in its buffer, for any optimizer. (Worse,
+    if the parameter is used in the second of two micro-steps alone, its gradient is added to what lay there.)
     """
     gradients = {}
     for name, p in model.named_parameters():
