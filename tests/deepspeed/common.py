@@ -116,7 +116,8 @@ def averaged(model: Model, micro: range, last: dict[str, Tensor] | None = None) 
 
     A parameter that was not used has a gradient of zero, which is what DeepSpeed hands for it; or that of ``last``, if
     given: with offload_optimizer, and at stage 3, DeepSpeed 0.19.8 leaves it in its buffer, for any optimizer. (Worse,
-    if the parameter is used in the second of two micro-steps alone, its gradient is added to what lay there.)
+    if the parameter is used in the second of two micro-steps alone, its gradient is added to what lay there, and a loss
+    scale divides what lies there time and again.)
     """
     gradients = {}
     for name, p in model.named_parameters():
@@ -137,7 +138,7 @@ class PlainLion:
     def __init__(self, model: Model, dtype: torch.dtype, defaults: dict[str, Any]) -> None:
         self.dtype = dtype
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-        self.groups = [{**defaults, "weight_decay": 0.0, "maximize": False, **group} for group in model.groups()]
+        self.groups = [{"weight_decay": 0.0, "maximize": False, **defaults, **group} for group in model.groups()]
         self.masters = {name: p.detach().to(dtype).float() for name, p in model.named_parameters()}
         self.momenta = {name: torch.zeros_like(p) for name, p in self.masters.items()}
 

@@ -57,7 +57,7 @@ class Case:
 
 def check_training(deepspeed: Any, rank: int, world_size: int, case: Case) -> None:
     """Trains the engine and, beside it, the rule on one process; with the lr and betas that the engine has then."""
-    steady = case.keeps_gradients and (case.accumulation > 1 or case.overflow >= 0)
+    steady = case.keeps_gradients and (case.accumulation > 1 or case.dtype == "fp16")
     model, last = Model(rank, world_size, steady=steady), {} if case.keeps_gradients else None
     config = case.config()
     defaults = {**DEFAULTS, "weight_decay": config["optimizer"]["params"].get("weight_decay", 0.0)}
@@ -82,6 +82,9 @@ def check_training(deepspeed: Any, rank: int, world_size: int, case: Case) -> No
             gradients = averaged(model, micro, last)
             if case.max_norm:
                 gradients = clipped(gradients, case.max_norm)
+            if case.stage == 0 and case.dtype == "fp16":
+                # DeepSpeed 0.19.8 does not multiply the loss by the scale here, and does divide the gradients by it.
+                gradients = {name: g / engine.optimizer.loss_scale for name, g in gradients.items()}
             plain.step(gradients)
             if lion is not None:
                 for group, now in zip(lion.param_groups, plain.groups, strict=True):
