@@ -133,12 +133,14 @@ def averaged(model: Model, micro: range, last: dict[str, Tensor] | None = None) 
 
 
 class PlainLion:
-    """The rule written out in plain torch on float32 master weights, for the model's own groups."""
+    """The rule written out in plain torch on float32 master weights, for the model's own groups or those given."""
 
-    def __init__(self, model: Model, dtype: torch.dtype, defaults: dict[str, Any]) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, defaults: dict[str, Any], groups: Any = None) -> None:
         self.dtype = dtype
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-        self.groups = [{"weight_decay": 0.0, "maximize": False, **defaults, **group} for group in model.groups()]
+        self.groups = [
+            {"weight_decay": 0.0, "maximize": False, **defaults, **group} for group in groups or model.groups()
+        ]
         self.masters = {name: p.detach().to(dtype).float() for name, p in model.named_parameters()}
         self.momenta = {name: torch.zeros_like(p) for name, p in self.masters.items()}
 
