@@ -122,7 +122,7 @@ def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction:
 
 def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, step: int) -> Tensor:
     """Accumulate gradients, clip, step; the mean loss of this rank's windows, not waited for."""
-    strategy.optimizer.zero_grad()
+    strategy.zero_grad()
     mean_loss = torch.zeros((), device=world.device)
     for micro_step in range(config.accumulation):
         place = {"seed": config.seed, "step": step, "micro_step": micro_step, "rank": world.rank}
@@ -130,11 +130,9 @@ def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, s
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else strategy.no_sync():
             loss = loss_on(strategy.wrapped, windows, world.device) / config.accumulation
-            loss.backward()
+            strategy.backward(loss, last)
         mean_loss += loss.detach()
-    if config.clip:
-        strategy.clip(config.clip)
-    strategy.optimizer.step()
+    strategy.step(config.clip)
     return mean_loss
 
 
@@ -160,7 +158,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
     if resumed:
         model.load_state_dict(resumed["model"])
     groups = parameter_groups(model, config.weight_decay)
-    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2))
+    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2), config)
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
     first_step, history = 0, History(train=[], validation=[])
     if resumed:
@@ -203,11 +201,11 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
                 if writes:
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
             if saves:
-                optimizer_state = strategy.optimizer_state()
+                model_state, optimizer_state = strategy.model_state(), strategy.optimizer_state()
                 if writes:
                     checkpoint = {
                         "step": done,
-                        "model": model.state_dict(),
+                        "model": model_state,
                         "optimizer": optimizer_state,
                         "scheduler": scheduler.state_dict(),
                         "history": history,
@@ -218,11 +216,14 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Checkpoint | No
     bar.close()
 
     val_loss = history["validation"][-1][1]
+    model_state = strategy.model_state()
     if writes:
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
         prompt = bytes(corpus.validation[:64].tolist())
-        text = model.generate(prompt, config.sample, seed=config.seed)
+        alone = GPT(config.model()).to(world.device)  # without what a strategy has hung on the model
+        alone.load_state_dict(model_state)
+        text = alone.generate(prompt, config.sample, seed=config.seed)
         print(f"curve: {curve}\nsample, after the first {len(prompt)} bytes held out:\n{printable(text)}")
     tokens_per_s = (config.steps - first_step) * read_per_step / seconds if seconds else 0.0
     return (

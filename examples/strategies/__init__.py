@@ -6,8 +6,15 @@ training loop calls; to add one, write its file and name it here.
 """
 
 from strategies.ddp import DDP
+from strategies.deepspeed import DeepSpeed
 from strategies.single import Single
 from strategies.zero1 import Zero1
 from strategies.zero2 import Zero2
 
-STRATEGIES: dict[str, type[Single]] = {"single": Single, "ddp": DDP, "zero1": Zero1, "zero2": Zero2}
+STRATEGIES: dict[str, type[Single]] = {
+    "single": Single,
+    "ddp": DDP,
+    "zero1": Zero1,
+    "zero2": Zero2,
+    "deepspeed": DeepSpeed,
+}

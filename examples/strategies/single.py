@@ -18,10 +18,13 @@ class Single:
         model: the module itself, under plain names: what is saved, evaluated and sampled from.
         wrapped: what a training forward calls.
         optimizer: made from `groups`, the parameter groups; it keeps their order.
+        config: of the run, for strategies that have options of their own.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float]) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float], config: Any = None
+    ) -> None:
+        self.model, self.config = model, config
         self.wrapped = self.wrap(model)
         self.optimizer = self.make_optimizer(groups, lr, betas)
 
@@ -31,6 +34,19 @@ class Single:
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         return Lion(groups, lr=lr, betas=betas)
 
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The gradients of one micro-step; `last` of its step or not."""
+        loss.backward()
+
+    def step(self, max_norm: float) -> None:
+        """One optimizer step, after clipping to `max_norm` where that is not 0."""
+        if max_norm:
+            self.clip(max_norm)
+        self.optimizer.step()
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Around every micro-step but the last: gradients add up locally and are not communicated."""
         return nullcontext()
@@ -38,6 +54,10 @@ class Single:
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients so that their norm over all parameters is at most `max_norm`; the norm before."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The model's state, whole. Every rank must call it."""
+        return self.model.state_dict()
 
     def optimizer_state(self) -> dict[str, Any]:
         """The whole optimizer's state on rank 0. Every rank must call it."""
