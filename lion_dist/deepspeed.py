@@ -128,8 +128,8 @@ def arguments(params: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f'"Lion" has no parameter {", ".join(unknown)}; it has {", ".join(ARGUMENTS)}')
     if tuple(given.get("betas", ())) == ADAMS_BETAS:
         warnings.warn(
-            f"lion_dist: betas {ADAMS_BETAS} are Adam's (Hugging Face fills them in for \"auto\"). Lion's are "
-            "(0.9, 0.99), or (0.95, 0.98) for language models: give them in the DeepSpeed config",
+            f"lion_dist: betas {ADAMS_BETAS} are Adam's. Lion's are (0.9, 0.99), or (0.95, 0.98) for language models: "
+            "give them in the DeepSpeed config and, for the Hugging Face Trainer, as adam_beta1 and adam_beta2",
             stacklevel=2,
         )
     if isinstance(given.get("momentum_dtype"), str):
