@@ -30,6 +30,7 @@ class Config:
     """Every option of a run; the defaults are those of the preset `tiny`."""
 
     strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero2"
+    deepspeed_config: Annotated[Path | None, Option("DeepSpeed's JSON file, for the strategy deepspeed")] = None
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
     resume: Annotated[bool, Option("continue from the last checkpoint in --out")] = False
@@ -68,6 +69,12 @@ class Config:
                 raise ValueError(f"{flag(name)} must be less than 1, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if (self.strategy == "deepspeed") != (self.deepspeed_config is not None):
+            raise ValueError(
+                "--strategy deepspeed and --deepspeed_config go together: launch/deepspeed/zero2.json, say"
+            )
+        if self.deepspeed_config is not None and not self.deepspeed_config.is_file():
+            raise ValueError(f"--deepspeed_config: there is no file {self.deepspeed_config}")
         self.model()
 
     @property
@@ -133,7 +140,8 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         if kind is bool:
             parser.add_argument(flag(name), action="store_true", default=default, help=option.help)
         else:
-            parser.add_argument(flag(name), type=kind, default=default, help=option.help)
+            # DeepSpeed's users write --deepspeed_config.
+            parser.add_argument(*dict.fromkeys([flag(name), f"--{name}"]), type=kind, default=default, help=option.help)
     preset = presets.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     return parser

@@ -126,7 +126,7 @@ def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction:
 
 def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, step: int) -> Tensor:
     """Accumulate gradients, clip, step; the mean loss of this rank's windows, not waited for."""
-    strategy.optimizer.zero_grad()
+    strategy.zero_grad()
     mean_loss = torch.zeros((), device=world.device)
     for micro_step in range(config.accumulation):
         place = {"seed": config.seed, "step": step, "micro_step": micro_step, "rank": world.rank}
@@ -134,11 +134,9 @@ def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, s
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else strategy.no_sync():
             loss = loss_on(strategy.wrapped, windows, world.device) / config.accumulation
-            loss.backward()
+            strategy.backward(loss, last)
         mean_loss += loss.detach()
-    if config.clip:
-        strategy.clip(config.clip)
-    strategy.optimizer.step()
+    strategy.step(config.clip)
     return mean_loss
 
 
@@ -164,11 +162,12 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     model = GPT(config.model()).to(world.device)
     parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
     groups = parameter_groups(model, config.weight_decay)
-    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2))
+    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2), config)
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
     first_step, history = 0, History(train=[], validation=[])
     if resumed:
-        extra = lion_dist.checkpoint.load(resumed, strategy.wrapped, strategy.optimizer, schedulers=scheduler)
+        strategy.load(resumed, scheduler)
+        extra = lion_dist.checkpoint.read_extra(resumed)
         first_step, history = extra["step"], extra["history"]
 
     writes = world.rank == 0  # prints, draws and saves for all
@@ -208,10 +207,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
             if saves or stops:
                 extra = {"step": done, "history": history, "run": identity(config, corpus)}
-                path = path_of(config.folder, done)
-                lion_dist.checkpoint.save(
-                    path, strategy.wrapped, strategy.optimizer, schedulers=scheduler, extra=extra, keep_last=KEPT
-                )
+                strategy.save(path_of(config.folder, done), scheduler, extra, keep_last=KEPT)
             clock = time.perf_counter()
         if stops:
             bar.close()

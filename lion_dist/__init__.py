@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from . import deepspeed
 from .lion import Lion
 from .sharded_lion import ShardedLion
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint"]
+__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint", "deepspeed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ clipped. `Single` says what the training loop calls; to add one, write its file 
 """
 
 from strategies.ddp import DDP
+from strategies.deepspeed import DeepSpeed
 from strategies.fsdp1 import FSDP1
 from strategies.fsdp2 import FSDP2
 from strategies.hsdp import HSDP
@@ -20,4 +21,5 @@ STRATEGIES: dict[str, type[Single]] = {
     "fsdp1": FSDP1,
     "fsdp2": FSDP2,
     "hsdp": HSDP,
+    "deepspeed": DeepSpeed,
 }

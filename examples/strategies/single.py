@@ -1,11 +1,14 @@
 """One process, `lion_dist.Lion`; also what the other strategies start from."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
+import lion_dist
 from lion_dist import Lion
 
 Groups = list[dict[str, Any]]
@@ -18,10 +21,13 @@ class Single:
         model: what is evaluated: the module itself, unless its forward is not to be called without its wrapper.
         wrapped: what a training forward calls.
         optimizer: made from `groups`, the parameter groups; it keeps their order.
+        config: of the run, for strategies that have options of their own.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float]) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float], config: Any = None
+    ) -> None:
+        self.model, self.config = model, config
         self.wrapped = self.wrap(model)
         self.optimizer = self.make_optimizer(groups, lr, betas)
 
@@ -30,6 +36,19 @@ class Single:
 
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         return Lion(groups, lr=lr, betas=betas)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The gradients of one micro-step; `last` of its step or not."""
+        loss.backward()
+
+    def step(self, max_norm: float) -> None:
+        """One optimizer step, after clipping to `max_norm` where that is not 0."""
+        if max_norm:
+            self.clip(max_norm)
+        self.optimizer.step()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Around every micro-step but the last: gradients add up locally and are not communicated."""
@@ -42,6 +61,16 @@ class Single:
     def model_state(self) -> dict[str, Tensor]:
         """The whole model's state on rank 0, under plain names. Every rank must call it."""
         return self.model.state_dict()
+
+    def save(self, path: Path, scheduler: LRScheduler, extra: dict[str, Any], keep_last: int) -> None:
+        """A checkpoint, which any strategy can `load` that has not a format of its own. Every rank must call it."""
+        lion_dist.checkpoint.save(
+            path, self.wrapped, self.optimizer, schedulers=scheduler, extra=extra, keep_last=keep_last
+        )
+
+    def load(self, path: Path, scheduler: LRScheduler) -> None:
+        """Every rank must call it."""
+        lion_dist.checkpoint.load(path, self.wrapped, self.optimizer, schedulers=scheduler)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """What one rank sends in an optimizer step of so many micro-steps, by arithmetic, not measured."""

@@ -1,0 +1,86 @@
+"""DeepSpeed's engine, any ZeRO stage, with `"type": "Lion"` built as lion_dist's.
+
+The config file says how the work lies on the ranks and in which precision; what the command line says (lr, betas,
+weight decay, clipping, batch size, accumulation) is written over it. DeepSpeed clips to a norm of 1.0 unless told
+otherwise.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+import lion_dist
+from strategies.single import Groups, Single
+
+
+class DeepSpeed(Single):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model  # by the engine, which needs the parameter groups
+
+    def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+        import deepspeed
+
+        if on_cpu:
+            # It would be compiled first, for half a minute, and makes collectives on one machine faster.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        lion_dist.deepspeed.register()
+        options = json.loads(self.config.deepspeed_config.read_text()) | {
+            "optimizer": {"type": "Lion", "params": {"lr": lr, "betas": list(betas)}},
+            "gradient_clipping": self.config.clip,
+            "train_micro_batch_size_per_gpu": self.config.batch_size,
+            "gradient_accumulation_steps": self.config.accumulation,
+        }
+        self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=groups, config=options)
+        self.wrapped = self.engine
+        basic: torch.optim.Optimizer = self.engine.basic_optimizer
+        return basic  # what schedulers drive; its groups are those that the engine's own wrapper steps
+
+    def zero_grad(self) -> None:
+        """The engine does that when it steps."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts micro-steps
+
+    def step(self, max_norm: float) -> None:
+        self.engine.step()
+
+    def model_state(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            return {name: t.detach().float().cpu() for name, t in self.model.state_dict().items()}
+
+    def save(self, path: Path, scheduler: LRScheduler, extra: dict[str, Any], keep_last: int) -> None:
+        """DeepSpeed writes its own files, one a rank, of which it removes none; what else belongs to the run lies where
+        the other strategies keep it."""
+        self.engine.save_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
+        own = {**extra, "scheduler": scheduler.state_dict()}
+        lion_dist.checkpoint.save(path, nn.Module(), extra=own, keep_last=keep_last)
+
+    def load(self, path: Path, scheduler: LRScheduler) -> None:
+        if not (path.parent / "deepspeed" / path.name).is_dir():
+            raise ValueError(
+                f"{path} was not written by --strategy deepspeed, which has a format of its own: resume with the "
+                "strategy that it was written by"
+            )
+        self.engine.load_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
+        scheduler.load_state_dict(lion_dist.checkpoint.read_extra(path)["scheduler"])
+
+    def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
+        """A reduction of the gradients and a gather of the parameters: (W - 1) / W of them each; at stage 3 a gather
+        for the backward too."""
+        passes = 3 if self.engine.zero_optimization_stage() == 3 else 2
+        return passes * self.parameter_bytes() * (world_size - 1) // world_size
+
+    def parameter_bytes(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.model.parameters())

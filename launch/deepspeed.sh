@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets up .venv where needed, then trains through DeepSpeed on this machine's GPUs, with `"type": "Lion"` built as
+# lion_dist's. The first argument is a DeepSpeed config; the others go to examples/train.py. NPROC is the number of
+# processes (one a GPU, or 2 on CPUs).
+#
+#   launch/deepspeed.sh launch/deepspeed/zero3.json --steps 500
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+config=${1:?its first argument is a DeepSpeed config, such as launch/deepspeed/zero2.json}
+shift
+launch/setup
+
+python=.venv/bin/python
+$python -c 'import deepspeed' 2>/dev/null ||
+    { echo "launch/deepspeed.sh: no DeepSpeed here; .venv/bin/python -m pip install deepspeed" >&2 && exit 1; }
+nproc=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export LOCAL_WORLD_SIZE=$nproc # torchrun sets this, DeepSpeed's launcher does not
+# --no_local_rank: train.py reads LOCAL_RANK and takes no argument of that name.
+exec $python -m deepspeed.launcher.runner --num_gpus "$nproc" --no_local_rank \
+    examples/train.py --strategy deepspeed --deepspeed_config "$config" "$@"

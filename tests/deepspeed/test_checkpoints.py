@@ -1,0 +1,135 @@
+"""DeepSpeed's checkpoints: saved and loaded by the engine, converted to the universal format and loaded by another
+number of ranks at another stage, and read by zero_to_fp32."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lion_dist
+from tests.bits import assert_same_bits
+from tests.harness import run_ranks
+
+from .common import DTYPES, Model, PlainLion, averaged, engine_of, make_config, micro_steps, start_deepspeed, weights
+
+pytest.importorskip("deepspeed")
+
+RANKS = 2  # that save
+BEFORE, AFTER = 6, 5
+PARAMS = {"optimizer": {"type": "Lion", "params": {"lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.2}}}
+SUB_GROUPS = {"zero_optimization": {"sub_group_size": 3000}}
+ACCUMULATE_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+# Name -> stage, dtype, offload, what else the config says.
+SAVED: dict[str, tuple[int, str, bool, dict[str, Any]]] = {
+    "0-fp32": (0, "fp32", False, {}),
+    "0-bf16": (0, "bf16", False, {}),
+    "1-bf16": (1, "bf16", False, ACCUMULATE_FP32),  # BF16_Optimizer
+    "2-bf16": (2, "bf16", False, {}),
+    "2-fp32-offload": (2, "fp32", True, {}),
+    "3-bf16": (3, "bf16", False, SUB_GROUPS),
+    "3-bf16-one-group": (3, "bf16", False, SUB_GROUPS),
+}
+# What is loaded from the universal checkpoint of which, on how many ranks.
+# (Stage 3 of DeepSpeed 0.19.8 gives all groups the hyper-parameters of the first when it loads one.)
+UNIVERSAL = [("2-bf16", 1, 1), ("2-bf16", 2, 1), ("2-fp32-offload", 1, 4), ("3-bf16-one-group", 3, 1)]
+
+
+def config_of(name: str, stage: int | None = None, **more: Any) -> dict[str, Any]:
+    saved_stage, dtype, offload, extras = SAVED[name]
+    return make_config(saved_stage if stage is None else stage, dtype, offload, **PARAMS, **extras, **more)
+
+
+def groups_of(name: str, model: Model) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())}] if name.endswith("one-group") else model.groups()
+
+
+def expected(name: str, steps: int) -> PlainLion:
+    model = Model(0, RANKS, steady=True)
+    plain = PlainLion(
+        model, DTYPES[SAVED[name][1]], {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.2}, groups_of(name, model)
+    )
+    for step in range(steps):
+        plain.step(averaged(model, range(step, step + 1)))
+    return plain
+
+
+def assert_same_weights(got: dict[str, Tensor], plain: PlainLion, what: str) -> None:
+    for name, p in plain.weights().items():
+        assert_same_bits(got[name], p, f"{what}: {name}")
+
+
+def body_save_and_load(rank: int, world_size: int, folder: Path) -> None:
+    deepspeed = start_deepspeed(rank, world_size)
+    lion_dist.deepspeed.register()
+    for name in SAVED:
+        model = Model(rank, world_size, steady=True)
+        with engine_of(deepspeed, model, config_of(name), groups_of(name, model)) as engine:
+            micro_steps(engine, 0, BEFORE)
+            engine.save_checkpoint(str(folder / name), tag="saved")
+            micro_steps(engine, BEFORE, AFTER)
+            final = weights(deepspeed, engine)
+            momenta = [entry["exp_avg"].clone() for entry in engine.basic_optimizer.state.values()]
+        assert_same_weights(final, expected(name, BEFORE + AFTER), name)
+
+        model = Model(rank, world_size, steady=True)
+        with engine_of(deepspeed, model, config_of(name), groups_of(name, model)) as engine:
+            micro_steps(engine, 20, 1)  # a state that the load must replace
+            assert engine.load_checkpoint(str(folder / name), tag="saved")[0] is not None
+            assert_same_weights(weights(deepspeed, engine), expected(name, BEFORE), f"{name}, loaded")
+            micro_steps(engine, BEFORE, AFTER)
+            assert_same_weights(weights(deepspeed, engine), expected(name, BEFORE + AFTER), f"{name}, resumed")
+            for got, m in zip(engine.basic_optimizer.state.values(), momenta, strict=True):
+                assert_same_bits(got["exp_avg"], m, f"{name}, momentum")
+
+
+def body_convert(rank: int, world_size: int, folder: Path) -> None:
+    start_deepspeed(rank, world_size)
+    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for name, (stage, *_) in SAVED.items():
+        if stage and name != "1-bf16":  # DeepSpeed's tool reads nothing of BF16_Optimizer
+            masters = expected(name, BEFORE).masters
+            found = get_fp32_state_dict_from_zero_checkpoint(str(folder / name), tag="saved")
+            assert found.keys() == masters.keys(), name
+            for key, p in found.items():
+                assert_same_bits(p.float(), masters[key], f"{name}, zero_to_fp32: {key}")
+    for name in {source for source, _, _ in UNIVERSAL}:
+        paths = {"input_folder": str(folder / name / "saved"), "output_folder": str(folder / name / "universal")}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        ds_to_universal.main(
+            Namespace(**paths, **workers, keep_temp_folder=False, strict=True, inject_missing_state=True)
+        )
+
+
+def body_load_universal(rank: int, world_size: int, folder: Path, loads: list[tuple[str, int]]) -> None:
+    deepspeed = start_deepspeed(rank, world_size)
+    lion_dist.deepspeed.register()
+    for name, stage in loads:
+        case = f"{name} at stage {stage} on {world_size} ranks"
+        model = Model(0, RANKS, average=True, steady=True)
+        config = config_of(name, stage, checkpoint={"load_universal": True})
+        with engine_of(deepspeed, model, config, groups_of(name, model)) as engine:
+            assert engine.load_checkpoint(str(folder / name), tag="universal")[0] is not None
+            assert_same_weights(weights(deepspeed, engine), expected(name, BEFORE), f"{case}, loaded")
+            micro_steps(engine, BEFORE, AFTER)
+            assert_same_weights(weights(deepspeed, engine), expected(name, BEFORE + AFTER), f"{case}, resumed")
+            for entry in engine.basic_optimizer.state.values():
+                assert list(entry) == ["exp_avg"], case
+                assert entry["exp_avg"].dtype == torch.float32, case
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """Training goes on with the bits that it would have had, from an engine's own checkpoint, and from a universal one
+    on another number of ranks and at another stage."""
+    run_ranks(body_save_and_load, RANKS, tmp_path, (tmp_path,))
+    run_ranks(body_convert, 1, tmp_path, (tmp_path,))
+    for ranks in sorted({ranks for _, _, ranks in UNIVERSAL}):
+        loads = [(name, stage) for name, stage, n in UNIVERSAL if n == ranks]
+        run_ranks(body_load_universal, ranks, tmp_path, (tmp_path, loads))
