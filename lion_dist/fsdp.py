@@ -101,13 +101,9 @@ def new_momenta(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
     return [momenta[i] if i in momenta else _zeros_like(p, dtypes[i]) for i, p in enumerate(params)]
 
 
-def _zeros_like(p: Any, dtype: torch.dtype) -> Tensor:
-    zeros = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    if not is_dtensor(p):
-        return zeros
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    # Of a DTensor too, where its part lies: that may be on the CPU though its mesh is one of GPUs (CPUOffloadPolicy).
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def _flat_runs(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:

@@ -211,12 +211,12 @@ class Lion(Optimizer):
             for p in group["params"]:
                 saved = self.state.get(p, {}).get("exp_avg")
                 if isinstance(saved, KeptAsIs):
-                    dtype = group["momentum_dtype"] or saved.tensor.dtype
-                    if saved.tensor is own.get(p) and saved.tensor.dtype == dtype:
-                        self.state[p]["exp_avg"] = saved.tensor  # loaded in place, as lion_dist.checkpoint does
+                    dtype, m = group["momentum_dtype"] or saved.tensor.dtype, saved.tensor
+                    if m is own.get(p) and m.dtype == dtype and local(m).device == local(p).device:
+                        self.state[p]["exp_avg"] = m  # loaded in place, as lion_dist.checkpoint does
                         continue
                     loaded.append(p)
-                    tensors.append(saved.tensor)
+                    tensors.append(m)
                     dtypes.append(dtype)
                 elif self.state and not self.state.get(p) and p.requires_grad and is_flat_view(p) and not p.numel():
                     # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.

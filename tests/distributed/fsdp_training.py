@@ -183,7 +183,15 @@ def check_one_launch(way: Way, place: Place) -> None:
     """All parameters of one dtype, whatever their groups, in one launch of the fused kernel a step."""
     launched, launch = [], dispatch.triton_step.lion_step
     model, optimizer, twin = way.start(place, use_triton=True)
-    dispatch.triton_step.lion_step = lambda *args: launched.append(launch(*args))
+    ours: list[bool] = []  # while this optimizer steps, not the twin's
+    optimizer.register_step_pre_hook(lambda *_: ours.append(True))
+    optimizer.register_step_post_hook(lambda *_: ours.clear())
+
+    def counted(*args: Any) -> None:
+        launched.extend(ours)
+        launch(*args)
+
+    dispatch.triton_step.lion_step = counted
     try:
         for step in range(4):
             train(way, place, range(step, step + 1), model, optimizer, twin)
