@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ class Reading:
 
     device_ms: dict[str, list[float]] = field(default_factory=dict)
     host_us: dict[str, list[float]] = field(default_factory=dict)
-    kernels: dict[str, list[str]] = field(default_factory=dict)
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # how often each is launched, by name
     copies: dict[str, int] = field(default_factory=dict)
     extra_bytes: dict[str, int] = field(default_factory=dict)
     ours_device_ms: dict[str, list[float]] = field(default_factory=dict)  # in turn with this contestant
@@ -134,7 +135,8 @@ def measure(step: Step, model: Model, ours: Step | None, repeats: int, cycles: f
         if rest:
             reading.ours_device_ms[case] = rest[0]
         before()
-        reading.kernels[case], reading.copies[case] = device_activity(step)
+        kernels, reading.copies[case] = device_activity(step)
+        reading.kernels[case] = dict(Counter(kernels))
         before()
         reading.extra_bytes[case] = extra_memory(step)
     return reading
@@ -316,7 +318,7 @@ def row(name: str, reading: Reading, floor: float) -> list[str]:
     else:
         cells += ["", ""]
     cells.append(both(reading.host_us, lambda t: f"{statistics.median(t):.0f}"))
-    cells.append(both(reading.kernels, lambda names: str(len(names))))
+    cells.append(both(reading.kernels, lambda launches: str(sum(launches.values()))))
     cells.append(both(reading.extra_bytes, bytes_cell))
     return cells
 
