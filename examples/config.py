@@ -16,6 +16,8 @@ import torch
 from model import GPTConfig
 from strategies import STRATEGIES
 
+PARAM_SYNCS = ("auto", "params", "signs")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -30,6 +32,9 @@ class Config:
     """Every option of a run; the defaults are those of the preset `tiny`."""
 
     strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero2"
+    param_sync: Annotated[str, Option("of zero1 and zero2: what brings the parameters together, params or signs")] = (
+        "auto"
+    )
     deepspeed_config: Annotated[Path | None, Option("DeepSpeed's JSON file, for the strategy deepspeed")] = None
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
@@ -69,6 +74,8 @@ class Config:
                 raise ValueError(f"{flag(name)} must be less than 1, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.param_sync not in PARAM_SYNCS:
+            raise ValueError(f"--param-sync must be one of {', '.join(PARAM_SYNCS)}, got {self.param_sync!r}")
         if (self.strategy == "deepspeed") != (self.deepspeed_config is not None):
             raise ValueError(
                 "--strategy deepspeed and --deepspeed_config go together: launch/deepspeed/zero2.json, say"

@@ -155,6 +155,18 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> 
     return float(total[0] / total[1])
 
 
+def check_replicas(model: nn.Module) -> None:
+    """Raises RuntimeError unless every rank's model has the bits of rank 0's. Every rank must call it."""
+    differ = torch.zeros((), device=next(model.parameters()).device)
+    for p in model.parameters():
+        theirs = p.detach().clone()
+        dist.broadcast(theirs, src=0)
+        differ += not torch.equal(p, theirs)
+    dist.all_reduce(differ)
+    if differ:
+        raise RuntimeError(f"replicas differ from rank 0's in {int(differ)} parameters of all ranks together")
+
+
 def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) -> str:
     """The job itself, in a process group if the strategy needs one; the line that sums it up."""
     stopping = Stopping()
@@ -162,7 +174,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     model = GPT(config.model()).to(world.device)
     parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
     groups = parameter_groups(model, config.weight_decay)
-    strategy = STRATEGIES[config.strategy](model, groups, config.lr, (config.beta1, config.beta2), config)
+    strategy = STRATEGIES[config.strategy](model, groups, config)
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
     first_step, history = 0, History(train=[], validation=[])
     if resumed:
@@ -214,6 +226,8 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
             return f"stopped by SIGTERM after step {done}: --resume continues"
     bar.close()
 
+    if strategy.replicated and world.size > 1:
+        check_replicas(model)
     val_loss, weights = history["validation"][-1][1], strategy.model_state()
     if writes:
         curve = config.folder / "curve.png"
@@ -222,6 +236,8 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         writer = GPT(config.model()).to(world.device)  # the model may be in parts
         writer.load_state_dict(weights)
         text = writer.generate(prompt, config.sample, seed=config.seed)
+        if strategy.replicated and world.size > 1:
+            print(f"the weights are the same bits on all {world.size} ranks")
         print(f"curve: {curve}\nsample, after the first {len(prompt)} bytes held out:\n{printable(text)}")
     tokens_per_s = (config.steps - first_step) * read_per_step / seconds if seconds else 0.0
     return (

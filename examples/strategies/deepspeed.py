@@ -19,6 +19,8 @@ from strategies.single import Groups, Single
 
 
 class DeepSpeed(Single):
+    replicated = False  # at stage 3
+
     def wrap(self, model: nn.Module) -> nn.Module:
         return model  # by the engine, which needs the parameter groups
 
@@ -32,6 +34,7 @@ class DeepSpeed(Single):
             # It would be compiled first, for half a minute, and makes collectives on one machine faster.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         lion_dist.deepspeed.register()
+        assert self.config.deepspeed_config is not None
         options = json.loads(self.config.deepspeed_config.read_text()) | {
             "optimizer": {"type": "Lion", "params": {"lr": lr, "betas": list(betas)}},
             "gradient_clipping": self.config.clip,

@@ -1,4 +1,4 @@
-"""What every strategy with ShardedLion has in common: clipping on shards."""
+"""What every strategy with ShardedLion has in common: clipping on shards, and what brings the parameters together."""
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ class Sharded(Single):
     def clip(self, max_norm: float) -> Tensor:
         return self.optimizer.clip_grad_norm_(max_norm)
 
-    def sign_bytes(self) -> int:
-        """Of the update's signs, 2 bits an element."""
+    def sync_bytes(self) -> int:
+        """Of what brings the parameters together: themselves, or the update's signs, 2 bits an element."""
+        if self.config.param_sync == "params":
+            return self.parameter_bytes()
         return sum(p.numel() for p in self.model.parameters()) // 4

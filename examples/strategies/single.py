@@ -1,8 +1,10 @@
 """One process, `lion_dist.Lion`; also what the other strategies start from."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import lion_dist
 from lion_dist import Lion
+
+if TYPE_CHECKING:
+    from config import Config  # which lists the strategies
 
 Groups = list[dict[str, Any]]
 
@@ -21,15 +26,16 @@ class Single:
         model: what is evaluated: the module itself, unless its forward is not to be called without its wrapper.
         wrapped: what a training forward calls.
         optimizer: made from `groups`, the parameter groups; it keeps their order.
-        config: of the run, for strategies that have options of their own.
+        replicated: whether every rank holds the model whole.
+        config: the run's options.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: Groups, lr: float, betas: tuple[float, float], config: Any = None
-    ) -> None:
+    replicated = True
+
+    def __init__(self, model: nn.Module, groups: Groups, config: Config) -> None:
         self.model, self.config = model, config
         self.wrapped = self.wrap(model)
-        self.optimizer = self.make_optimizer(groups, lr, betas)
+        self.optimizer = self.make_optimizer(groups, config.lr, (config.beta1, config.beta2))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model

@@ -10,8 +10,8 @@ from strategies.single import Groups
 
 class Zero1(Sharded, DDP):
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return ShardedLion(groups, lr=lr, betas=betas, stage=1)
+        return ShardedLion(groups, lr=lr, betas=betas, stage=1, param_sync=self.config.param_sync)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """DDP's all-reduce, then an all-gather of signs: (W - 1) / W of them."""
-        return super().bytes_sent_per_step(world_size, micro_steps) + self.sign_bytes() * (world_size - 1) // world_size
+        """DDP's all-reduce, then an all-gather of signs or parameters: (W - 1) / W of them."""
+        return super().bytes_sent_per_step(world_size, micro_steps) + self.sync_bytes() * (world_size - 1) // world_size

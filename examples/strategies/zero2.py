@@ -11,11 +11,11 @@ from strategies.single import Groups
 
 class Zero2(Sharded):
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return ShardedLion(groups, lr=lr, betas=betas)
+        return ShardedLion(groups, lr=lr, betas=betas, param_sync=self.config.param_sync)
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.optimizer.no_sync()
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """A reduce-scatter of the gradients, then an all-gather of signs: (W - 1) / W of them each."""
-        return (self.parameter_bytes() + self.sign_bytes()) * (world_size - 1) // world_size
+        """A reduce-scatter of the gradients, then an all-gather of signs or parameters: (W - 1) / W of them each."""
+        return (self.parameter_bytes() + self.sync_bytes()) * (world_size - 1) // world_size

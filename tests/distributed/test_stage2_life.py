@@ -186,18 +186,26 @@ def body_state(rank: int, world_size: int) -> None:
 
 
 def body_load_merges(rank: int, world_size: int) -> None:
-    """Loading puts parameters together that were given apart: gradients of before are dropped, and said to be."""
+    """Loading momenta of another dtype makes the shards anew, and puts parameters together that were given apart:
+    gradients of before are dropped, and said to be. Of the same dtype the shards stay, and the gradients."""
     pair = Pair(rank, world_size)
     pair.add((500,))
     for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
         optimizer.add_param_group({"params": [params[-1]]})
     pair.train(0, 1)
-    saved = pair.sharded.full_state_dict()
     pair.backward(2)
+    pair.sharded.load_state_dict(pair.sharded.full_state_dict())
+    pair.expect(2)
+    pair.step("gradients kept")
+    saved = pair.sharded.full_state_dict()
+    for entry in saved["state"].values():
+        entry["exp_avg"] = entry["exp_avg"].to(torch.float32 if pair.dtype == torch.bfloat16 else torch.bfloat16)
+    pair.backward(3)
     with pytest.warns(UserWarning, match=r"gradients reduced before load_state_dict\(\) were dropped"):
         pair.sharded.load_state_dict(saved)
+    pair.lion.load_state_dict(saved)
     pair.step("not stepped, nor decayed")
-    pair.train(3)
+    pair.train(4)
     pair.finish()
 
 

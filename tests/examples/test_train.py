@@ -102,17 +102,23 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
 
 
 def start(ranks: int, out: Path, *options: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Its stderr goes to a file beside ``out``."""
     given = command(ranks, out, *options)
     at = given.index("--standalone")
-    return subprocess.Popen(
-        [*given[:at], *torchrun, *given[at:]],
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    with errors_of(out).open("w") as errors:
+        return subprocess.Popen(
+            [*given[:at], *torchrun, *given[at:]],
+            cwd=ROOT,
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+def errors_of(out: Path) -> Path:
+    return out.with_suffix(".stderr")
 
 
 def await_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
@@ -210,7 +216,7 @@ def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, errors_of(stopped).read_text()
     assert LAST_LINE.fullmatch(said.splitlines()[-1])
     assert_same_checkpoint(stopped, whole)
 
