@@ -23,6 +23,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+import lion_dist
 from lion_dist import Lion, ShardedLion
 
 from .llama import Block, LanguageModel
@@ -160,11 +161,24 @@ def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool, bf1
 # DeepSpeed ----------------------------------------------------------------------------------------------------
 
 
-def deepspeed_zero(model: LanguageModel, options: Namespace, stage: int, reduce_bf16: bool = False) -> Trainer:
-    """`reduce_bf16`: what DeepSpeed does of itself under torch_autocast: Linear layers communicate in bfloat16."""
+def deepspeed_zero(
+    model: LanguageModel,
+    options: Namespace,
+    stage: int,
+    ours: bool = False,
+    clips: bool = False,
+    reduce_bf16: bool = False,
+) -> Trainer:
+    """
+    Args:
+        ours: `"type": "Lion"` after lion_dist.deepspeed.register().
+        clips: leaves gradient_clipping to DeepSpeed, whose default is a norm of 1.0.
+        reduce_bf16: what DeepSpeed does of itself under torch_autocast: Linear layers communicate in bfloat16.
+    """
     # What torchrun would set; without it DeepSpeed looks for MPI.
-    rank, world_size, gpu = (str(i) for i in (dist.get_rank(), dist.get_world_size(), torch.cuda.current_device()))
-    os.environ.update(RANK=rank, LOCAL_RANK=gpu, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    gpu = torch.cuda.current_device() if on_gpu(model) else 0
+    rank, world_size, local_rank = (str(i) for i in (dist.get_rank(), dist.get_world_size(), gpu))
+    os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # named, not used: the process group exists
     import deepspeed
@@ -178,9 +192,12 @@ def deepspeed_zero(model: LanguageModel, options: Namespace, stage: int, reduce_
         "optimizer": {"type": "Lion", "params": {"lr": LR, "betas": list(BETAS)}},
         "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
         "torch_autocast": autocast,
-        "gradient_clipping": MAX_NORM if options.clip else 0.0,  # the default is 1.0
         "steps_per_print": 1_000_000,
     }
+    if not clips:
+        config["gradient_clipping"] = MAX_NORM if options.clip else 0.0
+    if ours:
+        lion_dist.deepspeed.register()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.groups(DECAY), config=config)
     return Trainer(engine, engine.step, engine.backward)
 
@@ -235,9 +252,22 @@ MODES = {
         partial(fsdp2_flashlion, reshard=False, bf16=True),
         f"{FSDP2} reshard_after_forward=False, bf16 gather and reduction + FlashLion (8-bit momentum)", "flashoptim",
     ),
-    "deepspeed_zero1": Mode(partial(deepspeed_zero, stage=1), f"DeepSpeed ZeRO-1, {FUSED}", "deepspeed"),
-    "deepspeed_zero2": Mode(partial(deepspeed_zero, stage=2), f"DeepSpeed ZeRO-2, {FUSED}", "deepspeed"),
-    "deepspeed_zero3": Mode(partial(deepspeed_zero, stage=3), f"DeepSpeed ZeRO-3, {FUSED}", "deepspeed"),
+    **{
+        f"deepspeed_zero{stage}": Mode(
+            partial(deepspeed_zero, stage=stage), f"DeepSpeed ZeRO-{stage}, {FUSED}", "deepspeed"
+        )
+        for stage in (1, 2, 3)
+    },
+    **{
+        f"deepspeed_zero{stage}_lion_dist": Mode(
+            partial(deepspeed_zero, stage=stage, ours=True), f"DeepSpeed ZeRO-{stage}, lion_dist's Lion", "deepspeed"
+        )
+        for stage in (1, 2, 3)
+    },
+    "deepspeed_zero2_lion_dist_clips": Mode(
+        partial(deepspeed_zero, stage=2, ours=True, clips=True),
+        "DeepSpeed ZeRO-2, lion_dist's Lion, clipping left to DeepSpeed (to a norm of 1.0)", "deepspeed",
+    ),
     "deepspeed_zero2_bf16": Mode(
         partial(deepspeed_zero, stage=2, reduce_bf16=True), f"DeepSpeed ZeRO-2, bf16 reduction, {FUSED}", "deepspeed"
     ),

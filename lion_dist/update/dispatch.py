@@ -58,17 +58,22 @@ _compiled: Callable[..., None] | None = None
 _not_compiled: set[tuple[torch.dtype, ...]] = set()  # mixes of dtypes that torch.compile failed on
 
 
+def _packed_step_(p: Tensor, g: Tensor, m: Tensor, packed: Tensor) -> None:
+    # One tensor of scalars, not seven: fewer guards to check at a call, fewer addresses to keep in registers.
+    reference.lion_step_(p, g, m, reference.Scalars(*packed.unbind()))
+
+
 def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> None:
     """`reference.lion_step_` through torch.compile, on 1-D CPU tensors: one graph for all lengths.
     Where it cannot be compiled (no C++ compiler), a warning says so once, and plain torch does the work."""
     global _compiled
     if _compiled is None:
-        _compiled = torch.compile(reference.lion_step_, dynamic=True, fullgraph=True)
+        _compiled = torch.compile(_packed_step_, dynamic=True, fullgraph=True)
     mix = (p.dtype, g.dtype, m.dtype)
     if mix not in _not_compiled:
         try:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                _compiled(p, g, m, s)
+                _compiled(p, g, m, torch.stack(s))
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed
             if not _not_compiled:
@@ -159,6 +164,7 @@ class LionUpdate:
         self.grads: list[Tensor | None] = []
         self._grad_addresses: list[int] = []
         self._hypers: dict[torch.device, tuple[list[HyperParameters], Tensor]] = {}
+        self._scalars: dict[tuple[torch.device, int], tuple[Tensor, reference.Scalars]] = {}  # with their table
 
     def prepare(self, columns: Columns) -> None:
         """Validates the columns and brings tables and views up to date. Changes no parameter and no
@@ -301,6 +307,17 @@ class LionUpdate:
             self._hypers.pop(device, None)
         return table
 
+    def _scalars_of(
+        self, hypers: list[HyperParameters], device: torch.device, group: int, grad_scale: Tensor | None
+    ) -> reference.Scalars:
+        table = self.hyper_table(hypers, device)
+        if grad_scale is not None:
+            return reference.scalars(table[group], grad_scale.to(device))
+        kept = self._scalars.get((device, group))
+        if kept is None or kept[0] is not table:  # one that has been kept has not been written to
+            kept = self._scalars[device, group] = table, reference.scalars(table[group])
+        return kept[1]
+
     def step(self, columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
         """Steps every parameter that has a gradient: one launch a device and mix of dtypes on GPUs.
         To be called without gradients enabled (torch.no_grad).
@@ -346,9 +363,7 @@ class LionUpdate:
             if g is None:
                 continue
             if at not in by_group:
-                row = self.hyper_table(hypers, p.device)[at[1]]
-                scale = None if grad_scale is None else grad_scale.to(p.device)
-                by_group[at] = reference.scalars(row, scale)
+                by_group[at] = self._scalars_of(hypers, *at, grad_scale)
             if plain.one_dimensional:
                 g = flat(g, s.grad_start, s.length)
             if p.device.type != "cpu" or not plain.one_dimensional:

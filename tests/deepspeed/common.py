@@ -12,13 +12,29 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from tests.distributed.toy import SHAPES, Toy
 from tests.harness import device_of
+
+
+def built_op() -> Path:
+    """DeepSpeed's Lion for CPUs, once compiled."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folders = [Path(root)] if root else list(Path(get_default_build_root()).glob("*"))
+    return next((f / "cpu_lion/cpu_lion.so" for f in folders if (f / "cpu_lion/cpu_lion.so").exists()), Path("absent"))
+
+
+needs_cpu_lion = pytest.mark.skipif(
+    not built_op().exists(),
+    reason="DeepSpeed's cpu_lion is not compiled (python -m benchmarks.cpu_offload does that, in some minutes)",
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
