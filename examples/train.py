@@ -2,9 +2,13 @@
 
     torchrun --nproc_per_node 2 examples/train.py                 gradients and momentum sharded over two ranks
     torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash or SIGTERM
-    torchrun --nproc_per_node 2 --max_restarts 3 examples/train.py     continues by itself after a crash
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc_per_node 2 --max_restarts 3 examples/train.py
+                                                                  continues by itself after a crash
     python examples/train.py --strategy single                    one process
     python examples/train.py --help
+
+(That variable has torchrun make a new store for each restart. Else, at least up to torch 2.13, ranks look for each
+other in one store for all, find addresses of processes that are gone, and fail or hang now and then.)
 
 Losses and entropies are in nats per byte. The last line on stdout is
 

@@ -7,6 +7,7 @@
 #   NODES           number of nodes; required
 #   NPROC           processes per node (all GPUs)
 #   PORT            a free port on HEAD_NODE (29400)
+#   RESTARTS        how often a run continues by itself after a crash (0)
 #   JOB             a name that no other job on HEAD_NODE and PORT has at the time (lion)
 #
 #   HEAD_NODE=node1 NODES=2 launch/torchrun.sh --out runs/two-nodes --resume
@@ -15,10 +16,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${HEAD_NODE:?set it to the host name of one of the nodes}" "${NODES:?set it to the number of nodes}"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A store of its own for every restart: in a shared one ranks find addresses of processes that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec .venv/bin/python -m torch.distributed.run \
     --nnodes "$NODES" \
     --nproc_per_node "${NPROC:-gpu}" \
     --rdzv_backend c10d \
     --rdzv_endpoint "$HEAD_NODE:${PORT:-29400}" \
     --rdzv_id "${JOB:-lion}" \
+    --max_restarts "${RESTARTS:-0}" \
     examples/train.py "$@"

@@ -63,6 +63,12 @@ class GradHooks:
             hook_type = _CPUHook if p.device.type == "cpu" else _Hook
             self._handles[i] = p.register_post_accumulate_grad_hook(hook_type(self, i))
 
+    def lacks_some(self) -> bool:
+        """Whether a parameter has become trainable since the last `add`."""
+        if len(self._handles) == len(self._params):
+            return False
+        return any(p.requires_grad and i not in self._handles for i, p in enumerate(self._params))
+
     def reports(self, i: int) -> bool:
         """Whether a backward that reaches the parameter calls ``arrived``."""
         return i in self._handles and self._params[i].requires_grad

@@ -241,6 +241,8 @@ class GradReducer:
         that has left does not come back."""
         if not self._rounds.is_open or self._reentrant or len(self._passes) > 1:
             return
+        if self._witness is not None and self._witness.zeroed:
+            return  # all have been dropped since, and those may have come by hand
         for i, p in enumerate(self._params):
             if p.grad is not None and self._rounds.has_left(i) and not self._is_witness(i):
                 number = [n for shard in self._shards for n in shard.numbers][i]
@@ -253,11 +255,13 @@ class GradReducer:
     def _exchange(self) -> bool:
         """Has the ranks tell each other what they had gradients of; whether any has late ones.
 
-        In a period of a single pass there are none, and a rank of which that is true does not look (it is blind
-        to those of others), because the host would have to wait for the device.
+        In a period of a single pass there are none, unless a parameter has been unfrozen; and a rank of which that is
+        true does not look (it is blind to those of others), because the host would have to wait for the device.
         """
+        assert self._hooks is not None
         late = self.has_local()
-        looks = late or self._reentrant or not self._learned or len(self._passes) != 1
+        several = self._reentrant or len(self._passes) != 1
+        looks = late or several or not self._learned or self._hooks.lacks_some()
         flags = upload([*self._used, late, self._reentrant, not looks], torch.uint8, self.grads[0].device)
         with self._membership.collective() as group:
             self._flags, self._flags_under_way = flags, start_all_reduce_max(flags, group)
@@ -269,8 +273,8 @@ class GradReducer:
         if any_late and any_blind:
             self._membership.fail(
                 "gradients arrived after their bucket had been reduced on some ranks, while others made a single "
-                "backward pass. Every rank must make the same passes between steps; where the ranks' models differ, "
-                "checkpoint with use_reentrant=False"
+                "backward pass since the last step(). Every rank must make the same passes and steps: did one leave "
+                "out a step()? Where the ranks' models differ, checkpoint with use_reentrant=False"
             )
             self._membership.check()
         return bool(any_late)

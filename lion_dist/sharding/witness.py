@@ -42,6 +42,11 @@ class Witness:
     def watches(self) -> bool:
         return self._seen is not None
 
+    @property
+    def zeroed(self) -> bool:
+        """Whether it watched, and gradients have been set to None since."""
+        return self._seen is not None and self._param.grad is None
+
     def place(self) -> None:
         """Has the parameter keep the gradient it has, or zeros."""
         if self._param.grad is None:

@@ -234,9 +234,68 @@ def body_reentrant(rank: int, world_size: int) -> None:
         pair.finish()
 
 
-@pytest.mark.parametrize("body", [body_own_collectives, body_dead_first, body_reentrant])
+def body_unfrozen_on_some(rank: int, world_size: int) -> None:
+    """Shards that were made while a parameter was frozen have no hook on it until a step after it is unfrozen: its
+    first gradient, which one rank alone has, must not be taken for a late one that the others cannot see."""
+    pair = Pair(rank, world_size)
+    pair.train(0, 1)
+    saved = pair.sharded.full_state_dict()  # with a momentum of what is frozen where it is loaded
+    for resumed in (False, True):
+        if resumed:
+            pair = Pair(rank, world_size)
+        for p in (pair.params[0], pair.copies[0]):
+            p.requires_grad_(False)
+        if resumed:
+            pair.sharded = ShardedLion(pair.params, lr=LR, weight_decay=0.1, bucket_mb=TINY)
+            pair.lion = Lion(pair.copies, lr=LR, weight_decay=0.1)
+            pair.sharded.load_state_dict(saved)
+            pair.lion.load_state_dict(saved)
+        else:
+            add_group(pair, (50,))  # which has the shards made anew
+        pair.train(2, 3)
+        for p in (pair.params[0], pair.copies[0]):
+            p.requires_grad_(True)
+        uses = [list(range(rank > 0, len(pair.params))) for rank in range(world_size)]
+        pair.backward(4, uses[rank])
+        expect_uses(pair, 4, uses)
+        pair.step(f"unfrozen, used on rank 0 only, resumed: {resumed}")
+        pair.train(5)
+        pair.finish()
+
+
+@pytest.mark.parametrize("body", [body_own_collectives, body_dead_first, body_reentrant, body_unfrozen_on_some])
 def test_ranks_that_differ(body: Callable[[int, int], None], tmp_path: Path) -> None:
     run_ranks(body, 3, tmp_path, timeout=SHORT, deadline=60)
+
+
+def body_zeroed_by_model(rank: int, world_size: int) -> None:
+    """model.zero_grad() is seen after whatever has come between it and the backward."""
+    pair = Pair(rank, world_size)
+    pair.train(0, 1)
+    pair.backward(2)
+    add_group(pair, (500,))  # which has the shards made anew
+    model_of(pair).zero_grad()
+    pair.step("group added, then zeroed")
+    pair.backward(3)
+    model_of(pair).zero_grad()
+    for i in (0, 2):  # and then gradients by hand
+        pair.params[i].grad = gradient(i, pair.params[i], 4, rank, world_size)
+    pair.expect(4, [0, 2])
+    pair.step("by hand")
+    pair.backward(5)
+    pair.sharded.clip_grad_norm_(1.0)
+    model_of(pair).zero_grad()
+    weights = [p.detach().clone() for p in pair.params]
+    with pytest.raises(ValueError, match="changed since clip_grad_norm_"):
+        pair.sharded.step()
+    assert_unmoved(pair, weights)
+    pair.sharded.zero_grad()
+    pair.train(6)
+    pair.finish()
+
+
+def test_zeroed_by_model(tmp_path: Path) -> None:
+    run_ranks(body_zeroed_by_model, 2, tmp_path, timeout=SHORT, deadline=60)
 
 
 def body_reentrant_logging(rank: int, world_size: int) -> None:

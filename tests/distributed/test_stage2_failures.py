@@ -147,3 +147,27 @@ def body_all_raise(rank: int, world_size: int) -> None:
 @spawn_only
 def test_all_ranks_raise_in_their_backward(tmp_path: Path) -> None:
     run_ranks(body_all_raise, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+
+
+def body_step_left_out(rank: int, world_size: int) -> None:
+    """By rank 1, where the gradients of two backwards so meet, of which the second come late. Both ranks hear of it."""
+    pair = Pair(rank, world_size)
+    pair.train(0, 1)
+    weights = [p.detach().clone() for p in pair.params]
+
+    def go_on() -> None:
+        pair.backward(2)
+        if rank != 1:
+            pair.sharded.step()
+        pair.backward(3)
+        pair.sharded.step()
+
+    with pytest.raises(RuntimeError, match=r"did one leave out a step\(\)"):
+        go_on()
+    if rank == 1:
+        assert_unmoved(pair, weights)
+
+
+@spawn_only
+def test_a_step_left_out(tmp_path: Path) -> None:
+    run_ranks(body_step_left_out, 2, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)

@@ -41,7 +41,9 @@ def command(ranks: int, out: Path, *options: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A store of its own for every restart; see examples/train.py.
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own_store}
 
 
 def run(ranks: int, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
