@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from ..lion import Lion
@@ -40,10 +39,6 @@ class Names:
 
     @staticmethod
     def read(model: nn.Module) -> Names:
-        """Brings parameters that FSDP2 has left whole, after a forward that no backward followed, back into parts."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
         all_names: dict[int, list[str]] = {}
         for wrapped, p in model.named_parameters(remove_duplicate=False):
             all_names.setdefault(id(p), []).extend(_get_fqns(model, wrapped))

@@ -194,6 +194,25 @@ def test_killed_run_resumes(tmp_path: Path) -> None:
 
 
 @spawn_only
+def test_fsdp_trains_alike_and_resumes_across_strategies(tmp_path: Path) -> None:
+    """A run under FSDP ends as one under DDP; and so does one that goes on, from a step before its end, under another
+    strategy than wrote its checkpoint."""
+    expected = run_well(2, tmp_path / "ddp", "--strategy", "ddp")[0]
+    written = {"ddp": tmp_path / "ddp"}
+    for strategy in ("fsdp1", "fsdp2"):
+        written[strategy] = tmp_path / strategy
+        assert run_well(2, written[strategy], "--strategy", strategy)[0] == pytest.approx(expected, abs=2e-3), strategy
+    for writer, reader in (("ddp", "fsdp1"), ("fsdp1", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "zero2")):
+        out = written[reader] = tmp_path / f"{writer}-{reader}"
+        shutil.copytree(written[writer], out)
+        shutil.rmtree(checkpoint.latest(out))
+        assert step_of(out) == 18
+        resumed = run_well(2, out, "--resume", "--strategy", reader)[0]
+        assert resumed == pytest.approx(expected, abs=2e-3), f"{writer}, then {reader}"
+        assert step_of(out) == 24
+
+
+@spawn_only
 @on_proc
 def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
     """SIGTERM to one rank: all save in one step and end well; then one is killed, and torchrun's restart goes on."""
