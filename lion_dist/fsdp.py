@@ -142,7 +142,10 @@ def reshard(model: Any) -> None:
             module.reshard()
     for module in FullyShardedDataParallel.fsdp_modules(model):
         handle = module._handle
-        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+        # Before the first forward there is nowhere yet to gather to.
+        if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):
+            continue
+        if handle.uses_sharded_strategy and not handle.needs_unshard():
             _reshard(module, handle, True)
 
 
