@@ -5,6 +5,8 @@
     python -m benchmarks.iteration --modes zero2 --compile block       torch.compile of each block; or of the model
     NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo python -m benchmarks.iteration
                                                                        over NCCL's socket transport
+    python -m benchmarks.iteration --ranks 1 --step-alone --modes fsdp1,fsdp1_lion_pytorch_triton,fsdp2
+                                                                       opt.step() by itself too (step_alone.py)
     (from the repository's root; --help for sizes)
 
 Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay and no-decay groups, no clipping without
@@ -41,7 +43,9 @@ from torch.multiprocessing.spawn import spawn
 from .llama import LanguageModel, Llama
 from .measure import join_group, machine
 from .peer_steps import installed_version, missing
-from .peers import MAX_NORM, MODES
+from .peers import MAX_NORM, MODES, Trainer
+from .step_alone import HEADER as ALONE_HEADER
+from .step_alone import StepAlone, TwoSets, measure_alone, params_of
 
 GIB = 2**30
 
@@ -58,6 +62,7 @@ class Report:
     compile_s: float
     loss: float
     hidden: dict[str, tuple[float, float]] = field(default_factory=dict)  # collective -> (ms, of which hidden)
+    step_alone: dict[str, Any] = field(default_factory=dict)  # a StepAlone of rank 0, if it was asked for
 
 
 def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out: str) -> None:
@@ -113,10 +118,33 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
     report = Report(mode, ms, host_ms, peak_gib, after_forward_gib, compile_s, loss.item())
     if options.trace or options.hidden:
         report.hidden = trace(iteration, Path(options.trace) if options.trace and rank == 0 else None, mode, options)
+    if options.step_alone and trainer.local is not None:
+        report.step_alone = step_alone(trainer, batches, options)
     if rank == 0:
         Path(out).write_text(json.dumps(asdict(report)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def step_alone(trainer: Trainer, batches: list[Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Of rank 0; the others wait, on the host, because a kernel that waits takes time of a GPU that they share."""
+
+    def backward(number: int) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = trainer.forward(batches[number])
+        trainer.backward(loss)
+
+    gradients = TwoSets(params_of(trainer.local), backward)
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() > 0:
+        store.wait(["step alone"], datetime.timedelta(seconds=options.deadline))
+        return {}
+    alone = measure_alone(trainer.local, gradients, options.iterations)
+    store.set("step alone", "done")
+    return asdict(alone)
 
 
 # Tracing --------------------------------------------------------------------------------------------
@@ -292,6 +320,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=240, help="seconds that one turn of a mode may take")
     parser.add_argument("--compile", choices=["none", "block", "model"], default="none")
     parser.add_argument("--hidden", action="store_true", help="profile, and tell what of the collectives is hidden")
+    parser.add_argument("--step-alone", action="store_true", help="measure the optimizer's step by itself too")
     parser.add_argument("--trace", help="profile, and draw rank 0's iteration into this PNG (of the last mode)")
     parser.add_argument("--json", type=Path, help="write every turn's report here")
     options = parser.parse_args()
@@ -326,6 +355,19 @@ def print_table(rows: list[Row], options: argparse.Namespace) -> None:
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for row in rows:
         print(f"| {' | '.join([f'{MODES[row.mode].what} (`{row.mode}`)', *row.cells()])} |", flush=True)
+    if options.step_alone:
+        print_step_alone(rows)
+
+
+def print_step_alone(rows: list[Row]) -> None:
+    """Of each mode, the turn whose device time is the median one."""
+    print(f"\n| {' | '.join(ALONE_HEADER)} |\n|{'---|' * len(ALONE_HEADER)}")
+    for row in rows:
+        turns = [StepAlone(**turn.step_alone) for turn in row.turns if turn.step_alone]
+        turns.sort(key=lambda alone: alone.ms["kept"])
+        if turns:
+            cells = turns[len(turns) // 2].cells()
+            print(f"| {' | '.join([f'{MODES[row.mode].what} (`{row.mode}`)', *cells])} |", flush=True)
 
 
 def meta_model(options: argparse.Namespace) -> nn.Module:

@@ -82,6 +82,11 @@ def copy_bandwidth(repeats: int) -> list[float]:
     return [2 * COPY_BYTES / (ms / 1e3) for ms in times]
 
 
+def step_bytes(params: Sequence[torch.Tensor]) -> int:
+    """That any step of plain tensors must move: p and m read and written, g read, all of one dtype."""
+    return sum(5 * p.element_size() * p.numel() for p in params)
+
+
 def host_us(step: Step, before: Step, repeats: int) -> list[float]:
     readings = []
     for _ in range(repeats):

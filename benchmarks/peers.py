@@ -38,21 +38,25 @@ class Trainer:
 
     forward: tokens -> the loss.
     step: clips if asked to, steps, drops the gradients.
+    local: the optimizer, if its step communicates nothing, so that a rank can make it by itself.
     """
 
     forward: Callable[[Tensor], Tensor]
     step: Callable[[], object]
     backward: Callable[[Tensor], object] = Tensor.backward
+    local: Any = None
 
 
-def make_trainer(forward: Any, optimizer: Any, clip: Callable[[float], object], options: Namespace) -> Trainer:
+def make_trainer(
+    forward: Any, optimizer: Any, clip: Callable[[float], object], options: Namespace, local: bool = False
+) -> Trainer:
     def step() -> None:
         if options.clip:
             clip(MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trainer(forward, step)
+    return Trainer(forward, step, local=optimizer if local else None)
 
 
 def torch_clip(model: LanguageModel) -> Callable[[float], object]:
@@ -84,6 +88,18 @@ def zero2(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
     return make_trainer(model, optimizer, optimizer.clip_grad_norm_, options)
 
 
+def fsdp1(model: LanguageModel, options: Namespace) -> Trainer:
+    groups = model.groups(DECAY)
+    wrapped = shard_fsdp1(model)
+    return make_trainer(wrapped, Lion(groups, lr=LR, betas=BETAS), wrapped.clip_grad_norm_, options, local=True)
+
+
+def fsdp2(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
+    shard_fsdp2(model, reshard)
+    optimizer = Lion(model.groups(DECAY), lr=LR, betas=BETAS)
+    return make_trainer(model, optimizer, torch_clip(model), options, local=True)
+
+
 # Torch's ways of sharding, and lion-pytorch -----------------------------------------------------------------
 
 
@@ -107,27 +123,45 @@ def zero_redundancy(model: LanguageModel, options: Namespace) -> Trainer:
     return make_trainer(wrapped, optimizer, torch_clip(model), options)
 
 
-def fsdp1_lion_pytorch(model: LanguageModel, options: Namespace, use_triton: bool) -> Trainer:
+def shard_fsdp1(model: LanguageModel) -> Any:
+    """The parameters stay the same objects, but become flat: groups, which tell matrices by shape, are made before."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    groups = model.groups(DECAY)  # the parameters stay the same objects, but become flat: matrices are told by shape
-    wrapped = FullyShardedDataParallel(
+    return FullyShardedDataParallel(
         model,
         sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         device_id=next(model.parameters()).device,
         use_orig_params=True,
     )
-    if use_triton and on_gpu(model):
-        from lion_pytorch import Lion
 
-        optimizer = Lion(groups, lr=LR, betas=BETAS, use_triton=True)
-    else:
-        from lion_pytorch.foreach import Lion
 
-        optimizer = Lion(groups, lr=LR, betas=BETAS)
-    return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options)
+def fsdp1_lion_pytorch(model: LanguageModel, options: Namespace, use_triton: bool) -> Trainer:
+    import lion_pytorch
+
+    groups = model.groups(DECAY)
+    use_triton = use_triton and on_gpu(model)
+    wrapped = shard_fsdp1(model)
+    optimizer = lion_pytorch.Lion(groups, lr=LR, betas=BETAS, use_triton=use_triton)
+    return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options, local=True)
+
+
+def fsdp1_lion_pytorch_foreach(model: LanguageModel, options: Namespace) -> Trainer:
+    from lion_pytorch.foreach import Lion
+
+    groups = model.groups(DECAY)
+    wrapped = shard_fsdp1(model)
+    return make_trainer(wrapped, Lion(groups, lr=LR, betas=BETAS), wrapped.clip_grad_norm_, options, local=True)
+
+
+def fsdp1_flashlion(model: LanguageModel, options: Namespace) -> Trainer:
+    from flashoptim import FlashLion
+
+    groups = model.groups(DECAY)
+    wrapped = shard_fsdp1(model)
+    optimizer = FlashLion(groups, lr=LR, betas=BETAS, master_weight_bits=None)
+    return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options, local=True)
 
 
 def shard_fsdp2(model: LanguageModel, reshard: bool, bf16: bool = False) -> None:
@@ -145,9 +179,39 @@ def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) 
     import lion_pytorch
 
     shard_fsdp2(model, reshard)
-    # Neither its Triton kernel nor its foreach version takes DTensors.
     optimizer = lion_pytorch.Lion(model.groups(DECAY), lr=LR, betas=BETAS)
-    return make_trainer(model, optimizer, torch_clip(model), options)
+    return make_trainer(model, optimizer, torch_clip(model), options, local=True)
+
+
+class OnLocalParts:
+    """An optimizer that takes no DTensors, on plain parameters that are their local parts; as a user would have to."""
+
+    def __init__(self, groups: list[dict[str, Any]], make: Callable[..., torch.optim.Optimizer]) -> None:
+        self.param_groups = groups
+        plain = [{**g, "params": [torch.nn.Parameter(p.to_local().detach()) for p in g["params"]]} for g in groups]
+        self.pairs = [
+            pair
+            for group, own in zip(groups, plain, strict=True)
+            for pair in zip(group["params"], own["params"], strict=True)
+        ]
+        self.optimizer = make(plain)
+
+    def step(self) -> None:
+        for p, own in self.pairs:
+            own.grad = None if p.grad is None else p.grad._local_tensor
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        for p, own in self.pairs:
+            p.grad = own.grad = None
+
+
+def fsdp2_lion_pytorch_triton(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
+    import lion_pytorch
+
+    shard_fsdp2(model, reshard)
+    make = partial(lion_pytorch.Lion, lr=LR, betas=BETAS, use_triton=on_gpu(model))
+    return make_trainer(model, OnLocalParts(model.groups(DECAY), make), torch_clip(model), options, local=True)
 
 
 def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool, bf16: bool = False) -> Trainer:
@@ -155,7 +219,7 @@ def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool, bf1
 
     shard_fsdp2(model, reshard, bf16)
     optimizer = FlashLion(model.groups(DECAY), lr=LR, betas=BETAS, master_weight_bits=None)
-    return make_trainer(model, optimizer, torch_clip(model), options)
+    return make_trainer(model, optimizer, torch_clip(model), options, local=True)
 
 
 # DeepSpeed ----------------------------------------------------------------------------------------------------
@@ -232,14 +296,24 @@ MODES = {
     "zero_redundancy": Mode(
         zero_redundancy, "DDP + ZeroRedundancyOptimizer of lion-pytorch, use_triton=True", "lion-pytorch"
     ),
-    "fsdp1_lion_pytorch": Mode(
-        partial(fsdp1_lion_pytorch, use_triton=False), f"{FSDP1} + lion-pytorch, foreach", "lion-pytorch"
+    "fsdp1": Mode(fsdp1, f"{FSDP1} + Lion"),
+    "fsdp1_lion_pytorch": Mode(fsdp1_lion_pytorch_foreach, f"{FSDP1} + lion-pytorch, foreach", "lion-pytorch"),
+    "fsdp1_lion_pytorch_eager": Mode(
+        partial(fsdp1_lion_pytorch, use_triton=False), f"{FSDP1} + lion-pytorch, eager", "lion-pytorch"
     ),
     "fsdp1_lion_pytorch_triton": Mode(
         partial(fsdp1_lion_pytorch, use_triton=True), f"{FSDP1} + lion-pytorch, use_triton=True", "lion-pytorch"
     ),
+    "fsdp1_flashlion": Mode(fsdp1_flashlion, f"{FSDP1} + FlashLion (8-bit momentum)", "flashoptim"),
+    "fsdp2": Mode(partial(fsdp2, reshard=True), f"{FSDP2} + Lion"),
+    "fsdp2_grad_op": Mode(partial(fsdp2, reshard=False), f"{FSDP2} reshard_after_forward=False + Lion"),
     "fsdp2_lion_pytorch": Mode(
         partial(fsdp2_lion_pytorch, reshard=True), f"{FSDP2} + lion-pytorch, eager", "lion-pytorch"
+    ),
+    # Neither its Triton kernel nor its foreach version takes DTensors.
+    "fsdp2_lion_pytorch_triton": Mode(
+        partial(fsdp2_lion_pytorch_triton, reshard=True),
+        f"{FSDP2} + lion-pytorch, use_triton=True, on local parts by hand", "lion-pytorch",
     ),
     "fsdp2_flashlion": Mode(
         partial(fsdp2_flashlion, reshard=True), f"{FSDP2} + FlashLion (8-bit momentum)", "flashoptim"

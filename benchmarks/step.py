@@ -48,6 +48,7 @@ from .measure import (
     extra_memory,
     freed,
     host_us,
+    step_bytes,
 )
 from .peer_steps import BETAS, COMPILED, DECAY, LR, PEERS, Group, Peer, missing
 
@@ -98,7 +99,7 @@ class Model:
 
     @property
     def step_bytes(self) -> int:
-        return sum(5 * p.element_size() * p.numel() for p in self.params)
+        return step_bytes(self.params)
 
 
 def make_ours(groups: list[Group]) -> Step:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .lion import Lion
+from .lion import Lion, _Members
+from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
 TESTED_VERSION = "0.19.8"
@@ -58,6 +59,21 @@ class DeepSpeedLion(Lion):
     one zero seen in the momentum's shape, and ``step``, 0. Neither takes memory, and both are dropped where a
     checkpoint is loaded. Arguments and errors are those of `Lion`.
     """
+
+    def _start(self, use_triton: bool | None) -> None:
+        super()._start(use_triton)
+        self._prepared: dict[tuple[int, ...], tuple[LionUpdate, _Members | None]] = {}  # by a step's parameters
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        # Each partition would throw away what was prepared for the one before, an index of 1024-element tiles among it.
+        # Nobody else gets these ids: what is prepared holds the parameters, as the state does.
+        ids = tuple(id(p) for group in self.param_groups for p in group["params"])
+        self._update, self._members = self._prepared.get(ids) or (LionUpdate(self._use_triton), None)
+        try:
+            return super().step(closure)
+        finally:
+            self._prepared[ids] = self._update, self._members
 
     def _columns(self) -> Columns:
         # DeepSpeed loads a universal checkpoint into the state itself. It links to what is there after a step.

@@ -130,6 +130,22 @@ def is_flat_view(p: Tensor) -> bool:
     return getattr(p, "_fsdp_flattened", False)
 
 
+def reshard(model: Any) -> None:
+    """Drops the whole parameters that a forward without a backward, as of an evaluation, has left in some modules:
+    under FSDP2 they stand where the sharded ones belong, and under FSDP1 the next forward would take them for current
+    though the shards had been loaded anew. Nothing is communicated."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle = module._handle
+        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+            _reshard(module, handle, True)
+
+
 def refuse_sharded(params: Sequence[Tensor]) -> None:
     """Raises TypeError where a parameter is sharded already."""
     for i, p in enumerate(params):

@@ -67,17 +67,31 @@ class DeepSpeed(Single):
         """DeepSpeed writes its own files, one a rank, of which it removes none; what else belongs to the run lies where
         the other strategies keep it."""
         self.engine.save_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
-        own = {**extra, "scheduler": scheduler.state_dict()}
+        own = {**extra, "scheduler": scheduler.state_dict(), "deepspeed": self.cut()}
         lion_dist.checkpoint.save(path, nn.Module(), extra=own, keep_last=keep_last)
 
     def load(self, path: Path, scheduler: LRScheduler) -> None:
-        if not (path.parent / "deepspeed" / path.name).is_dir():
+        extra = lion_dist.checkpoint.read_extra(path)
+        theirs, ours = extra.get("deepspeed"), self.cut()
+        if theirs is None:
             raise ValueError(
                 f"{path} was not written by --strategy deepspeed, which has a format of its own: resume with the "
                 "strategy that it was written by"
             )
-        self.engine.load_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
-        scheduler.load_state_dict(lion_dist.checkpoint.read_extra(path)["scheduler"])
+        if theirs != ours:
+            raise ValueError(
+                f"{path} was written with {theirs}, and this run has {ours}: DeepSpeed's files fit one cut only; "
+                "resume with that, or convert them with DeepSpeed's ds_to_universal.py"
+            )
+        folder = path.parent / "deepspeed"
+        if not (folder / path.name).is_dir():
+            raise ValueError(f"{folder / path.name} is gone, and {path} is of no use without it")
+        self.engine.load_checkpoint(str(folder), tag=path.name)
+        scheduler.load_state_dict(extra["scheduler"])
+
+    def cut(self) -> dict[str, int]:
+        """How the model lies on the ranks, which a run that resumes must have in common."""
+        return {"ZeRO stage": self.engine.zero_optimization_stage(), "ranks": self.engine.world_size}
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """A reduction of the gradients and a gather of the parameters: (W - 1) / W of them each; at stage 3 a gather

@@ -76,6 +76,8 @@ class Single:
 
     def load(self, path: Path, scheduler: LRScheduler) -> None:
         """Every rank must call it."""
+        if "deepspeed" in lion_dist.checkpoint.read_extra(path):
+            raise ValueError(f"{path} was written by --strategy deepspeed, in a format of its own: resume with that")
         lion_dist.checkpoint.load(path, self.wrapped, self.optimizer, schedulers=scheduler)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:

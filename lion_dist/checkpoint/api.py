@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.optim import Optimizer
 
+from ..fsdp import reshard
 from ..sharded_lion import ShardedLion
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
 from .manifest import Manifest
@@ -114,6 +115,7 @@ def _to_save(
     model: nn.Module, optimizer: Optimizer | None, schedulers: Sequence[Any], extra: Any, ranks: Ranks
 ) -> dict[str, Any]:
     """By key; what every rank gives alike is written by one of them."""
+    reshard(model)
     names, logical = Names.read(model), Logical(model)
     first = ranks.rank == 0
     state: dict[str, Any] = {
@@ -174,6 +176,7 @@ def load(
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.load()") as agreement:
         reader = Reader(path, cast=cast)
+        reshard(model)
         incoming = Incoming(reader, model, optimizer, _as_list(schedulers), cast, ranks)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}", f"manifest {reader.digest}"])

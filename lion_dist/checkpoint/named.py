@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _get_fqns
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.optim import Optimizer
 
 from ..lion import Lion
@@ -41,7 +39,6 @@ class Names:
 
     @staticmethod
     def read(model: nn.Module) -> Names:
-        reshard(model)
         all_names: dict[int, list[str]] = {}
         for wrapped, p in model.named_parameters(remove_duplicate=False):
             all_names.setdefault(id(p), []).extend(_get_fqns(model, wrapped))
@@ -50,28 +47,13 @@ class Names:
         return Names(of, aliases)
 
 
-def reshard(model: nn.Module) -> None:
-    """Drops the whole parameters that FSDP keeps after a forward which no backward followed, so that the parts count.
-
-    FSDP2 shows them in place of its DTensors. FSDP1 shows the parts, but would take the next forward's, and a state
-    dict's, values from what it has kept: not from what a load has written into the parts.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-        elif isinstance(module, FSDP1):
-            handle = module._handle
-            if handle is not None and module._is_root is not None:  # None: there has been no forward
-                handle.reshard(free_unsharded_flat_param=handle.uses_sharded_strategy)
-                handle.post_reshard()
-                handle._prefetched = False
-
-
 def flat_slices(model: nn.Module) -> dict[int, tuple[torch.Size, int]]:
     """Of every parameter that FSDP1 has flattened, by its ``id``: the whole shape, and the number of the first
     element that this rank has of it, of those in row-major order."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
     found: dict[int, tuple[torch.Size, int]] = {}
-    for module in FSDP1.fsdp_modules(model):
+    for module in FSDP.fsdp_modules(model):
         handle = module._handle
         if handle is None:
             continue

@@ -110,8 +110,9 @@ def momentum_rule(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
     g32 = g.float() * s.grad_scale
     c = s.beta1 * m32 + s.one_minus_beta1 * g32
     m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
-    # torch.sign maps NaN to 0, which would freeze a weight silently.
-    sign = torch.where(c != c, c, torch.sign(c))
+    # What is neither above nor below 0 is a zero, which loses its sign, or NaN, which stays: torch.sign would make it
+    # 0, and freeze a weight silently.
+    sign = torch.where(c > 0, 1.0, torch.where(c < 0, -1.0, c.abs()))
     return sign, _stored(m32, (m32 != m32) | (c != c), m.dtype)
 
 

@@ -82,7 +82,7 @@ def passes_deepspeeds_test(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 def test_ten_steps_on_random_gradients(dtype: torch.dtype) -> None:
-    for size in SIZES:
+    for size in SIZES if dtype == torch.float32 else SIZES[:-1]:  # the last is compiled, for each mix of dtypes anew
         expected = by_the_rule(size, dtype)
         assert_same_bits(trained(ours, size, dtype), expected, f"{size}")
         for other in (ours, Idle, upside_down):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lion_dist
+from lion_dist.deepspeed import arguments
 from tests.harness import run_ranks
 
 from .common import make_config, start_deepspeed
@@ -38,6 +39,17 @@ def body_hugging_face(rank: int, world_size: int, out: Path) -> list[str]:
         lines.append(hf_trainer.train(hf_trainer.parse(argv)))
         AcceleratorState._reset_state(reset_partial_state=True)
 
+    # What the Trainer makes of "auto": Adam's own, where its arguments say nothing else.
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    auto = make_config(2, optimizer={"params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")})
+    filled = HfTrainerDeepSpeedConfig(auto)
+    filled.trainer_config_process(TrainingArguments(str(out), use_cpu=True, learning_rate=0.02, weight_decay=0.3))
+    params = filled.config["optimizer"]["params"]
+    with pytest.warns(UserWarning, match="are Adam's"), pytest.warns(UserWarning, match="meaning for Lion: eps"):
+        assert arguments(params) == {"lr": 0.02, "betas": [0.9, 0.999], "weight_decay": 0.3}
+
     # What accelerate makes of a config: "auto" filled in from what it is given.
     params = {"lr": "auto", "betas": [0.95, 0.98], "weight_decay": "auto"}
     config = make_config(2, optimizer={"type": "Lion", "params": params})
@@ -58,7 +70,7 @@ def body_hugging_face(rank: int, world_size: int, out: Path) -> list[str]:
 
 
 def test_the_trainer_and_accelerate_build_our_lion(tmp_path: Path) -> None:
-    """examples/hf_trainer.py at stages 2 and 3, and Accelerator.prepare."""
+    """examples/hf_trainer.py at stages 2 and 3, and Accelerator.prepare; and what both fill in for "auto"."""
     for lines in run_ranks(body_hugging_face, 2, tmp_path, (tmp_path / "out",)):
         for line in lines:
             found = re.fullmatch(r"optimizer=DeepSpeedLion first_loss=(\S+) last_loss=(\S+)", line)

@@ -17,7 +17,7 @@ from lion_dist import Lion
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
 
-from .common import DTYPES, Model, PlainLion, averaged, engine_of, make_config, start_deepspeed, weights
+from .common import DTYPES, Model, PlainLion, averaged, engine_of, make_config, micro_steps, start_deepspeed, weights
 
 pytest.importorskip("deepspeed")
 
@@ -38,11 +38,18 @@ class Case:
     steps: int = STEPS
     overflow: int = -1  # the step whose loss is infinite on one rank, so that all leave it out
     away: int = -1  # the step before which states are offloaded and brought back
+    alone: bool = False  # whether a group has one element, so that a rank has nothing of it, and another none
 
     @property
     def keeps_gradients(self) -> bool:
         """Of parameters that a step does not use; see `averaged`."""
         return self.offload or self.stage == 3
+
+    def groups(self, model: Model) -> list[dict[str, Any]]:
+        if not self.alone:
+            return model.groups()
+        rest = [p for name, p in model.named_parameters() if name != "one"]
+        return [{"params": rest, "weight_decay": 0.3}, {"params": [model.one], "lr": 3e-3, "weight_decay": 0.3}]
 
     def config(self) -> dict[str, Any]:
         return make_config(
@@ -61,10 +68,11 @@ def check_training(deepspeed: Any, rank: int, world_size: int, case: Case) -> No
     model, last = Model(rank, world_size, steady=steady), {} if case.keeps_gradients else None
     config = case.config()
     defaults = {**DEFAULTS, "weight_decay": config["optimizer"]["params"].get("weight_decay", 0.0)}
-    plain = PlainLion(model, DTYPES[case.dtype], defaults)
-    lion = Lion(model.groups(), **defaults) if case.dtype == "fp32" and not case.max_norm else None
+    plain = PlainLion(model, DTYPES[case.dtype], defaults, case.groups(model))
+    lion = Lion(case.groups(model), **defaults) if case.dtype == "fp32" and not case.max_norm else None
     trained = Model(rank, world_size, steady=steady, infinite=case.overflow)
-    with engine_of(deepspeed, trained, config, trained.groups()) as engine:
+    empty = [{"params": []}] if case.alone else []  # DeepSpeed leaves it out
+    with engine_of(deepspeed, trained, config, [*case.groups(trained), *empty]) as engine:
         assert type(engine.basic_optimizer) is lion_dist.deepspeed.DeepSpeedLion, case
         for step in range(case.steps):
             micro = range(step * case.accumulation, (step + 1) * case.accumulation)
@@ -107,6 +115,33 @@ def clipped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
     return {name: g * factor.float() for name, g in gradients.items()}
 
 
+def check_bf16_masters(deepspeed: Any, rank: int, world_size: int, stage: int) -> None:
+    """No float32 anywhere: the rule on bfloat16 weights, gradients and momentum. (With float32 states beside bfloat16
+    master weights DeepSpeed 0.19.8 takes no optimizer but its DeepSpeedCPUAdam.)"""
+    no_masters = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    config = make_config(stage, "bf16", bf16=no_masters)
+    model, trained = Model(rank, world_size, steady=True).bfloat16(), Model(rank, world_size, steady=True)
+    lion = Lion(model.groups(), **DEFAULTS)
+    with engine_of(deepspeed, trained, config, trained.groups()) as engine:
+        for step in range(10):
+            micro_steps(engine, step, 1)
+            for name, g in averaged(model, range(step, step + 1)).items():
+                p = model.get_parameter(name)
+                p.grad = g.to(p.dtype) if p.requires_grad else None
+            lion.step()
+        assert {m["exp_avg"].dtype for m in engine.basic_optimizer.state.values()} == {torch.bfloat16}
+        got = weights(deepspeed, engine)
+    for name, p in model.named_parameters():
+        assert_same_bits(got[name], p.detach(), f"bf16 masters, stage {stage}: {name}")
+
+
+def body_half_precision(rank: int, world_size: int, cases: list[Case]) -> None:
+    body_cases(rank, world_size, cases)
+    deepspeed = start_deepspeed(rank, world_size)
+    for stage in (1, 2, 3):
+        check_bf16_masters(deepspeed, rank, world_size, stage)
+
+
 def body_cases(rank: int, world_size: int, cases: list[Case]) -> int:
     deepspeed = start_deepspeed(rank, world_size)
     lion_dist.deepspeed.register()
@@ -134,6 +169,7 @@ def variants() -> Iterator[Case]:
         yield Case(stage, accumulation=2)
         yield Case(stage, "bf16", accumulation=2)
         yield Case(stage, max_norm=1.0)
+        yield Case(stage, alone=True)
     for stage in (1, 2, 3):
         yield Case(stage, offload=True, accumulation=2)
         # At stage 1 that is another wrapper, BF16_Optimizer.
@@ -170,5 +206,5 @@ def half_precision() -> Iterator[Case]:
         yield Case(stage, "bf16", away=5)  # DeepSpeed's stage 3 does this for its FusedAdam alone
 
 
-def test_fp16_loss_scales_overflows_and_offloaded_states(tmp_path: Path) -> None:
-    run_ranks(body_cases, 2, tmp_path, ([replace(case, steps=10) for case in half_precision()],))
+def test_half_precision_overflows_and_offloaded_states(tmp_path: Path) -> None:
+    run_ranks(body_half_precision, 2, tmp_path, ([replace(case, steps=10) for case in half_precision()],))

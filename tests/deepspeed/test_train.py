@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ pytest.importorskip("deepspeed")
 
 def argv(out: Path, *options: str) -> list[str]:
     small = {**TINY, "data": ROOT / "lion_dist", "steps": 12, "checkpoint-every": 4, "out": out}
-    return [*(f"--{name}={value}" for name, value in small.items()), "--strategy=deepspeed", *options]
+    strategy = [] if any(option.startswith("--strategy") for option in options) else ["--strategy=deepspeed"]
+    return [*(f"--{name}={value}" for name, value in small.items()), *strategy, *options]
 
 
 class Stopped(Exception):
@@ -81,6 +83,19 @@ def body_train(rank: int, world_size: int, folder: Path) -> None:
     assert whole.keys() == Shown.weights.keys()
     for name, weight in whole.items():
         assert_same_bits(Shown.weights[name], weight, name)
+
+    # What does not fit is refused on every rank, before anything is loaded.
+    with pytest.raises(ValueError, match=r"'ZeRO stage': 3, 'ranks': 2}, and this run has {'ZeRO stage': 1"):
+        run(folder / "stopped", *options("zero1"), "--resume")
+    assert LAST_LINE.fullmatch(run(folder / "plain", "--strategy=zero2", "--steps=4"))
+    with pytest.raises(ValueError, match="was not written by --strategy deepspeed"):
+        run(folder / "plain", *options("zero3"), "--steps=4", "--resume")
+    with pytest.raises(ValueError, match="was written by --strategy deepspeed, in a format of its own"):
+        run(folder / "stopped", "--strategy=zero2", "--resume")
+    if rank == 0:
+        shutil.rmtree(folder / "stopped/deepspeed/step-12")
+    with pytest.raises(ValueError, match="step-12 is gone"):
+        run(folder / "stopped", *options("zero3"), "--resume")
 
 
 def test_training_resumes_from_deepspeeds_own_files(tmp_path: Path) -> None:

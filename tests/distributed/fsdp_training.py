@@ -7,7 +7,9 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +223,37 @@ def check_growth(way: Way, place: Place) -> None:
     assert after == before, f"(tensors, bytes on the GPU) {before} before, {after} after"
 
 
+def compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def check_no_recompilation(way: Way, place: Place) -> None:
+    """Of the step that large CPU tensors take: one graph for all lengths, one for tensors of one element, and no more,
+    while the lr changes at every step and gradients come and go.
+
+    Whether to compile again is decided before the backend is called, so a cheap one does.
+    """
+    model, optimizer, twin = way.start(place, use_triton=False)
+    graphs = [compilations()]
+    for step in range(9):
+        for group in (*optimizer.param_groups, *twin.optimizer.param_groups):
+            group["lr"] = 1e-3 * (step + 1)
+        micro_steps = backward(way, model, step, place)
+        with (
+            patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
+            patch.object(dispatch, "COMPILE_FROM", 1),
+        ):
+            optimizer.step()
+        optimizer.zero_grad()
+        twin.step(micro_steps, place.size)  # in plain torch
+        graphs.append(compilations())
+    if place.device.type == "cpu":  # after the second step every unit that is ever used has been
+        assert graphs[0] < graphs[2] <= graphs[0] + 2, f"graphs compiled, by step: {graphs}"
+        assert graphs[2] == graphs[-1], f"graphs compiled, by step: {graphs}"
+        assert not dispatch._not_compiled
+    assert_same_as(twin, model, optimizer, "compiled")
+
+
 def check_own_gradients(model: nn.Module, optimizer: Lion, train_once: Callable[[int], object], steps: int = 4) -> None:
     """Every rank's parts are stepped as plain parameters with the same gradients would be."""
     groups = [[p for p in group["params"]] for group in optimizer.param_groups]
@@ -251,6 +284,13 @@ def check_compiled(shard: Callable[[nn.Sequential], nn.Module], place: Place) ->
     optimizer = Lion(model.parameters(), lr=1e-2)
     compiled: Any = torch.compile(model, backend="aot_eager")
     x = torch.randn(4, 6, device=place.device, generator=torch.Generator(place.device).manual_seed(place.rank))
-    check_own_gradients(model, optimizer, lambda step: compiled(x).square().mean().backward(), steps=3)
+    graphs = []
+
+    def train_once(step: int) -> None:
+        compiled(x).square().mean().backward()
+        graphs.append(compilations())
+
+    check_own_gradients(model, optimizer, train_once, steps=4)
+    assert graphs[1] == graphs[-1] > 0, f"graphs compiled, by step: {graphs}"
     state = get_optimizer_state_dict(compiled, optimizer, options=FULL)["state"]
     assert set(state) == {"0.weight", "0.bias", "2.weight", "2.bias"}

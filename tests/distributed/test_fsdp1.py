@@ -31,6 +31,7 @@ from tests.distributed.fsdp_training import (
     check_growth,
     check_loss_scale,
     check_moves,
+    check_no_recompilation,
     check_one_launch,
     check_way,
     from_meta,
@@ -134,6 +135,7 @@ def body_life(rank: int, world_size: int) -> None:
     check_loss_scale(FSDP1(way(), (F16,)), place, ShardedGradScaler(device=place.device.type, init_scale=2.0**8))
     check_one_launch(FSDP1(way()), place)
     check_growth(FSDP1(way()), place)
+    check_no_recompilation(FSDP1(way()), place)
     check_compiled(wrap, place)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 from lion_dist import Lion, ShardedLion
@@ -28,6 +29,7 @@ from tests.distributed.fsdp_training import (
     check_growth,
     check_loss_scale,
     check_moves,
+    check_no_recompilation,
     check_one_launch,
     check_way,
     from_meta,
@@ -120,6 +122,11 @@ def test_every_way_to_shard(world_size: int, tmp_path: Path) -> None:
     run_ranks(body_ways, world_size, tmp_path)
 
 
+def cloned_data(model: nn.Module, plain: FsdpToy) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
 def moved(model: nn.Module, plain: FsdpToy) -> None:
     model._apply(torch.clone)  # as .to() does
 
@@ -136,13 +143,15 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 def body_life(rank: int, world_size: int) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    check_moves(Way(way(), toy=UNTIED), place, [moved, edited_whole])
+    check_moves(Way(way(), toy=UNTIED), place, [cloned_data, moved, edited_whole])
     check_clipping(Way(way()), place, clip)
     in_half = MixedPrecisionPolicy(param_dtype=F16, reduce_dtype=F32)
     check_loss_scale(Way(way(mp_policy=in_half)), place, torch.amp.GradScaler(place.device.type, init_scale=2.0**8))
+    check_loss_scale(Way(way(mp_policy=in_half)), place, ShardedGradScaler(place.device.type, init_scale=2.0**8))
     check_one_launch(Way(way()), place)
     check_one_launch(Way(some_plain), place)
     check_growth(Way(way()), place)
+    check_no_recompilation(Way(way()), place)
     check_compiled(shard, place)
 
 

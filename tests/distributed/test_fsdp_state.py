@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from lion_dist import Lion
+from lion_dist import Lion, checkpoint
 from tests.bits import assert_same_bits
 from tests.distributed import test_fsdp1, test_fsdp2
-from tests.distributed.fsdp_toy import FsdpToy, assert_same_as
+from tests.distributed.fsdp_toy import FsdpToy, Twin, assert_same_as
 from tests.distributed.fsdp_training import FULL, Place, Way, local, make_lion, train
 from tests.harness import device_of, run_ranks
 
@@ -170,6 +170,31 @@ def body_doors(rank: int, world_size: int) -> None:
     assert len(buffers[0]) == len(buffers[1])  # adopted into flat buffers again
     train(way, place, range(3, 5), model, other, twin)
     assert_same_as(twin, model, other, "FSDP.optim_state_dict_to_load")
+
+
+def body_evaluated(rank: int, world_size: int, folder: Path) -> None:
+    place = Place(rank, world_size, device_of(rank, world_size))
+    grad_op = test_fsdp1.way(test_fsdp1.S.SHARD_GRAD_OP)
+    found = {**ways(place), "fsdp1, SHARD_GRAD_OP": Way(grad_op, toy=UNTIED, zeros=True)}
+    for name, way in found.items():
+        model, optimizer, twin = way.start(place)
+
+        def evaluated(model: nn.Module = model) -> torch.Tensor:
+            with torch.no_grad():
+                return cast(torch.Tensor, model(1, rank, world_size))
+
+        train(way, place, range(2), model, optimizer, twin)
+        expected = evaluated()
+        checkpoint.save(folder / name, model, optimizer)
+        train(way, place, range(2, 3), model, optimizer, Twin(twin.model, way.make, way.zeros))
+        assert not torch.equal(evaluated(), expected), name
+        checkpoint.load(folder / name, model, optimizer)
+        assert_same_bits(evaluated(), expected, name)
+
+
+def test_checkpoints_of_a_model_that_has_just_been_evaluated(tmp_path: Path) -> None:
+    """A forward without a backward leaves whole parameters behind: they are neither saved nor computed with later."""
+    run_ranks(body_evaluated, 2, tmp_path, (tmp_path,))
 
 
 def test_doors(tmp_path: Path) -> None:

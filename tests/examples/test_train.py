@@ -194,6 +194,25 @@ def test_killed_run_resumes(tmp_path: Path) -> None:
 
 
 @spawn_only
+def test_fsdp_trains_alike_and_resumes_across_strategies(tmp_path: Path) -> None:
+    """A run under FSDP ends as one under DDP; and so does one that goes on, from a step before its end, under another
+    strategy than wrote its checkpoint."""
+    expected = run_well(2, tmp_path / "ddp", "--strategy", "ddp")[0]
+    written = {"ddp": tmp_path / "ddp"}
+    for strategy in ("fsdp1", "fsdp2"):
+        written[strategy] = tmp_path / strategy
+        assert run_well(2, written[strategy], "--strategy", strategy)[0] == pytest.approx(expected, abs=2e-3), strategy
+    for writer, reader in (("ddp", "fsdp1"), ("fsdp1", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "zero2")):
+        out = written[reader] = tmp_path / f"{writer}-{reader}"
+        shutil.copytree(written[writer], out)
+        shutil.rmtree(checkpoint.latest(out))
+        assert step_of(out) == 18
+        resumed = run_well(2, out, "--resume", "--strategy", reader)[0]
+        assert resumed == pytest.approx(expected, abs=2e-3), f"{writer}, then {reader}"
+        assert step_of(out) == 24
+
+
+@spawn_only
 @on_proc
 def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
     """SIGTERM to one rank: all save in one step and end well; then one is killed, and torchrun's restart goes on."""
@@ -224,24 +243,33 @@ def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
 
 
 @spawn_only
-def test_bad_options_say_what_to_do(tmp_path: Path) -> None:
+def test_bad_options_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(ROOT)
+    from train import main
+
+    out = tmp_path / "out"
+
+    def refused(*options: str) -> str:
+        given = [f"--{name}={value}" for name, value in TINY.items()]
+        with pytest.raises(SystemExit) as error:
+            main([*given, "--out", str(out), "--strategy", "single", *options])
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
     for options, message in (
         (["--resume"], "nothing to resume"),
         (["--strategy", "zero9"], "--strategy must be one of"),
+        (["--param-sync", "sings"], "--param-sync must be one of"),
         (["--data", str(tmp_path / "absent")], "absent"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--beta2", "1"], "--beta2 must be less than 1"),
     ):
-        done = run(0, tmp_path / "out", "--strategy", "single", *options)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not checkpoint.checkpoints(tmp_path / "out")
-    run_well(0, tmp_path / "out", "--strategy", "single", "--steps", "1")
-    again = run(0, tmp_path / "out", "--strategy", "single", "--steps", "1")
-    assert again.returncode == 2
-    assert "has checkpoints of an earlier run" in again.stderr
-    other = run(0, tmp_path / "out", "--strategy", "single", "--steps", "2", "--resume")
-    assert other.returncode == 2
-    assert "steps is 1 in the checkpoint, 2 now" in other.stderr
+        assert message in refused(*options)
+        assert not checkpoint.checkpoints(out)
+    run_well(0, out, "--strategy", "single", "--steps", "1")
+    assert "has checkpoints of an earlier run" in refused("--steps", "1")
+    assert "steps is 1 in the checkpoint, 2 now" in refused("--steps", "2", "--resume")

@@ -1,0 +1,68 @@
+"""What a step over FSDP asks of the host and the device: one launch, no waiting, whether gradients move or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.measure import device_activity
+from benchmarks.step_alone import TwoSets, local_parts, measure_alone, params_of
+from tests.distributed import test_fsdp1, test_fsdp2
+from tests.distributed.fsdp_toy import assert_same_as
+from tests.distributed.fsdp_training import Place, Way, backward
+from tests.harness import device_of, run_ranks
+
+from .common import needs_gpu, no_host_synchronisation
+
+pytestmark = needs_gpu
+
+WAYS = {
+    "fsdp1": Way(test_fsdp1.way(), zeros=True),
+    "fsdp2": Way(test_fsdp2.way()),
+    "fsdp2, replaced gradients": Way(test_fsdp2.way(), replaces_gradients=True),
+}
+
+
+def body_no_waiting(rank: int, world_size: int) -> None:
+    """From the third step on: by then all units have been used, and kernels compiled and loaded."""
+    place = Place(rank, world_size, device_of(rank, world_size))
+    for name, way in WAYS.items():
+        model, optimizer, twin = way.start(place)
+        for step in range(8):
+            micro_steps = backward(way, model, step, place)
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            twin.optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            if step < 2:
+                optimizer.step()
+            else:
+                with no_host_synchronisation():
+                    optimizer.step()
+            optimizer.zero_grad()
+            twin.step(micro_steps, place.size)
+        assert_same_as(twin, model, optimizer, name)
+
+
+def test_step_never_waits_for_the_device(tmp_path: Path) -> None:
+    run_ranks(body_no_waiting, 2, tmp_path)
+
+
+def body_one_launch(rank: int, world_size: int) -> None:
+    place = Place(rank, world_size, device_of(rank, world_size))
+    for name, way in WAYS.items():
+        model, optimizer, _ = way.start(place)
+        for step in range(6):
+            backward(way, model, step, place)
+            kernels, _ = device_activity(optimizer.step)
+            optimizer.zero_grad()
+            # The first compiles, and a first session of the profiler may miss what it is still loading for.
+            assert step < 2 or (len(kernels) == 1 and "_lion_kernel" in kernels[0]), f"{name}, step {step}: {kernels}"
+        params = params_of(optimizer)
+        gradients = TwoSets(params, lambda number: model(number, rank, world_size).backward())  # noqa: B023
+        alone = measure_alone(optimizer, gradients, repeats=3)
+        assert alone.kernels == {"kept": 1, "moved": 1}, name
+        assert alone.elements == sum(p.numel() for p in local_parts(params)), name
+        assert min(*alone.ms.values(), *alone.host_us.values(), alone.floor_ms) > 0, name
+
+
+def test_one_launch_a_step(tmp_path: Path) -> None:
+    """Whatever the groups; and the benchmark of a step by itself finds the same."""
+    run_ranks(body_one_launch, 2, tmp_path)
