@@ -30,10 +30,8 @@ from tests.distributed.toy import hash_of
 from tests.harness import device_of
 
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
-OVER_TWO_DIMENSIONS = (
-    "hsdp",
-    "tp",
-)  # FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks
+# FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks.
+OVER_TWO_DIMENSIONS = ("hsdp", "tp")
 FIRST, MORE = 3, 5  # steps before a checkpoint, and after it
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
