@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,6 +30,8 @@ from tests.distributed.toy import hash_of
 from tests.harness import device_of
 
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
+# FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks.
+OVER_TWO_DIMENSIONS = ("hsdp", "tp")
 FIRST, MORE = 3, 5  # steps before a checkpoint, and after it
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -53,6 +56,9 @@ class Unit(nn.Module):
         for name, p in self.named_parameters(recurse=False):
             if name not in ("frozen", "tied"):
                 c = part(prefix + name, p, step, rank, world_size).to(p.device, p.dtype)
+                if isinstance(p, DTensor):  # of tensor parallelism: this rank's part of the sum
+                    c = distribute_tensor(c, p.device_mesh, p.placements, src_data_rank=None).to_local()
+                    p = p.to_local()
                 loss = loss + (p * c).float().sum()
         return loss
 
@@ -104,15 +110,30 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def tensor_parallel(model: CheckpointToy, mesh: DeviceMesh) -> None:
+    """Two parameters by rows and columns, the rest of the units replicated; the root's are left plain."""
+    placements = {"low.weight": Shard(2), "block.weight": Shard(0)}
+
+    def cut(prefix: str, unit: nn.Module) -> None:
+        for name, p in list(unit.named_parameters()):
+            placement = placements.get(f"{prefix}.{name}", Replicate())
+            unit.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
+
+    for unit in ("low", "block"):
+        distribute_module(getattr(model, unit), mesh, lambda _, module, __, unit=unit: cut(unit, module))
+
+
 class Run:
     """A model under a strategy, its optimizer and scheduler."""
 
     def __init__(self, strategy: str, seed: int, ranks: dist.ProcessGroup | None) -> None:
         self.strategy, self.ranks = strategy, ranks
+        # Which part of the batch this rank has, of how many.
+        self.place = (0, 1) if ranks is None else (dist.get_rank(ranks), dist.get_world_size(ranks))
         device = device_of(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else torch.device("cpu")
         self.model = model = CheckpointToy(seed).to(device)
         self.wrapped: nn.Module = model
-        size = 1 if ranks is None else dist.get_world_size(ranks)
+        size = self.place[1]
         kwargs: dict[str, Any] = {"lr": 0.01}
         if strategy in ("ddp", "stage1"):
             self.wrapped = DistributedDataParallel(model, process_group=ranks)
@@ -121,8 +142,14 @@ class Run:
             for name in ("low", "block"):
                 setattr(model, name, FSDP(getattr(model, name), **of_fsdp1))
             self.wrapped = FSDP(model, **of_fsdp1)
-        elif strategy == "fsdp2":
+        elif strategy in ("fsdp2", *OVER_TWO_DIMENSIONS):
             mesh = init_device_mesh(device.type, (size,))
+            if strategy == "hsdp":
+                mesh = init_device_mesh(device.type, (2, size // 2), mesh_dim_names=("replicate", "shard"))
+            elif strategy == "tp":
+                both = init_device_mesh(device.type, (size // 2, 2), mesh_dim_names=("dp", "tp"))
+                tensor_parallel(model, both["tp"])
+                mesh, self.place = both["dp"], (both.get_local_rank("dp"), size // 2)
             for unit in (model.low, model.block, model):
                 fully_shard(unit, mesh=mesh)
         if strategy in ("stage1", "stage2", "signs"):
@@ -134,17 +161,22 @@ class Run:
         self.scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 7))
 
     def train(self, steps: Sequence[int]) -> Run:
-        rank, size = (0, 1) if self.ranks is None else (dist.get_rank(self.ranks), dist.get_world_size(self.ranks))
         for step in steps:
-            self.wrapped(step, rank, size).backward()
+            self.wrapped(step, *self.place).backward()
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         return self
 
+    @torch.no_grad()
+    def evaluate(self) -> Run:
+        """A forward that no backward follows, after which FSDP2 leaves parameters whole."""
+        self.wrapped(0, *self.place)
+        return self
+
     def whole(self) -> dict[str, Tensor]:
         """Weights, buffers and momenta by name ("w" and "m"), whole, through torch's own doors; a collective call."""
-        if self.strategy in ("fsdp1", "fsdp2"):
+        if self.strategy in ("fsdp1", "fsdp2", *OVER_TWO_DIMENSIONS):
             options = StateDictOptions(full_state_dict=True)
             weights = get_model_state_dict(self.wrapped, options=options)
             state = get_optimizer_state_dict(self.wrapped, self.optimizer, options=options)["state"]

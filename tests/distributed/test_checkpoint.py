@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lion_dist import checkpoint
-from tests.distributed.checkpoint_toy import FIRST, MORE, STRATEGIES, Run, assert_same
+from tests.distributed.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, STRATEGIES, Run, assert_same
 from tests.harness import run_ranks
 
 SEED = 3
@@ -39,6 +39,7 @@ def body_matrix(rank: int, world_size: int, folder: Path, saves: tuple[str, ...]
     for strategy in saves:
         if strategy != "single" or rank == 0:
             run = Run(strategy, SEED, alone if strategy == "single" else dist.group.WORLD).train(range(FIRST))
+            run.evaluate()
             torch.manual_seed(rank)
             checkpoint.save(
                 folder / f"{strategy}{world_size}", run.wrapped, run.optimizer, schedulers=run.scheduler,
@@ -52,6 +53,7 @@ def body_matrix(rank: int, world_size: int, folder: Path, saves: tuple[str, ...]
             run.train(range(20, 22))  # what is there must be replaced
             for path in sorted(folder.iterdir()):
                 what = f"{path.name} -> {strategy}{world_size}"
+                run.evaluate()
                 extra = checkpoint.load(
                     path, run.wrapped, run.optimizer, schedulers=run.scheduler, process_group=run.ranks
                 )
@@ -74,8 +76,8 @@ def test_all_pairs_on_two_ranks(tmp_path: Path) -> None:
 
 
 # Sizes and strategies such that each of either is saved and loaded, and most sizes meet. By world size.
-SAVES = {1: ("signs", "fsdp1"), 2: ("single", "ddp"), 3: ("stage1", "fsdp2"), 4: ("stage2", "fsdp1")}
-LOADS = {1: ("stage2",), 2: ("stage1", "fsdp2"), 3: ("signs", "fsdp1"), 4: ("fsdp2", "ddp")}
+SAVES = {1: ("signs", "fsdp1"), 2: ("single", "ddp"), 3: ("stage1", "fsdp2"), 4: ("stage2", "hsdp", "tp")}
+LOADS = {1: ("stage2",), 2: ("stage1", "fsdp2"), 3: ("signs", "fsdp1"), 4: ("ddp", "hsdp", "tp")}
 
 
 def over_world_sizes(
@@ -100,9 +102,10 @@ def test_pairs_over_world_sizes(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_all_pairs_over_world_sizes(tmp_path: Path) -> None:
-    """25 ways to save and to load, so 625 pairs."""
-    every = {1: STRATEGIES, 2: STRATEGIES[1:], 3: STRATEGIES[1:], 4: STRATEGIES[1:]}
-    assert len(over_world_sizes(every, every, tmp_path, deadline=1800)) == 25**2
+    """29 ways to save and to load, so 841 pairs."""
+    evenly = (*STRATEGIES[1:], *OVER_TWO_DIMENSIONS)
+    every = {1: STRATEGIES, 2: evenly, 3: STRATEGIES[1:], 4: evenly}
+    assert len(over_world_sizes(every, every, tmp_path, deadline=1800)) == 29**2
 
 
 # torch's own doors ----------------------------------------------------------------------------------

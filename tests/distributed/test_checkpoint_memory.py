@@ -1,0 +1,55 @@
+"""The host memory that a save takes, measured on four ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lion_dist import ShardedLion, checkpoint
+from tests.harness import device_of, run_ranks, spawn_only
+
+SHARD_BYTES = 128 << 20  # a rank's; four parameters, half of it weights and half of it momentum
+
+
+def peak() -> int:
+    """Bytes that this process has had resident at most since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def body_memory(rank: int, world_size: int, folder: Path) -> tuple[float, float]:
+    """What save and async_save take at their peak, as parts of this rank's shard: what it writes, of the weights and of
+    the momentum. The shard itself is there before, so it counts as one."""
+    device = device_of(rank, world_size)
+    model = nn.ParameterList(torch.ones(SHARD_BYTES // 8 // 4 * world_size, device=device) for _ in range(4))
+    optimizer = ShardedLion(model.parameters())
+    small = nn.Linear(8, 8).to(device)
+    checkpoint.async_save(folder / "warm", small, ShardedLion(small.parameters())).result()  # imports, threads, groups
+    before = reset_peak()
+    checkpoint.save(folder / "c", model, optimizer)
+    saved = peak() - before
+    before = reset_peak()
+    checkpoint.async_save(folder / "d", model, optimizer).result()
+    beside = peak() - before
+    written = (folder / "c" / f"data-{rank:05}.bin").stat().st_size
+    assert abs(written - SHARD_BYTES) < 0.01 * SHARD_BYTES, f"the shard is of {written} bytes"
+    return 1 + saved / SHARD_BYTES, 1 + beside / SHARD_BYTES
+
+
+@spawn_only
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of resident memory")
+def test_host_memory(tmp_path: Path) -> None:
+    results = run_ranks(body_memory, 4, tmp_path, (tmp_path,), on_cpu=True)
+    for rank, (save, beside) in enumerate(results):
+        print(f"rank {rank}: save takes {save:.2f} times the shard, async_save {beside:.2f} times")
+    # The threads' blocks, and for async_save a copy of the shard.
+    assert max(save for save, _ in results) <= 1.3
+    assert max(beside for _, beside in results) <= 2.3
