@@ -7,16 +7,21 @@ State is held by name and in the parameters' own shapes: `Lion` on one device, u
 `ShardedLion` on any number of ranks read what any of them wrote. No file is ever unpickled. What is behind it, in the
 order in which it is used:
 
-    named.py     model and optimizer as tensors by name       manifest.py  what a checkpoint says it holds
-    saving.py    plan, stage, write                           storage.py   Writer and Reader, for torch's own doors too
-    blocks.py    bytes                                        folders.py   the rename, the last K, the sweep
+    named.py      model and optimizer as tensors by name
+    saving.py     plan, stage, write
+    manifest.py   what a checkpoint says it holds
+    writer.py     Writer, and
+    reader.py     Reader, for torch's own doors too
+    blocks.py     bytes
+    folders.py    the rename, the last K, the sweep
 
 ``python -m lion_dist.checkpoint PATH`` lists and verifies a checkpoint.
 """
 
 from .api import async_save, load, read_extra, save
 from .folders import checkpoints, latest
+from .reader import Reader
 from .saving import PendingSave
-from .storage import Reader, Writer
+from .writer import Writer
 
 __all__ = ["PendingSave", "Reader", "Writer", "async_save", "checkpoints", "latest", "load", "read_extra", "save"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .folders import latest
 from .manifest import NAME, Manifest
-from .storage import Reader
+from .reader import Reader
 
 
 def describe(manifest: Manifest) -> str:

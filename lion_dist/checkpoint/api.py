@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 from ..fsdp import reshard
 from ..sharded_lion import ShardedLion
+from .folders import Key
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
 from .manifest import Manifest
 from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
 from .plain import from_plain
 from .ranks import Ranks, as_error
+from .reader import Reader
 from .saving import PendingSave, Saving
-from .storage import Key, Reader
 
 _running: PendingSave | None = None
 

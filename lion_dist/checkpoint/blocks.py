@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.futures import Future
 
 from ..sharding.boxes import Box, cut
 
@@ -32,6 +33,19 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def synchronize(tensors: list[Tensor]) -> None:
+    """Waits for the devices, so that other threads may read and write these tensors, or have."""
+    for device in {t.device for t in tensors if t.is_cuda}:
+        torch.cuda.synchronize(device)
+
+
+def finished(value: T) -> Future[T]:
+    """Of work that is done when it is asked for."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
 class Buffers:

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
+from .folders import Key
 from .foreign import TorchReader
 from .named import EXP_AVG, MODEL, MOMENTUM, Logical, Names, model_tensors, momenta
 from .ranks import Ranks, as_error
-from .storage import Key
 
 StateDict = dict[str, Any]
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from .manifest import NAME
 
+Key = str | os.PathLike[str]  # a folder, as callers name it
+
 logger = logging.getLogger("lion_dist")
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.unfinished")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ..sharding.boxes import Box, check_cover
-from .storage import Key
+from .folders import Key
 
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": {

@@ -14,7 +14,7 @@ from ..param_groups import check_group
 from .named import EXP_AVG, GROUPS, MODEL, MOMENTUM, Logical, Names, model_tensors, momenta, state_to_load
 from .plain import DTYPES, from_plain
 from .ranks import Ranks
-from .storage import Reader
+from .reader import Reader
 
 SCHEDULER, EXTRA, RANKS, RNG = "scheduler.", "extra", "ranks", "rng."
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from .ranks import Ranks, as_error
-from .storage import Writer
+from .writer import Writer
 
 
 class _Planner(DefaultSavePlanner):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, Writer, blocks, folders, storage
+from lion_dist.checkpoint import Reader, Writer, blocks, folders, writer
 from lion_dist.checkpoint.__main__ import main
 from lion_dist.checkpoint.plain import from_plain, to_plain
 from tests.bits import assert_same_bits
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 64)
 
 
 # Values that are no tensors -------------------------------------------------------------------------
