@@ -273,9 +273,18 @@ def check_own_gradients(model: nn.Module, optimizer: Lion, train_once: Callable[
             assert_same_bits(local(optimizer.state[p]["exp_avg"]), plain.state[q]["exp_avg"], f"momentum {i}")
 
 
+class Chain(nn.Sequential):
+    """With a forward that is not torch's own, which some versions of torch do not compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
+
+
 def mlp(device: torch.device) -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 3)).to(device)
+    return Chain(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 3)).to(device)
 
 
 def check_compiled(shard: Callable[[nn.Sequential], nn.Module], place: Place) -> None:
