@@ -18,10 +18,22 @@ order in which it is used:
 ``python -m lion_dist.checkpoint PATH`` lists and verifies a checkpoint.
 """
 
+from . import convert
 from .api import async_save, load, read_extra, save
 from .folders import checkpoints, latest
 from .reader import Reader
 from .saving import PendingSave
 from .writer import Writer
 
-__all__ = ["PendingSave", "Reader", "Writer", "async_save", "checkpoints", "latest", "load", "read_extra", "save"]
+__all__ = [
+    "PendingSave",
+    "Reader",
+    "Writer",
+    "async_save",
+    "checkpoints",
+    "convert",
+    "latest",
+    "load",
+    "read_extra",
+    "save",
+]
