@@ -39,7 +39,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 _context = multiprocessing.get_context("forkserver")
 # Dynamo takes a second and a half to import, and every optimizer of torch does.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "lion_dist", "tests.harness"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "lion_dist", "lion_dist.checkpoint", "tests.harness"])
 
 
 _on_cpu = False  # of this rank; see run_ranks
@@ -115,20 +115,17 @@ def run_ranks(
         deadline *= 3  # ranks, and tests beside them, take turns on the GPUs
     folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
     folder.mkdir()
-    processes = [
-        _context.Process(target=_rank_main, args=(body, rank, world_size, folder, args, timeout, deadline, on_cpu))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    ranks = processes(
+        _rank_main, [(body, rank, world_size, folder, args, timeout, deadline, on_cpu) for rank in range(world_size)]
+    )
     end = time.monotonic() + deadline + 5
-    for process in processes:
+    for process in ranks:
         process.join(max(0.0, end - time.monotonic()))
-    for process in processes:
+    for process in ranks:
         process.kill()
         process.join()
     results, failures = [], []
-    for rank, process in enumerate(processes):
+    for rank, process in enumerate(ranks):
         file = folder / f"outcome{rank}"
         if file.exists():
             kind, value = pickle.loads(file.read_bytes())
@@ -141,6 +138,14 @@ def run_ranks(
     if failures:
         pytest.fail("\n".join([f"{body.__name__} on {world_size} ranks:", *failures]), pytrace=False)
     return results
+
+
+def processes(target: Callable[..., Any], args: list[tuple]) -> list[Any]:
+    """One, started from the fork server, for each tuple of arguments."""
+    started = [_context.Process(target=target, args=of_one) for of_one in args]
+    for process in started:
+        process.start()
+    return started
 
 
 def _run_under_torchrun(body: Callable[..., Any], world_size: int, args: tuple, timeout: timedelta) -> list[Any]:

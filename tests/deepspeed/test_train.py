@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lion_dist import checkpoint
 from tests.bits import assert_same_bits
-from tests.examples.test_train import LAST_LINE, ROOT, TINY
+from tests.examples.runs import LAST_LINE, ROOT, TINY
 from tests.harness import device_of, run_ranks
 
 from .common import start_deepspeed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_train import ROOT, environment
+from tests.examples.runs import ROOT, environment
 from tests.harness import spawn_only
 
 SIZES = {"data": "lion_dist", "steps": 5, "layers": 2, "width": 32, "seq-len": 32}

@@ -5,23 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lion_dist import checkpoint
-from tests.examples.test_train import (
-    LAST_LINE,
-    assert_same_checkpoint,
-    errors_of,
-    on_proc,
-    run_well,
-    start,
-    step_of,
-    workers,
-)
+from tests.examples.runs import LAST_LINE, await_checkpoint, errors_of, run_well, start, step_of, workers
+from tests.examples.test_train import assert_same_checkpoint, on_proc
 from tests.harness import spawn_only
 
 RUNS, KILLS, RANKS = 4, 5, 2  # 20 kills
@@ -33,6 +25,13 @@ def unfinished(out: Path) -> bool:
     return any(out.glob(".*"))
 
 
+def await_save(process: subprocess.Popen[str], out: Path) -> None:
+    end = time.monotonic() + 120
+    while not unfinished(out):
+        assert process.poll() is None, errors_of(out).read_text()
+        assert time.monotonic() < end
+
+
 def step_done(out: Path) -> int:
     return step_of(out) if checkpoint.checkpoints(out) else 0
 
@@ -42,18 +41,12 @@ def run_killed(out: Path, moments: random.Random) -> int:
     in_save = 0
     process = start(RANKS, out, *OPTIONS, torchrun=("--max_restarts", str(KILLS)))
 
-    def wait_until(is_so: Callable[[], bool]) -> None:
-        end = time.monotonic() + 120
-        while not is_so():
-            assert process.poll() is None, errors_of(out).read_text()
-            assert time.monotonic() < end
-
     try:
         for kill in range(KILLS):
             before = step_done(out)
-            wait_until(lambda before=before: step_done(out) > before)  # type: ignore[misc]
+            await_checkpoint(process, out, after=before)
             if kill % 2:
-                wait_until(lambda: unfinished(out))
+                await_save(process, out)
                 time.sleep(moments.uniform(0, 0.002))
             else:
                 time.sleep(moments.uniform(0, 0.1))

@@ -1,72 +1,35 @@
 """The main job as a user starts it: every strategy, a killed run resumed, and what it says to bad options.
 
 The data is the project's own sources and the model is tiny: these runs are about the machinery. Under
-torchrun they are skipped, since they start torchrun themselves.
+torchrun they are skipped, since they start processes themselves.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lion_dist import checkpoint
-from lion_dist.checkpoint import Reader
 from tests.bits import assert_same_bits
+from tests.examples.runs import (
+    LAST_LINE,
+    ROOT,
+    arguments,
+    await_checkpoint,
+    errors_of,
+    kill_after_checkpoint,
+    last,
+    run_well,
+    start,
+    step_of,
+    workers,
+)
 from tests.harness import spawn_only
-
-ROOT = Path(__file__).parents[2]
-TINY = {
-    "preset": "tiny", "device": "cpu", "data": "lion_dist", "steps": 24, "warmup": 4, "layers": 2, "width": 48,
-    "heads": 2, "seq-len": 32, "batch-size": 4, "accumulation": 2, "eval-every": 12, "eval-windows": 8,
-    "checkpoint-every": 6, "log-every": 3, "sample": 40,
-}  # fmt: skip
-LAST_LINE = re.compile(r"val_loss=(\S+) unigram=(\S+) bigram=(\S+) tokens_per_s=(\d+) peak_mib=(\d+)")
-
-
-def command(ranks: int, out: Path, *options: str) -> list[str]:
-    train = ["examples/train.py", *(f"--{name}={value}" for name, value in TINY.items()), "--out", str(out), *options]
-    if ranks == 0:  # without torchrun
-        return [sys.executable, *train]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [sys.executable, *torchrun, *train]
-
-
-def environment() -> dict[str, str]:
-    # A store of its own for every restart; see examples/train.py.
-    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own_store}
-
-
-def run(ranks: int, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ranks, out, *options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
-
-
-def run_well(ranks: int, out: Path, *options: str) -> tuple[float, ...]:
-    done = run(ranks, out, *options)
-    assert done.returncode == 0, done.stderr
-    found = LAST_LINE.fullmatch(done.stdout.splitlines()[-1])
-    assert found, done.stdout
-    assert "sample" in done.stdout
-    return tuple(float(x) for x in found.groups())
-
-
-def last(out: Path) -> Reader:
-    return Reader(checkpoint.latest(out))
-
-
-def step_of(out: Path) -> int:
-    return int(checkpoint.read_extra(checkpoint.latest(out))["step"])
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
@@ -105,67 +68,15 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     # FSDP: from the beginning, and then each strategy goes on from the last but one checkpoint of the one before it.
     out = tmp_path / "fsdp1"
     assert run_well(2, out, "--strategy", "fsdp1")[0] == pytest.approx(losses["ddp"], abs=2e-3)
-    for strategy, step, every in (("fsdp2", 18, 3), ("hsdp", 21, 2), ("zero2", 22, 6)):
+    for strategy, ranks, step, every in (
+        ("fsdp2", 2, 18, 3), ("hsdp", 2, 21, 2), ("zero2", 2, 22, 6), ("ddp", 3, 22, 6), ("single", 0, 22, 6),
+    ):  # fmt: skip
         shutil.rmtree(checkpoint.latest(out))
         assert step_of(out) == step
-        loss = run_well(2, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every))[0]
-        assert loss == pytest.approx(losses["ddp"], abs=2e-3), strategy
+        loss = run_well(ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every))[0]
+        if ranks == 2:  # else the data of a step is another
+            assert loss == pytest.approx(losses["ddp"], abs=2e-3), strategy
         assert step_of(out) == 24
-
-
-def start(ranks: int, out: Path, *options: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Its stderr goes to a file beside ``out``."""
-    given = command(ranks, out, *options)
-    at = given.index("--standalone")
-    with errors_of(out).open("w") as errors:
-        return subprocess.Popen(
-            [*given[:at], *torchrun, *given[at:]],
-            cwd=ROOT,
-            env=environment(),
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-
-
-def errors_of(out: Path) -> Path:
-    return out.with_suffix(".stderr")
-
-
-def await_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
-    end = time.monotonic() + 120
-    while not checkpoint.checkpoints(out):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, "no checkpoint after two minutes"
-        time.sleep(0.002)
-
-
-def kill_after_checkpoint(ranks: int, out: Path, *options: str) -> int:
-    """Starts a run and kills every process of it, with no warning, once there is a checkpoint; its step."""
-    process = start(ranks, out, *options)
-    try:
-        await_checkpoint(process, out)
-    finally:
-        kill_tree(process.pid)
-        process.wait()
-    return step_of(out)
-
-
-def workers(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    found = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in children.read_text().split()]
-    return found
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all that descend from it."""
-    os.kill(pid, signal.SIGSTOP)  # it starts nobody while its children are counted
-    for child in workers(pid):
-        kill_tree(child)
-    os.kill(pid, signal.SIGKILL)
 
 
 on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
@@ -188,49 +99,36 @@ def test_killed_run_resumes_on_gpus(tmp_path: Path) -> None:
 
 @spawn_only
 @on_proc
-def test_killed_run_resumes(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_well(2, whole)
-    assert kill_after_checkpoint(2, killed) < 24  # else there was nothing left to resume
-    for ranks, strategy in ((1, "single"), (3, "ddp")):
-        copy = tmp_path / strategy
-        shutil.copytree(killed, copy)
-        run_well(ranks if strategy != "single" else 0, copy, "--resume", "--strategy", strategy)
-        assert step_of(copy) == 24
-    run_well(2, killed, "--resume")
-    assert_same_checkpoint(killed, whole)
-    assert len(checkpoint.checkpoints(killed)) == 2  # the last two are kept, and nothing unfinished
-    assert not list(killed.glob(".*"))
-
-
-@spawn_only
-@on_proc
-def test_sigterm_saves_and_a_crash_restarts(tmp_path: Path) -> None:
-    """SIGTERM to one rank: all save in one step and end well; then one is killed, and torchrun's restart goes on."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run_well(2, whole, "--steps", "100")
-    process = start(2, stopped, "--steps", "100")
+def test_a_run_that_is_killed_stopped_and_crashes_ends_as_any_other(tmp_path: Path) -> None:
+    """Under torchrun: all of it is killed; resumed, one rank gets SIGTERM, all save in one step and end well; resumed
+    again, one rank is killed, and torchrun's restart goes on. The weights are those of a run that nobody disturbed."""
+    whole, out, steps = tmp_path / "whole", tmp_path / "out", ("--steps", "100")
+    run_well(2, whole, *steps)
+    killed_at = kill_after_checkpoint(2, out, *steps)
+    assert killed_at < 100  # else there was nothing left to resume
+    process = start(2, out, "--resume", *steps)
     try:
-        await_checkpoint(process, stopped)
+        await_checkpoint(process, out, after=killed_at)
         os.kill(workers(process.pid)[1], signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0
     assert "stopped by SIGTERM after step" in said
-    assert step_of(stopped) < 100
-    before = step_of(stopped)
-    process = start(2, stopped, "--steps", "100", "--resume", torchrun=("--max_restarts", "2"))
+    stopped_at = step_of(out)
+    assert killed_at < stopped_at < 100
+    process = start(2, out, "--resume", *steps, torchrun=("--max_restarts", "2"))
     try:
-        while step_of(stopped) == before:
-            assert process.poll() is None
+        await_checkpoint(process, out, after=stopped_at)
         os.kill(workers(process.pid)[0], signal.SIGKILL)
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, errors_of(stopped).read_text()
+    assert process.returncode == 0, errors_of(out).read_text()
     assert LAST_LINE.fullmatch(said.splitlines()[-1])
-    assert_same_checkpoint(stopped, whole)
+    assert_same_checkpoint(out, whole)
+    assert len(checkpoint.checkpoints(out)) == 2  # the last two are kept, and nothing unfinished
+    assert not list(out.glob(".*"))
 
 
 @spawn_only
@@ -244,9 +142,8 @@ def test_bad_options_say_what_to_do(
     out = tmp_path / "out"
 
     def refused(*options: str) -> str:
-        given = [f"--{name}={value}" for name, value in TINY.items()]
         with pytest.raises(SystemExit) as error:
-            main([*given, "--out", str(out), "--strategy", "single", *options])
+            main(arguments(out, "--strategy", "single", *options))
         assert error.value.code == 2
         return capsys.readouterr().err
 

@@ -1,0 +1,151 @@
+"""Runs of examples/train.py for tests: tiny, on the project's own sources, as torchrun starts them or nearly so."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lion_dist import checkpoint
+from lion_dist.checkpoint import Reader
+from tests.harness import processes
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "preset": "tiny", "device": "cpu", "data": "lion_dist", "steps": 24, "warmup": 4, "layers": 2, "width": 48,
+    "heads": 2, "seq-len": 32, "batch-size": 4, "accumulation": 2, "eval-every": 12, "eval-windows": 8,
+    "checkpoint-every": 6, "log-every": 3, "sample": 40,
+}  # fmt: skip
+LAST_LINE = re.compile(r"val_loss=(\S+) unigram=(\S+) bigram=(\S+) tokens_per_s=(\d+) peak_mib=(\d+)")
+
+
+DEADLINE_S = 240.0
+
+
+def arguments(out: Path, *options: str) -> list[str]:
+    return [*(f"--{name}={value}" for name, value in TINY.items()), "--out", str(out), *options]
+
+
+def run(ranks: int, out: Path, *options: str) -> tuple[int, str, str]:
+    """Exit code of the ranks (the first that is not 0), and what the first rank wrote to stdout and stderr.
+
+    The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
+    torch already. ``ranks`` is 0 for a process of its own, without torchrun.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
+    started = processes(_main, [(rank, ranks, store.port, arguments(out, *options), out) for rank in range(ranks or 1)])
+    end = time.monotonic() + DEADLINE_S
+    while any(process.exitcode is None for process in started):
+        if time.monotonic() > end or any(process.exitcode for process in started):
+            for process in started:
+                process.kill()
+        started[0].join(0.05)
+    code = next((process.exitcode for process in started if process.exitcode), 0)
+    return code, *(output_of(out, 0, name).read_text() for name in ("stdout", "stderr"))
+
+
+def output_of(out: Path, rank: int, name: str) -> Path:
+    return out.parent / f"{out.name}.{name}{rank}"
+
+
+def _main(rank: int, ranks: int, port: int, arguments: list[str], out: Path) -> None:
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output_of(out, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if ranks:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+        )  # fmt: skip
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT / "examples"))
+    from train import main
+
+    main(arguments)
+
+
+def run_well(ranks: int, out: Path, *options: str) -> tuple[float, ...]:
+    code, said, errors = run(ranks, out, *options)
+    assert code == 0, errors
+    found = LAST_LINE.fullmatch(said.splitlines()[-1])
+    assert found, said
+    assert "sample" in said
+    return tuple(float(x) for x in found.groups())
+
+
+def last(out: Path) -> Reader:
+    return Reader(checkpoint.latest(out))
+
+
+def step_of(out: Path) -> int:
+    return int(checkpoint.read_extra(checkpoint.latest(out))["step"])
+
+
+# Under torchrun itself -----------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    # A store of its own for every restart; see examples/train.py.
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own_store}
+
+
+def start(ranks: int, out: Path, *options: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Its stderr goes to a file beside ``out``."""
+    launcher = ["-m", "torch.distributed.run", *torchrun, "--standalone", "--nproc_per_node", str(ranks)]
+    with errors_of(out).open("w") as errors:
+        return subprocess.Popen(
+            [sys.executable, *launcher, "examples/train.py", *arguments(out, *options)],
+            cwd=ROOT,
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+def errors_of(out: Path) -> Path:
+    return out.with_suffix(".stderr")
+
+
+def await_checkpoint(process: subprocess.Popen[str], out: Path, after: int = 0) -> None:
+    """Waits for one of a later step."""
+    end = time.monotonic() + 120
+    while not checkpoint.checkpoints(out) or step_of(out) <= after:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, "no checkpoint after two minutes"
+        time.sleep(0.002)
+
+
+def kill_after_checkpoint(ranks: int, out: Path, *options: str) -> int:
+    """Starts a run and kills every process of it, with no warning, once there is a checkpoint; its step."""
+    process = start(ranks, out, *options)
+    try:
+        await_checkpoint(process, out)
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+    return step_of(out)
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all that descend from it."""
+    os.kill(pid, signal.SIGSTOP)  # it starts nobody while its children are counted
+    for child in workers(pid):
+        kill_tree(child)
+    os.kill(pid, signal.SIGKILL)
