@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from data import load_corpus, training_batch
@@ -35,13 +36,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train(options: argparse.Namespace) -> tuple[Accelerator, nn.Module, Lion]:
-    accelerator = Accelerator()
+def prepare(accelerator: Accelerator, options: argparse.Namespace) -> tuple[nn.Module, AcceleratedOptimizer]:
     torch.manual_seed(0)  # the same model on every rank
     plain = GPT(GPTConfig(options.layers, options.width, heads=4, seq_len=options.seq_len))
     lion = Lion(parameter_groups(plain, weight_decay=0.5), lr=options.lr, betas=(0.95, 0.98))
     model, optimizer = accelerator.prepare(plain, lion)
+    return model, optimizer
 
+
+def train(options: argparse.Namespace) -> tuple[Accelerator, nn.Module, AcceleratedOptimizer]:
+    accelerator = Accelerator()
+    model, optimizer = prepare(accelerator, options)
     text = load_corpus(options.data, options.seq_len).train
     for step in range(options.steps):
         place = {"seed": 0, "step": step, "micro_step": 0, "rank": accelerator.process_index}
@@ -54,7 +59,7 @@ def train(options: argparse.Namespace) -> tuple[Accelerator, nn.Module, Lion]:
         optimizer.zero_grad()
     accelerator.save_state(str(options.out))  # each rank its shards; load_state() reads them on as many ranks or others
     accelerator.print(f"last_loss={accelerator.reduce(loss.detach(), 'mean').item():.4f}")
-    return accelerator, model, lion
+    return accelerator, model, optimizer
 
 
 if __name__ == "__main__":

@@ -89,7 +89,20 @@ def _local_gradient(p: Any, g: Any) -> Any:
 
 
 def new_momenta(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Zeros in each parameter's shape, memory order, sharding and device."""
+    """Zeros in each parameter's shape, memory order, sharding and device.
+
+    Raises:
+        ValueError: FSDP1 manages parameters of one dtype whose momenta were to have several. A flat parameter may hold
+            some of each; torch gathers its state in one dtype, and would fail on some ranks, at the first save. Which
+            parameters share one is not known everywhere, so all ranks judge by all of them.
+    """
+    of_flat: dict[torch.dtype, torch.dtype] = {}
+    for p, dtype in zip(params, dtypes, strict=True):
+        if is_flat_view(p) and of_flat.setdefault(p.dtype, dtype) != dtype:
+            raise ValueError(
+                f"momentum_dtype is {of_flat[p.dtype]} in one group and {dtype} in another; FSDP1 saves the state of "
+                "parameters that lie together in one dtype: give all groups the same momentum_dtype, or use FSDP2"
+            )
     momenta: dict[int, Tensor] = {}
     for run in _flat_runs(params, dtypes):
         first, last = params[run[0]], params[run[-1]]

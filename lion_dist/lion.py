@@ -77,7 +77,8 @@ class Lion(Optimizer):
             The results are the same bits.
         decoupled_weight_decay: divides weight_decay by the group's initial lr, so that the decay at
             that lr does not depend on it.
-        momentum_dtype: dtype of exp_avg; None: the parameter's (float32 for float16 parameters).
+        momentum_dtype: dtype of exp_avg; None: the parameter's (float32 for float16 parameters). Under FSDP1
+            the same in all groups.
         maximize: ascend instead of descend.
 
     Raises:
@@ -230,7 +231,13 @@ class Lion(Optimizer):
         self._decay_warning = warning or self._decay_warning  # once an optimizer, however often it loads
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32")."""
+        """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32").
+
+        Of parameters that FSDP1 manages it makes the state that is missing (see `init_state`): what
+        ``FSDP.optim_state_dict`` shows of a new optimizer is what torch's checkpoints then load, and no more.
+        """
+        if any(is_flat_view(p) and not self.state.get(p) for group in self.param_groups for p in group["params"]):
+            self.init_state()
         return with_named_dtypes(super().state_dict())
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
 
 from lion_dist import Lion, checkpoint
 from tests.bits import assert_same_bits
@@ -160,6 +162,12 @@ def body_doors(rank: int, world_size: int) -> None:
     # FSDP1's own doors.
     way = ways(place)["fsdp1, momentum in float32"]
     model, optimizer, twin = way.start(place)
+    mixed = Lion([{"params": [p], "momentum_dtype": (F32, BF16)[i % 2]} for i, p in enumerate(model.parameters())])
+    with pytest.raises(ValueError, match=r"float32 in one group and torch.bfloat16 in another; FSDP1"):
+        mixed.init_state()
+    with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):  # what a load of torch's goes by
+        shown = FSDP.optim_state_dict(model, way.make(model))["state"]
+    assert len(shown) == sum(p.requires_grad for p in model.parameters())
     train(way, place, range(3), model, optimizer, twin)
     state = FSDP.optim_state_dict(model, optimizer)
     other = way.make(model)
