@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -59,12 +60,17 @@ def draw(path: Path, curves: dict[str, Curves], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, (losses, differences) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    steps, first = zip(*next(iter(curves.values()))["validation"], strict=True)
     for (name, history), style in zip(curves.items(), ("-", "--", "-.", ":", "-", "--"), strict=True):
-        axes.plot(*zip(*history["validation"], strict=True), linestyle=style, label=name)
-    axes.set(xlabel="step", ylabel="validation loss, nats per byte", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        values = [loss for _, loss in history["validation"]]
+        losses.plot(steps, values, linestyle=style, label=name)
+        differences.plot(steps, [x - y for x, y in zip(values, first, strict=True)], linestyle=style, label=name)
+    losses.set(xlabel="step", ylabel="validation loss, nats per byte")
+    losses.legend()
+    differences.set(xlabel="step", ylabel=f"above the loss of {next(iter(curves))}")
+    figure.suptitle(textwrap.fill(title, 120), fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import torch
 import lion_dist
 from lion_dist import Lion
 from lion_dist.deepspeed import DeepSpeedLion, arguments, register, registered, unregister
+from lion_dist.update.dispatch import LionUpdate
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
 
@@ -245,6 +246,34 @@ def test_adams_states_are_refused_unchanged() -> None:
     with pytest.raises(ValueError, match="expected an optimizer state_dict"):
         optimizer.load_state_dict({})
     assert_same_bits(next(iter(optimizer.state.values()))["exp_avg"], before)
+
+
+def test_partitions_in_turn_are_each_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO steps one group after another, with ``param_groups`` swapped or with the other groups' params left out."""
+    built: list[LionUpdate] = []
+    build = LionUpdate._build
+    monkeypatch.setattr(LionUpdate, "_build", lambda self, columns: (built.append(self), build(self, columns))[1])
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (5, 3)]
+    ours = DeepSpeedLion([{"params": [p]} for p in params], lr=0.1, weight_decay=0.5)
+    theirs = [Lion([torch.nn.Parameter(p.detach().clone())], lr=0.1, weight_decay=0.5) for p in params]
+    groups = ours.param_groups
+    for step in range(4):
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 1.0 - step)
+            theirs[i].param_groups[0]["params"][0].grad = p.grad.clone()
+            others_empty = [{**g, "params": g["params"] if g is groups[i] else []} for g in groups]
+            ours.param_groups = [groups[i]] if step < 2 else others_empty
+            ours.step()
+            theirs[i].step()
+    own = {id(update) for update, _ in ours._prepared.values()}
+    assert len(own) == len(params)
+    # The second's group has another number in the second half.
+    assert sum(id(update) in own for update in built) == len(params) + 1
+    ours.param_groups = groups
+    for p, single in zip(params, theirs, strict=True):
+        q = single.param_groups[0]["params"][0]
+        assert_same_bits(p.detach(), q.detach())
+        assert_same_bits(ours.state[p]["exp_avg"], single.state[q]["exp_avg"])
 
 
 def test_a_loaded_second_moment_goes_before_the_step() -> None:
