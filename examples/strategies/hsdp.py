@@ -1,5 +1,5 @@
 """FSDP2 over a 2-D mesh (HSDP): the ranks of a node share the parameters out, every node holds all of them. On a single
-node two halves of its ranks stand in for nodes."""
+node of four ranks or more two halves of them stand in for nodes."""
 
 import os
 
@@ -15,7 +15,7 @@ class HSDP(FSDP2):
     def mesh(self, device_type: str) -> DeviceMesh:
         ranks = dist.get_world_size()
         self.replicas = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        if self.replicas == 1 and ranks % 2 == 0:
+        if self.replicas == 1 and ranks >= 4 and ranks % 2 == 0:
             self.replicas = 2
         names = ("replicate", "shard")
         return init_device_mesh(device_type, (self.replicas, ranks // self.replicas), mesh_dim_names=names)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 from lion_dist import checkpoint
 from tests.bits import assert_same_bits
@@ -29,7 +31,7 @@ from tests.examples.runs import (
     step_of,
     workers,
 )
-from tests.harness import spawn_only
+from tests.harness import device_of, run_ranks, spawn_only
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
@@ -69,18 +71,42 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     out = tmp_path / "fsdp1"
     assert run_well(2, out, "--strategy", "fsdp1")[0] == pytest.approx(losses["ddp"], abs=2e-3)
     for strategy, ranks, step, every in (
-        ("fsdp2", 2, 18, 3), ("hsdp", 2, 21, 2), ("zero2", 2, 22, 6), ("ddp", 3, 22, 6), ("single", 0, 22, 6),
+        ("fsdp2", 2, 18, 3), ("zero2", 2, 21, 2), ("hsdp", 4, 22, 6), ("ddp", 3, 22, 6), ("single", 0, 22, 6),
     ):  # fmt: skip
         shutil.rmtree(checkpoint.latest(out))
         assert step_of(out) == step
         loss = run_well(ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every))[0]
-        if ranks == 2:  # else the data of a step is another
+        if ranks == 2:  # else a step's data are others
             assert loss == pytest.approx(losses["ddp"], abs=2e-3), strategy
         assert step_of(out) == 24
 
 
 on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def body_hsdp(rank: int, world_size: int, out: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from config import Config, make_parser
+    from model import GPT
+    from strategies import STRATEGIES
+    from train import parameter_groups
+
+    given = arguments(out, "--strategy", "hsdp")
+    options = vars(make_parser(given).parse_args(given))
+    del options["preset"]
+    config = Config(**options)
+    model = GPT(config.model()).to(device_of(rank, world_size))
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    strategy = STRATEGIES["hsdp"](model, parameter_groups(model, 0.1), config)
+    for name, p in strategy.model.named_parameters():
+        assert tuple(p.device_mesh.shape) == (2, 2), name
+        assert p.placements == (Replicate(), Shard(0)), name
+        assert p.to_local().numel() == whole[name] // 2, name
+
+
+def test_hsdp_shards_within_halves(tmp_path: Path) -> None:
+    run_ranks(body_hsdp, 4, tmp_path, (tmp_path,))
 
 
 @spawn_only
