@@ -60,7 +60,8 @@ class Lion(Optimizer):
     """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
 
     Elementwise, so it is right wherever each rank steps the elements it holds: one device, DDP, FSDP1, FSDP2,
-    tensor parallelism. State: ``exp_avg`` a parameter, in the parameter's shape and sharding, made at the
+    tensor parallelism (where DTensor leaves a gradient in other placements than its parameter, the step brings it into
+    these by a collective). State: ``exp_avg`` a parameter, in the parameter's shape and sharding, made at the
     first step for every parameter that requires a gradient, whether this rank holds any of it or not. The
     rule is in lion_dist/update/reference.py.
 
@@ -233,10 +234,11 @@ class Lion(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32").
 
-        Of parameters that FSDP1 manages it makes the state that is missing (see `init_state`): what
-        ``FSDP.optim_state_dict`` shows of a new optimizer is what torch's checkpoints then load, and no more.
+        Of parameters that FSDP or tensor parallelism shards it makes the state that is missing (see `init_state`):
+        what is shown of a new optimizer is what torch's checkpoints then load, and no more.
         """
-        if any(is_flat_view(p) and not self.state.get(p) for group in self.param_groups for p in group["params"]):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any((is_flat_view(p) or is_dtensor(p)) and not self.state.get(p) for p in params):
             self.init_state()
         return with_named_dtypes(super().state_dict())
 
