@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion, checkpoint
-from lion_dist.checkpoint import folders, storage
+from lion_dist.checkpoint import folders, writer
 from tests.distributed.checkpoint_toy import FIRST, MORE, CheckpointToy, Run, assert_same, groups
 from tests.distributed.test_checkpoint import SEED, uninterrupted
 from tests.harness import device_of, run_ranks
@@ -147,8 +147,8 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
     then, later, _ = uninterrupted()
     for strategy in ("signs", "fsdp1", "ddp"):
         run = Run(strategy, SEED, dist.group.WORLD).train(range(FIRST))
-        gate = Gate(storage.write_block)
-        storage.write_block = gate  # type: ignore[assignment]
+        gate = Gate(writer.write_block)
+        writer.write_block = gate  # type: ignore[assignment]
         extra = {"places": [1]}
         pending = checkpoint.async_save(
             folder / f"{strategy}-1", run.wrapped, run.optimizer, schedulers=run.scheduler, extra=extra
@@ -165,7 +165,7 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
         second = checkpoint.async_save(folder / f"{strategy}-2", run.wrapped, run.optimizer, schedulers=run.scheduler)
         assert pending.done()
         second.result()
-        storage.write_block = gate.write
+        writer.write_block = gate.write
         assert second.done()
         assert second.progress()[0] == second.progress()[1] > 0
         for name, expected in (("1", then), ("2", later)):
@@ -174,16 +174,16 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
             assert_same(run.whole(), expected, f"{strategy}-{name}")
 
     # An error of one rank's is raised on all: by result(), or by the next save if nobody asked.
-    write = storage.write_block
+    write = writer.write_block
 
     def fail(*args: Any) -> None:
         raise OSError("the disk is full")
 
     for asked in (True, False):
-        storage.write_block = fail if rank == 1 else write
+        writer.write_block = fail if rank == 1 else write
         pending = checkpoint.async_save(folder / "failed-1", run.wrapped, run.optimizer)
         pending._thread.join()
-        storage.write_block = write
+        writer.write_block = write
         if asked:
             with pytest.raises(OSError, match="the disk is full"):
                 pending.result()
