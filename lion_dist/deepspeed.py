@@ -57,8 +57,16 @@ class DeepSpeedLion(Lion):
 
     Its universal checkpoint format is made of Adam's states. So beside ``exp_avg`` a state_dict has ``exp_avg_sq``,
     one zero seen in the momentum's shape, and ``step``, 0. Neither takes memory, and both are dropped where a
-    checkpoint is loaded. Arguments and errors are those of `Lion`.
+    checkpoint is loaded. Elastic checkpoints look for ``step`` in the groups. Arguments and errors are those of `Lion`.
     """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({"step": 0, **param_group})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("step", 0)
 
     def _start(self, use_triton: bool | None) -> None:
         super()._start(use_triton)
@@ -76,10 +84,15 @@ class DeepSpeedLion(Lion):
             self._prepared[ids] = self._update, self._members
 
     def _columns(self) -> Columns:
-        # DeepSpeed loads a universal checkpoint into the state itself. It links to what is there after a step.
-        for entry in self.state.values():
-            for key in NOT_LIONS:
-                entry.pop(key, None)
+        # DeepSpeed loads a universal checkpoint into the state itself, in float32. It links to what is there after a
+        # step.
+        for group in self.param_groups:
+            for p in group["params"]:
+                entry = self.state.get(p, {})
+                for key in NOT_LIONS:
+                    entry.pop(key, None)
+                if group["momentum_dtype"] is not None and "exp_avg" in entry:
+                    entry["exp_avg"] = entry["exp_avg"].to(group["momentum_dtype"])
         return super()._columns()
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +242,9 @@ class _Registration:
 
 
 _lock = threading.RLock()
-_registration: _Registration | None = None
+_registration: _Registration | None = None  # while `register` holds, or a block of `registered` is open
+_by_register = False
+_open_blocks = 0
 
 
 def _internals() -> tuple[type, list[type]]:
@@ -257,7 +272,8 @@ def _internals() -> tuple[type, list[type]]:
         raise RuntimeError(
             f"lion_dist.deepspeed.register() does not know the inside of DeepSpeed {deepspeed.__version__} "
             f"({'; '.join(differences)}), and has changed nothing. It was tested with {TESTED_VERSION}: install that "
-            'one, or give deepspeed.initialize optimizer=lion_dist.Lion(...) and "zero_allow_untested_optimizer": true'
+            "one, or give deepspeed.initialize optimizer=lion_dist.deepspeed.DeepSpeedLion(...), with "
+            '"zero_allow_untested_optimizer": true and, to offload it, "zero_force_ds_cpu_optimizer": false'
         )
     return engine, supported
 
@@ -270,50 +286,67 @@ def register() -> None:
         ImportError: DeepSpeed is not installed.
         RuntimeError: this version of DeepSpeed is not as expected; nothing has been changed.
     """
-    global _registration
+    global _by_register
     with _lock:
-        if _registration is not None:
-            return
-        engine, supported = _internals()
-        originals = {name: vars(engine)[name] for name in ("_configure_basic_optimizer", "_configure_fp16_optimizer")}
-        replacements = _replacements(originals)
-        for name, function in replacements.items():
-            setattr(engine, name, function)
-        supported.append(DeepSpeedLion)
-        _registration = _Registration(engine, supported, originals, replacements)
+        _patch()
+        _by_register = True
 
 
 def unregister() -> None:
-    """Gives DeepSpeed back what `register` changed. Without a `register` before it does nothing.
+    """Gives DeepSpeed back what `register` changed, once no block of `registered` is open. Without a `register` before
+    it does nothing.
 
     Raises:
         RuntimeError: somebody has put something of their own over ours since; nothing has been changed.
     """
-    global _registration
+    global _by_register
     with _lock:
-        if _registration is None:
-            return
-        engine, ours = _registration.engine, _registration.replacements
-        covered = [name for name, function in ours.items() if vars(engine).get(name) is not function]
-        if covered:
-            raise RuntimeError(
-                f"DeepSpeedEngine.{covered[0]} has been replaced since lion_dist.deepspeed.register(): undo that first"
-            )
-        for name, function in _registration.originals.items():
-            setattr(engine, name, function)
-        _registration.supported.remove(DeepSpeedLion)
-        _registration = None
+        if not _open_blocks:
+            _restore()
+        _by_register = False
 
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """`register` for a ``with`` block, or, as a decorator, for each call of a function: afterwards things are as they
-    were before, registered or not."""
+    """`register` for a ``with`` block, or, as a decorator, for each call of a function, in any number of threads:
+    afterwards things are as they were before, registered or not."""
+    global _open_blocks
     with _lock:
-        already = _registration is not None
-        register()
+        _patch()
+        _open_blocks += 1
     try:
         yield
     finally:
-        if not already:
-            unregister()
+        with _lock:
+            _open_blocks -= 1
+            if not _open_blocks and not _by_register:
+                _restore()
+
+
+def _patch() -> None:
+    global _registration
+    if _registration is not None:
+        return
+    engine, supported = _internals()
+    originals = {name: vars(engine)[name] for name in ("_configure_basic_optimizer", "_configure_fp16_optimizer")}
+    replacements = _replacements(originals)
+    for name, function in replacements.items():
+        setattr(engine, name, function)
+    supported.append(DeepSpeedLion)
+    _registration = _Registration(engine, supported, originals, replacements)
+
+
+def _restore() -> None:
+    global _registration
+    if _registration is None:
+        return
+    engine, ours = _registration.engine, _registration.replacements
+    covered = [name for name, function in ours.items() if vars(engine).get(name) is not function]
+    if covered:
+        raise RuntimeError(
+            f"DeepSpeedEngine.{covered[0]} has been replaced since lion_dist.deepspeed.register(): undo that first"
+        )
+    for name, function in _registration.originals.items():
+        setattr(engine, name, function)
+    _registration.supported.remove(DeepSpeedLion)
+    _registration = None

@@ -31,6 +31,7 @@ SAVED: dict[str, tuple[int, str, bool, dict[str, Any]]] = {
     "0-bf16": (0, "bf16", False, {}),
     "1-bf16": (1, "bf16", False, ACCUMULATE_FP32),  # BF16_Optimizer
     "2-bf16": (2, "bf16", False, {}),
+    "2-bf16-elastic": (2, "bf16", False, {"zero_optimization": {"elastic_checkpoint": True}}),
     "2-fp32-offload": (2, "fp32", True, {}),
     "3-bf16": (3, "bf16", False, SUB_GROUPS),
     "3-bf16-one-group": (3, "bf16", False, SUB_GROUPS),
@@ -94,7 +95,7 @@ def body_convert(rank: int, world_size: int, folder: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for name, (stage, *_) in SAVED.items():
-        if stage and name != "1-bf16":  # DeepSpeed's tool reads nothing of BF16_Optimizer
+        if stage and name not in ("1-bf16", "2-bf16-elastic"):  # DeepSpeed's tool reads nothing of these
             masters = expected(name, BEFORE).masters
             found = get_fp32_state_dict_from_zero_checkpoint(str(folder / name), tag="saved")
             assert found.keys() == masters.keys(), name

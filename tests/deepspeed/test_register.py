@@ -26,6 +26,8 @@ from .common import Model, engine_of, make_config, start_deepspeed, weights
 
 pytest.importorskip("deepspeed")
 
+BF16 = torch.bfloat16
+
 REPLACED = ("_configure_basic_optimizer", "_configure_fp16_optimizer")
 
 
@@ -86,6 +88,25 @@ def test_registered_leaves_things_as_they_were(stock: tuple[Any, ...]) -> None:
     assert insides() == stock
     with pytest.raises(ZeroDivisionError), registered():
         1 / 0  # noqa: B018
+    assert insides() == stock
+
+
+def test_registered_in_two_threads_holds_until_the_last_leaves(stock: tuple[Any, ...]) -> None:
+    inside, left = threading.Event(), threading.Event()
+
+    def second() -> bool:
+        with registered():
+            inside.set()
+            assert left.wait(60)
+            return insides() != stock
+
+    with ThreadPoolExecutor(1) as thread:
+        with registered():
+            found = thread.submit(second)
+            assert inside.wait(60)
+        unregister()  # of a register that was not called
+        left.set()
+        assert found.result()
     assert insides() == stock
 
 
@@ -285,6 +306,21 @@ def test_a_loaded_second_moment_goes_before_the_step() -> None:
     plain.step()
     assert list(entry) == ["exp_avg"]
     assert_same_bits(optimizer.param_groups[0]["params"][0].detach(), plain.param_groups[0]["params"][0].detach())
+
+
+def test_a_loaded_momentum_takes_the_dtype_of_its_group() -> None:
+    """DeepSpeed makes one of float32 for a universal checkpoint."""
+    optimizers = [DeepSpeedLion([torch.nn.Parameter(torch.ones(5))], lr=0.1, momentum_dtype=BF16) for _ in range(2)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["params"][0].grad = torch.linspace(-1, 1, 5)
+        optimizer.step()
+    (entry,) = optimizers[0].state.values()
+    entry.update(step=3, exp_avg=entry["exp_avg"].float(), exp_avg_sq=torch.zeros(5))
+    for optimizer in optimizers:
+        optimizer.step()
+    (other,) = optimizers[1].state.values()
+    assert entry["exp_avg"].dtype == BF16
+    assert_same_bits(entry["exp_avg"], other["exp_avg"])
 
 
 # Engines ---------------------------------------------------------------------------------------------------
