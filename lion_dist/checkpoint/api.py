@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..fsdp import reshard
 from ..sharded_lion import ShardedLion
-from .folders import Key
+from .folders import Key, local_path
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
 from .manifest import Manifest
 from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
@@ -49,8 +49,9 @@ def save(
         schedulers: one, or several in a tuple or list: whatever has a state_dict of plain values.
         extra: plain values (numbers, strings, lists, tuples, dicts, small tensors) that `load` returns, those of the
             first rank: the step, a place in the data.
-        keep_last: removes, once the new one is there, the checkpoints in the same folder but this many: those whose
-            names end in the largest numbers (step-300 and step-200, not step-100). None: keeps all.
+        keep_last: removes, once the new one is there, the checkpoints in the same folder whose names differ from its
+            in the number at the end, but this many: those of the largest numbers (step-300 and step-200, not step-100;
+            best-7 stays). None: keeps all.
         process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks.
 
     Random number generators are saved too: torch's on the CPU and the current GPU and Python's, of every rank.
@@ -99,13 +100,14 @@ def _begin(
     global _running
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.save()") as agreement:
+        folder = local_path(path)
         previous, _running = _running, None
         if previous is not None:
             previous.settle()
         state = _to_save(model, optimizer, _as_list(schedulers), extra, ranks)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}, keep_last {keep_last}"])
-    return Saving(Path(os.path.abspath(path)), state, ranks, keep_last), ranks
+    return Saving(folder, state, ranks, keep_last), ranks
 
 
 def _as_list(schedulers: Any) -> list[Any]:

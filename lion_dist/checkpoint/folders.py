@@ -20,7 +20,18 @@ Key = str | os.PathLike[str]  # a folder, as callers name it
 
 logger = logging.getLogger("lion_dist")
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.unfinished")
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.unfinished")
+
+
+def local_path(key: Key) -> Path:
+    """The folder.
+
+    Raises:
+        ValueError: it is an address.
+    """
+    if "://" in os.fspath(key):
+        raise ValueError(f"{os.fspath(key)} is no folder: checkpoints are saved to file systems, mounted on every rank")
+    return Path(os.path.abspath(key))
 
 
 def new_unfinished(path: Path) -> Path:
@@ -34,7 +45,8 @@ def new_unfinished(path: Path) -> Path:
         raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.iterdir():
-        if _UNFINISHED.fullmatch(left.name):
+        found = _UNFINISHED.fullmatch(left.name)
+        if found and stem_of(found[1]) == stem_of(path.name):  # others' may be being written
             shutil.rmtree(left, ignore_errors=True)
     folder = path.parent / f".{path.name}.{secrets.token_hex(4)}.unfinished"
     folder.mkdir()
@@ -72,6 +84,11 @@ def number_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def stem_of(name: str) -> str:
+    """What stands before the number, which checkpoints of one run have in common."""
+    return re.sub(r"[0-9]+$", "", name)
+
+
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder whose names end in a number, the smallest first."""
     if not Path(folder).is_dir():
@@ -97,8 +114,10 @@ def latest(folder: str | os.PathLike[str]) -> Path:
 
 
 def keep_last(path: Path, count: int) -> None:
-    """Removes the checkpoints beside ``path`` but the last ``count``, and never ``path`` itself."""
-    for old in checkpoints(path.parent)[:-count]:
+    """Removes the checkpoints beside ``path`` whose names differ from it in the number alone, but the last ``count``,
+    and never ``path`` itself."""
+    of_this_run = [old for old in checkpoints(path.parent) if stem_of(old.name) == stem_of(path.name)]
+    for old in of_this_run[:-count]:
         if old == path:
             continue
         doomed = old.parent / f".{old.name}.{secrets.token_hex(4)}.unfinished"  # a half removed one is none

@@ -137,6 +137,15 @@ def _groups(objects: dict[str, Any]) -> list[dict[str, Any]]:
     return [groups[number] for number in sorted(groups)]
 
 
+def _same_form(saved: Any, mine: Any) -> bool:
+    """Whether a scheduler may load it: the same keys, and as many schedulers or functions within."""
+    if type(mine) is dict and type(saved) is dict:
+        return saved.keys() == mine.keys() and all(_same_form(saved[key], mine[key]) for key in mine)
+    if isinstance(mine, (list, tuple)) and any(value is None or isinstance(value, dict) for value in mine):
+        return isinstance(saved, (list, tuple)) and len(saved) == len(mine) and all(map(_same_form, saved, mine))
+    return True
+
+
 def _schedulers(objects: dict[str, Any], given: Sequence[Any]) -> list[tuple[Any, dict[str, Any]]]:
     keys = sorted((key for key in objects if key.startswith(SCHEDULER)), key=lambda key: (len(key), key))
     saved = [objects[key] for key in keys]
@@ -144,6 +153,8 @@ def _schedulers(objects: dict[str, Any], given: Sequence[Any]) -> list[tuple[Any
         raise ValueError(f"the checkpoint has {len(saved)} schedulers, and {len(given)} were given to load into")
     for i, (state, scheduler) in enumerate(zip(saved, given, strict=True)):
         mine = scheduler.state_dict()
-        if not isinstance(state, dict) or state.keys() != mine.keys():
-            raise ValueError(f"scheduler {i} of the checkpoint is not a {type(scheduler).__name__}'s state")
+        if type(state) is not dict or not _same_form(state, mine):
+            raise ValueError(
+                f"scheduler {i} of the checkpoint is not the state of a {type(scheduler).__name__} of these parts"
+            )
     return list(zip(given, saved, strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,20 @@ class Names:
         return Names(of, aliases)
 
 
-def flat_slices(model: nn.Module) -> dict[int, tuple[torch.Size, int]]:
-    """Of every parameter that FSDP1 has flattened, by its ``id``: the whole shape, and the number of the first
-    element that this rank has of it, of those in row-major order."""
+class FlatSlice(NamedTuple):
+    """``start``: the number of the first element that this rank has of a parameter, in the memory order of a dense
+    tensor of this shape and strides."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+
+
+def flat_slices(model: nn.Module) -> dict[int, FlatSlice]:
+    """Of every parameter that FSDP1 has flattened, by its ``id``."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    found: dict[int, tuple[torch.Size, int]] = {}
+    found: dict[int, FlatSlice] = {}
     for module in FSDP.fsdp_modules(model):
         handle = module._handle
         if handle is None:
@@ -63,8 +71,9 @@ def flat_slices(model: nn.Module) -> dict[int, tuple[torch.Size, int]]:
                 "FSDP with use_orig_params=False has one parameter a wrapped module, whose momentum no other strategy "
                 "could load: wrap the model with use_orig_params=True"
             )
-        for p, shape, place in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            found[id(p)] = shape, place.intra_param_start_idx or 0
+        slices = zip(flat._params, flat._shapes, flat._strides, flat._shard_param_infos, strict=True)
+        for p, shape, strides, place in slices:
+            found[id(p)] = FlatSlice(shape, tuple(strides), place.intra_param_start_idx or 0)
     return found
 
 
@@ -78,15 +87,25 @@ class Logical:
         """``t``, which is p or its momentum: itself where p is whole or a DTensor, else in boxes."""
         if isinstance(t, BoxTensor) or id(p) not in self._flat:
             return t.detach()
-        shape, start = self._flat[id(p)]
+        shape, strides, start = self._flat[id(p)]
         if t.numel() == shape.numel():  # nobody else has any of it, or everybody has all
-            return t.detach().view(shape)
+            return t.detach().as_strided(shape, strides)
         runs = [(start, t.detach().reshape(-1))] if t.numel() else []
-        return BoxTensor.of_runs(shape, None, runs, t)
+        return BoxTensor.of_runs(shape, strides, runs, t)
 
 
 def model_tensors(model: nn.Module, names: Names, logical: Logical) -> Iterator[tuple[str, Tensor, bool]]:
-    """(key, tensor, whether it is a buffer, of which every rank has its own)."""
+    """(key, tensor, whether it is a buffer, of which every rank has its own).
+
+    Raises:
+        TypeError: a module has more state than these.
+    """
+    for wrapped, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise TypeError(
+                f"{wrapped or 'the model'}, a {type(module).__name__}, has an extra state (get_extra_state()), which a "
+                "checkpoint cannot hold, since it may be anything: keep it apart, such as in `extra`"
+            )
     for p in dict.fromkeys(p for _, p in model.named_parameters(remove_duplicate=False)):
         yield MODEL + names.of[id(p)], logical(p, p), False
     fleeting = {

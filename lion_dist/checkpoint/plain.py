@@ -1,16 +1,18 @@
 """Values that are no tensors, as JSON and back, with nothing that would execute.
 
-None, booleans, numbers, strings, lists, tuples, dicts, dtypes and small tensors come back as what they were; anything
-else is refused when it is saved. What JSON lacks stands as a dict of one key that begins with "$":
+None, booleans, numbers, strings, lists, tuples, dicts, Counters, dtypes and small tensors come back as what they were
+(an OrderedDict as a dict, named tuples and enumerations of numbers as what they are made of); anything else is refused
+when it is saved. What JSON lacks stands as a dict of one key that begins with "$":
 
-    {"$float": "nan"}  {"$tuple": [...]}  {"$dict": [[key, value], ...]}  {"$dtype": "bfloat16"}
+    {"$float": "nan"}  {"$tuple": [...]}  {"$dict": [[key, value], ...]}  {"$counter": {"$dict": ...}}
+    {"$dtype": "bfloat16"}
     {"$tensor": {"dtype": "float32", "shape": [2], "values": [0.1, 0.2]}}
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -47,7 +49,9 @@ def to_plain(value: Any, where: str) -> Any:
         return [to_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, tuple):
         return {"$tuple": [to_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]}
-    if isinstance(value, Mapping):
+    if type(value) is Counter:  # milestones of MultiStepLR
+        return {"$counter": to_plain(dict(value), where)}
+    if type(value) in (dict, OrderedDict):
         if all(isinstance(k, str) and not k.startswith("$") for k in value):
             return {k: to_plain(v, f"{where}.{k}") for k, v in value.items()}
         return {"$dict": [[to_plain(k, f"a key of {where}"), to_plain(v, f"{where}[{k!r}]")] for k, v in value.items()]}
@@ -86,6 +90,8 @@ def from_plain(value: Any) -> Any:
                 return tuple(from_plain(v) for v in inner)
             if kind == "$dict" and isinstance(inner, list):
                 return {from_plain(k): from_plain(v) for k, v in inner}
+            if kind == "$counter" and isinstance(counts := from_plain(inner), dict):
+                return Counter(counts)
             if kind == "$dtype":
                 return DTYPES[inner]
             if kind == "$tensor" and len(inner["values"]) <= MAX_VALUES:

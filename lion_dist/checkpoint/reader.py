@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch.futures import Future
 
 from ..sharding.boxes import Box
 from .blocks import Buffers, as_tensor, checksum, copy_in, finished, in_threads, read_block, synchronize
-from .folders import Key
+from .folders import Key, local_path
 from .manifest import BLOCK_BYTES, DIGEST, Manifest, RegularFile, read_small
 from .plain import DTYPES, from_plain
 
@@ -50,7 +49,7 @@ class Reader(StorageReader):
 
     def reset(self, checkpoint_id: Key | None = None) -> None:
         if checkpoint_id is not None:
-            self._path = Path(os.path.abspath(checkpoint_id))
+            self._path = local_path(checkpoint_id)
         self._manifest: Manifest | None = None
 
     @classmethod

@@ -85,8 +85,11 @@ class Saving:
         return self._writer.prepare_global_plan(plans)
 
     def stage(self) -> None:
-        with torch.no_grad():
-            self._planner.stage(self._plan.items)
+        def copy_all() -> None:
+            with torch.no_grad():
+                self._planner.stage(self._plan.items)
+
+        self._together(lambda: self._ranks.steps.all_gather("stage", copy_all))  # memory may run out on one rank
 
     def write(self, ranks: Ranks | None = None) -> None:
         """Until the checkpoint is there; with ``ranks`` on another group of theirs."""
@@ -101,7 +104,10 @@ class Saving:
             self._writer.finish(self._metadata, results)
 
         steps = (ranks or self._ranks).steps
-        self._together(lambda: steps.all_reduce("write", local, finish))
+        try:
+            self._together(lambda: steps.all_reduce("write", local, finish))
+        finally:  # whoever keeps a PendingSave does not keep what was saved
+            self._planner = _Planner()
 
     def _together(self, step: Callable[[], Any]) -> Any:
         try:

@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from . import folders
 from .blocks import Buffers, checksum, copy_out, finished, in_threads, synchronize, write_block
-from .folders import Key
+from .folders import Key, local_path
 from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, data_name, size_of
 from .plain import DTYPES, dtype_name, to_plain
 
@@ -61,7 +61,7 @@ class Writer(StorageWriter):
 
     def reset(self, checkpoint_id: Key | None = None) -> None:
         if checkpoint_id is not None:
-            self._path = Path(os.path.abspath(checkpoint_id))
+            self._path = local_path(checkpoint_id)
         self.unfinished: Path | None = None
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -16,8 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from lion_dist import checkpoint
+from lion_dist import Lion, ShardedLion, checkpoint
 from tests.distributed.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, STRATEGIES, Run, assert_same
 from tests.harness import run_ranks
 
@@ -106,6 +109,55 @@ def test_all_pairs_over_world_sizes(tmp_path: Path) -> None:
     evenly = (*STRATEGIES[1:], *OVER_TWO_DIMENSIONS)
     every = {1: STRATEGIES, 2: evenly, 3: STRATEGIES[1:], 4: evenly}
     assert len(over_world_sizes(every, every, tmp_path, deadline=1800)) == 29**2
+
+
+def convolutions(way: str, seed: int) -> tuple[nn.Module, Lion | ShardedLion]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3)).to(memory_format=torch.channels_last)
+    if way == "stage2":
+        return model, ShardedLion(model.parameters())
+    device = torch.device("cpu")
+    wrapped = FSDP(model, use_orig_params=True, device_id=device) if way == "fsdp1" else model
+    return wrapped, Lion(wrapped.parameters())
+
+
+def body_channels_last(rank: int, world_size: int, folder: Path) -> None:
+    """Momenta are made equal to the weights, by hand, and so must be after a load."""
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    for way in ("single", "fsdp1"):
+        model, optimizer = convolutions(way, SEED)
+        optimizer.init_state()
+        for p, entry in optimizer.state.items():
+            entry["exp_avg"].copy_(p.detach())
+        if way == "fsdp1" or rank == 0:
+            group = alone if way == "single" else None
+            checkpoint.save(folder / way, model, optimizer, process_group=group)
+        dist.barrier()
+    expected = dict(convolutions("single", SEED)[0].named_parameters())
+    for source in ("single", "fsdp1"):
+        for way in ("single", "stage2", "fsdp1"):
+            model, optimizer = convolutions(way, SEED + 1)
+            group = alone if way == "single" else None
+            checkpoint.load(folder / source, model, optimizer, process_group=group)
+            whole: Any = FSDP.summon_full_params(model) if way == "fsdp1" else nullcontext()
+            with whole:
+                for name, p in model.named_parameters():
+                    wanted = expected[name.replace("_fsdp_wrapped_module.", "")].detach()
+                    assert torch.equal(p.detach(), wanted), f"{source} -> {way}: {name}"
+            if way == "fsdp1":
+                for p, entry in optimizer.state.items():
+                    assert torch.equal(entry["exp_avg"], p.detach()), f"{source} -> {way}: momentum"
+            else:
+                state = optimizer.full_state_dict() if way == "stage2" else optimizer.state_dict()
+                for i, wanted in enumerate(expected.values()):
+                    assert torch.equal(state["state"][i]["exp_avg"], wanted.detach()), (
+                        f"{source} -> {way}: momentum {i}"
+                    )
+
+
+def test_channels_last(tmp_path: Path) -> None:
+    """Flat cuts follow the memory, and FSDP1 keeps the memory's order too."""
+    run_ranks(body_channels_last, 2, tmp_path, (tmp_path,), on_cpu=True)
 
 
 # torch's own doors ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion, checkpoint
-from lion_dist.checkpoint import folders, writer
+from lion_dist.checkpoint import folders, saving, writer
 from tests.distributed.checkpoint_toy import FIRST, MORE, CheckpointToy, Run, assert_same, groups
 from tests.distributed.test_checkpoint import SEED, uninterrupted
 from tests.harness import device_of, run_ranks
@@ -193,6 +193,17 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
             assert not (folder / "after-1").exists()
         dist.barrier()
         assert not any("failed" in p.name for p in folder.iterdir())
+    copy = saving._on_cpu
+
+    def no_memory(t: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no room for a copy")
+
+    saving._on_cpu = no_memory if rank == 1 else copy
+    with pytest.raises(RuntimeError, match=r"no room for a copy \(on ranks \[1\]\)"):  # on both
+        checkpoint.async_save(folder / "failed-1", run.wrapped, run.optimizer)
+    saving._on_cpu = copy
+    dist.barrier()
+    assert not any("failed" in p.name for p in folder.iterdir())
     checkpoint.save(folder / "after-1", run.wrapped, run.optimizer, keep_last=1)
     dist.barrier()
     assert folders.checkpoints(folder) != []

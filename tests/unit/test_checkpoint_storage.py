@@ -7,8 +7,10 @@ import json
 import math
 import os
 import pickle
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import Reader, Writer, blocks, folders, writer
@@ -38,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     "value",
     [
         None, True, -3, 2**70, 0.1, math.inf, "x", [], [1, [2]], (1, (2, "a")), {}, {"a": {"b": 1}}, {3: 4, "x": (5,)},
-        {"$a": 1}, torch.bfloat16, {"lr": [torch.float16]},
+        {"$a": 1}, torch.bfloat16, {"lr": [torch.float16]}, Counter({3: 1, 7: 2}),
     ],
     ids=repr,
 )  # fmt: skip
@@ -54,7 +57,11 @@ def test_plain_nan_and_tensors_come_back() -> None:
         assert_same_bits(from_plain(json.loads(json.dumps(to_plain(t, "it")))), t)
 
 
-@pytest.mark.parametrize("value", [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(5000)], ids=type)
+@pytest.mark.parametrize(
+    "value",
+    [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(5000), defaultdict(int), MappingProxyType({})],
+    ids=type,
+)
 def test_other_values_are_refused_by_name(value: Any) -> None:
     with pytest.raises(TypeError, match=r"extra\.a\[1\] is a .* cannot hold"):
         to_plain({"a": [0, value]}, "extra")
@@ -150,6 +157,9 @@ def toy() -> tuple[nn.Module, Lion]:
 def test_the_last_are_kept_and_leftovers_swept(tmp_path: Path) -> None:
     model, optimizer = toy()
     (tmp_path / "notes").mkdir()
+    others = {"best-10", ".best-11.0123abcd.unfinished"}  # of another run, which may be saving now
+    checkpoint.save(tmp_path / "best-10", model, optimizer)
+    (tmp_path / ".best-11.0123abcd.unfinished").mkdir()
     for step in (9, 10, 100, 20):
         left = tmp_path / ".step-9.0123abcd.unfinished"
         left.mkdir()
@@ -157,11 +167,11 @@ def test_the_last_are_kept_and_leftovers_swept(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / f"step-{step}", model, optimizer, keep_last=2)
         assert not left.exists()
     # By number, not by name or age; the one just written stays, whatever its number.
-    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-20", "step-100"}
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-20", "step-100", *others}
     assert checkpoint.latest(tmp_path) == tmp_path / "step-100"
-    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "step-20", tmp_path / "step-100"]
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / name for name in ("best-10", "step-20", "step-100")]
     checkpoint.save(tmp_path / "step-1", model, optimizer, keep_last=1)
-    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-1", "step-100"}
+    assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-1", "step-100", *others}
 
 
 def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
@@ -177,6 +187,55 @@ def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path: Path)
         checkpoint.latest(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
         checkpoint.load(path, model, optimizer)
+
+
+class WithExtra(nn.Linear):
+    def get_extra_state(self) -> float:
+        return 7.0
+
+    def set_extra_state(self, state: float) -> None:
+        pass
+
+
+def test_state_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(WithExtra(2, 2))
+    with pytest.raises(TypeError, match="0, a WithExtra, has an extra state"):
+        checkpoint.save(tmp_path / "step-1", model)
+    assert not any(tmp_path.iterdir())
+
+
+def schedulers(optimizer: Lion, *, warmups: int = 1) -> SequentialLR:
+    parts = [LinearLR(optimizer, 0.1, total_iters=4) for _ in range(warmups)] + [MultiStepLR(optimizer, [3, 5])]
+    return SequentialLR(optimizer, parts, [4 * (i + 1) for i in range(warmups)])
+
+
+def test_schedulers_within_schedulers_go_on(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    scheduler = schedulers(optimizer)
+
+    def rates(steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    rates(2)
+    checkpoint.save(tmp_path / "step-1", model, optimizer, schedulers=scheduler)
+    expected = rates(10)
+    assert len(set(expected)) == 4
+    model, optimizer = toy()
+    other = schedulers(optimizer, warmups=2)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match="not the state of a SequentialLR of these parts"):
+        checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=other)
+    for name, p in model.state_dict().items():
+        assert_same_bits(p, before[name], name)
+    model, optimizer = toy()
+    scheduler = schedulers(optimizer)
+    checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=scheduler)
+    assert rates(10) == expected
 
 
 def test_the_commit_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +432,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_only_folders_and_names_are_taken(tmp_path: Path) -> None:
     assert not Writer.validate_checkpoint_id("s3://bucket/step-1")
+    model, optimizer = toy()
+    for use in (checkpoint.save, checkpoint.async_save, checkpoint.load):
+        with pytest.raises(ValueError, match="s3://bucket/step-1 is no folder"):
+            use("s3://bucket/step-1", model, optimizer)
+    with pytest.raises(ValueError, match="is no folder"):
+        Writer("s3://bucket/step-1")
     with pytest.raises(ValueError, match="keep_last"):
         Writer(tmp_path, keep_last=0)
     assert folders.number_of("step-0100") == 100
