@@ -14,7 +14,9 @@ python=.venv/bin/python
 $python -c 'import deepspeed' 2>/dev/null ||
     { echo "launch/deepspeed.sh: no DeepSpeed here; .venv/bin/python -m pip install deepspeed" >&2 && exit 1; }
 nproc=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count() or 2)')}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# With offload_optimizer the step runs on the CPU.
+cores=$($python -c 'import os; print(len(os.sched_getaffinity(0)))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 export LOCAL_WORLD_SIZE=$nproc # torchrun sets this, DeepSpeed's launcher does not
 # --no_local_rank: train.py reads LOCAL_RANK and takes no argument of that name.
 exec $python -m deepspeed.launcher.runner --num_gpus "$nproc" --no_local_rank \

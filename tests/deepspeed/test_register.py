@@ -126,6 +126,29 @@ def test_register_from_many_threads_changes_things_once(stock: tuple[Any, ...]) 
     assert insides() == stock
 
 
+def test_two_threads_that_register_at_once(stock: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits while the first, having looked and found nothing done, is about to do it."""
+    looks, go_on = threading.Semaphore(0), threading.Event()
+    internals = lion_dist.deepspeed._internals
+
+    def held() -> tuple[type, list[type]]:
+        looks.release()
+        assert go_on.wait(60)
+        return internals()
+
+    monkeypatch.setattr(lion_dist.deepspeed, "_internals", held)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(register) for _ in range(2)]
+        assert looks.acquire(timeout=60)
+        looks.acquire(timeout=0.2)  # the other gets so far only if nothing holds it
+        go_on.set()
+        for call in calls:
+            call.result()
+    assert insides()[2] == (*stock[2], DeepSpeedLion)
+    unregister()
+    assert insides() == stock
+
+
 def changed(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     from deepspeed.runtime import engine
     from deepspeed.runtime.zero import utils
