@@ -108,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = train(parse(argv))
     if os.environ.get("RANK", "0") == "0":
         print(summary, flush=True)
+    if torch.distributed.is_initialized():  # left to the interpreter's end, it now and then aborts the process
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

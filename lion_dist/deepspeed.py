@@ -49,7 +49,7 @@ ONLY = {
 }
 ADAMS_BETAS = (0.9, 0.999)
 
-NOT_LIONS = ("step", "exp_avg_sq")  # entries of a state that DeepSpeed's tools ask for
+NOT_LIONS = {"step", "exp_avg_sq"}  # entries of a state that DeepSpeed's tools ask for
 
 
 class DeepSpeedLion(Lion):
@@ -84,13 +84,18 @@ class DeepSpeedLion(Lion):
             self._prepared[ids] = self._update, self._members
 
     def _columns(self) -> Columns:
-        # DeepSpeed loads a universal checkpoint into the state itself, in float32. It links to what is there after a
-        # step.
+        # DeepSpeed loads a universal checkpoint into the groups, as they were saved, and into the state, in float32. It
+        # links to what is there after a step.
         for group in self.param_groups:
+            _check_not_adams(group)
+            if isinstance(group["momentum_dtype"], str):
+                group["momentum_dtype"] = _dtype(group["momentum_dtype"])
             for p in group["params"]:
                 entry = self.state.get(p, {})
-                for key in NOT_LIONS:
-                    entry.pop(key, None)
+                if NOT_LIONS & entry.keys():
+                    _lions_own("it steps", entry)  # raises if it is Adam's
+                    for key in NOT_LIONS:
+                        entry.pop(key, None)
                 if group["momentum_dtype"] is not None and "exp_avg" in entry:
                     entry["exp_avg"] = entry["exp_avg"].to(group["momentum_dtype"])
         return super()._columns()
@@ -119,14 +124,23 @@ def _like_adams(entry: dict[str, Any]) -> dict[str, Any]:
     return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder}
 
 
+_START_FROM_WEIGHTS = "start Lion from the weights alone (load_optimizer_states=False)"
+
+
+def _check_not_adams(group: dict[str, Any]) -> None:
+    """Every rank has the groups, and only some a second moment that is not zero."""
+    strange = sorted({"eps", "amsgrad", "bias_correction"} & group.keys())
+    if strange:
+        raise ValueError(f"a parameter group with {strange[0]} has been loaded, so it is Adam's: {_START_FROM_WEIGHTS}")
+
+
 def _lions_own(index: Any, entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry  # Lion's own load says what is wrong with it
     second = entry.get("exp_avg_sq")
     if isinstance(second, Tensor) and second.count_nonzero():
         raise ValueError(
-            f"state of parameter {index!r} has an exp_avg_sq that is not zero, so it is Adam's: start Lion from the "
-            "weights alone (load_optimizer_states=False)"
+            f"state of parameter {index!r} has an exp_avg_sq that is not zero, so it is Adam's: {_START_FROM_WEIGHTS}"
         )
     return {key: value for key, value in entry.items() if key not in NOT_LIONS}
 

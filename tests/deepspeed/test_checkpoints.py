@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import lion_dist
@@ -91,7 +92,6 @@ def body_save_and_load(rank: int, world_size: int, folder: Path) -> None:
 
 def body_convert(rank: int, world_size: int, folder: Path) -> None:
     start_deepspeed(rank, world_size)
-    from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for name, (stage, *_) in SAVED.items():
@@ -102,11 +102,7 @@ def body_convert(rank: int, world_size: int, folder: Path) -> None:
             for key, p in found.items():
                 assert_same_bits(p.float(), masters[key], f"{name}, zero_to_fp32: {key}")
     for name in {source for source, _, _ in UNIVERSAL}:
-        paths = {"input_folder": str(folder / name / "saved"), "output_folder": str(folder / name / "universal")}
-        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-        ds_to_universal.main(
-            Namespace(**paths, **workers, keep_temp_folder=False, strict=True, inject_missing_state=True)
-        )
+        universal_of(folder / name, rank)
 
 
 def body_load_universal(rank: int, world_size: int, folder: Path, loads: list[tuple[str, int]]) -> None:
@@ -124,6 +120,56 @@ def body_load_universal(rank: int, world_size: int, folder: Path, loads: list[tu
             for entry in engine.basic_optimizer.state.values():
                 assert list(entry) == ["exp_avg"], case
                 assert entry["exp_avg"].dtype == torch.float32, case
+
+
+MOMENTUM_16 = {**PARAMS["optimizer"]["params"], "momentum_dtype": "bfloat16"}
+ADAM = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.2, "torch_adam": True}}
+
+
+def universal_of(folder: Path, rank: int) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    if rank == 0:
+        paths = {"input_folder": str(folder / "saved"), "output_folder": str(folder / "universal")}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+        ds_to_universal.main(Namespace(**paths, **workers, **options))
+    dist.barrier()
+
+
+def body_momentum_in_16_bits(rank: int, world_size: int, folder: Path) -> None:
+    """And Adam's universal checkpoint: DeepSpeed puts either into the optimizer without asking it."""
+    deepspeed = start_deepspeed(rank, world_size)
+    lion_dist.deepspeed.register()
+    for stage in (2, 3):
+        for optimizer in ({"type": "Lion", "params": MOMENTUM_16}, ADAM):
+            there = folder / f"{stage}-{optimizer['type']}"
+            model = Model(rank, world_size, steady=True)
+            config = make_config(stage, "bf16", optimizer=optimizer)
+            with engine_of(deepspeed, model, config, [{"params": list(model.parameters())}]) as engine:
+                micro_steps(engine, 0, BEFORE)
+                engine.save_checkpoint(str(there), tag="saved")
+                micro_steps(engine, BEFORE, AFTER)
+                final = weights(deepspeed, engine)
+            universal_of(there, rank)
+            model = Model(rank, world_size, steady=True)
+            lion = {"type": "Lion", "params": MOMENTUM_16}
+            config = make_config(stage, "bf16", optimizer=lion, checkpoint={"load_universal": True})
+            with engine_of(deepspeed, model, config, [{"params": list(model.parameters())}]) as engine:
+                engine.load_checkpoint(str(there), tag="universal")
+                if optimizer is ADAM:
+                    with pytest.raises(ValueError, match=r"so it is Adam's: start Lion from the weights alone"):
+                        micro_steps(engine, BEFORE, AFTER)
+                    continue
+                micro_steps(engine, BEFORE, AFTER)
+                for entry in engine.basic_optimizer.state.values():
+                    assert entry["exp_avg"].dtype == torch.bfloat16, stage
+                for name, p in weights(deepspeed, engine).items():
+                    assert_same_bits(p, final[name], f"stage {stage}: {name}")
+
+
+def test_universal_with_a_momentum_in_16_bits_and_from_adam(tmp_path: Path) -> None:
+    run_ranks(body_momentum_in_16_bits, RANKS, tmp_path, (tmp_path,))
 
 
 def test_checkpoints(tmp_path: Path) -> None:
