@@ -173,7 +173,7 @@ def check_replicas(model: nn.Module) -> None:
 
 def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) -> str:
     """The job itself, in a process group if the strategy needs one; the line that sums it up."""
-    stopping = Stopping()
+    stopping = Stopping(steps=config.log_every)
     torch.manual_seed(config.seed)
     model = GPT(config.model()).to(world.device)
     parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
@@ -211,7 +211,10 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
             history["train"].append((done, loss.item()))
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         evaluates, saves = (done % n == 0 or done == config.steps for n in (config.eval_every, config.checkpoint_every))
-        stops = done % config.log_every == 0 and done < config.steps and stopping.agreed(world.device)
+        a_step = (seconds + time.perf_counter() - clock) / (done - first_step)
+        stops = done < config.steps and stopping.agreed(done, a_step, world.device)
+        if done == config.steps:
+            stopping.finish()
         if evaluates or saves or stops:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -222,7 +225,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
                 if writes:
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
             if saves or stops:
-                extra = {"step": done, "history": history, "run": identity(config, corpus)}
+                extra = {"step": done, "history": history, "run": identity(config, corpus), "torchrun": torchrun_id()}
                 strategy.save(path_of(config.folder, done), scheduler, extra, keep_last=KEPT)
             clock = time.perf_counter()
         if stops:
@@ -254,10 +257,20 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
     return {**config.identity(), "data (sha256)": corpus.digest}
 
 
+def torchrun_id() -> str | None:
+    """What a torchrun and its restarts on all nodes have in common (--rdzv-id, or a new one with --standalone)."""
+    found = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if found == "none" else found  # as it is where nobody gave one
+
+
 def where_to_start(config: Config, corpus: Corpus) -> Path | None:
-    """The checkpoint to continue from; None: the beginning. torchrun starts all ranks again where one has failed."""
+    """The checkpoint to continue from; None: the beginning. torchrun starts all ranks again where one has failed; the
+    count of restarts rises on that one's node alone, so a checkpoint of the same torchrun's tells the others."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if config.resume or (restarted and lion_dist.checkpoint.checkpoints(config.folder)):
+    there = lion_dist.checkpoint.checkpoints(config.folder)
+    if there and torchrun_id() is not None:
+        restarted |= lion_dist.checkpoint.read_extra(there[-1]).get("torchrun") == torchrun_id()
+    if config.resume or (restarted and there):
         return find_checkpoint(config.folder, identity(config, corpus))
     if not restarted:
         check_unused(config.folder)

@@ -7,7 +7,7 @@ other optimizer is a Lion. Files are read with ``weights_only=True``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from .folders import Key
 from .foreign import TorchReader
+from .incoming import same_keys
 from .named import EXP_AVG, MODEL, MOMENTUM, Logical, Names, model_tensors, momenta
 from .ranks import Ranks, as_error
 
@@ -130,12 +132,34 @@ def from_deepspeed_universal(folder: Key, model: nn.Module, optimizer: Optimizer
     return {"state": state, "param_groups": groups}
 
 
+_ADAMS_OWN = (".step", ".exp_avg_sq", ".max_exp_avg_sq")
+
+
+def _check_torchs(
+    there: dict[str, Any], targets: dict[str, Tensor], keys: Sequence[str], aliases: set[str], cast: bool
+) -> None:
+    """Raises ValueError unless the checkpoint has these tensors, and no others of this model and optimizer."""
+    parts = (keys[0] + ".", *(f"{key}.state." for key in keys[1:]))
+    held = {k for k, of in there.items() if k.startswith(parts) and isinstance(of, TensorStorageMetadata)}
+    same_keys({k for k in held if not k.endswith(_ADAMS_OWN)} - aliases, targets.keys() - aliases)
+    for key, t in targets.items():
+        found = there[key]
+        if tuple(found.size) != tuple(t.shape):
+            raise ValueError(f"{key} has shape {tuple(found.size)} in the checkpoint and {tuple(t.shape)} here")
+        if found.properties.dtype != t.dtype and not cast:
+            raise ValueError(
+                f"{key} is {found.properties.dtype} in the checkpoint and {t.dtype} here: pass cast=True if it is to "
+                "be converted"
+            )
+
+
 def load_torch(
     path: Key,
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
     keys: tuple[str, str] = ("model", "optim"),
+    cast: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Loads weights and momenta (of Lion, or Adam's ``exp_avg``) from a checkpoint of torch's own storage, saved as
@@ -147,6 +171,7 @@ def load_torch(
 
     Args:
         keys: under which model and optimizer were saved.
+        cast: convert tensors that were saved in another dtype.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: on every rank, where it does not fit on any.
@@ -163,6 +188,8 @@ def load_torch(
             key, saved_as = (f"{keys[1]}.state.{n}{EXP_AVG}" for n in (name, alias))
             if key in targets and key not in there and saved_as in there:
                 targets[saved_as] = targets.pop(key)
+        aliases = {f"{keys[0]}.{alias}" for alias in names.aliases}
+        _check_torchs(there, targets, keys[:1] if optimizer is None else keys, aliases, cast)
         fresh = {key: torch.empty_like(t) for key, t in targets.items()}
     try:
         dcp_load(

@@ -58,7 +58,7 @@ class Incoming:
         aliases |= {MOMENTUM + name + EXP_AVG for name in names.aliases}
         wanted = (MODEL,) if optimizer is None else (MODEL, MOMENTUM)
         there = {k for k in manifest.tensors if k.startswith(wanted)} - aliases
-        _same_keys(there, set(self.tensors))
+        same_keys(there, set(self.tensors))
         for key, t in self.tensors.items():
             held = manifest.tensors[key]
             if held.shape != tuple(t.shape):
@@ -108,7 +108,8 @@ class Incoming:
                 (torch.set_rng_state if key.endswith(".cpu") else torch.cuda.set_rng_state)(value)
 
 
-def _same_keys(there: set[str], here: set[str]) -> None:
+def same_keys(there: set[str], here: set[str]) -> None:
+    """Raises ValueError, naming some, unless a checkpoint has the tensors that are here, and no more."""
     for has, lacks, one, other in (
         (here, there, "model or optimizer", "checkpoint"),
         (there, here, "checkpoint", "model or optimizer"),

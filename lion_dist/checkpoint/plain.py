@@ -26,7 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
         "float32", "float64", "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
     )
 }  # fmt: skip
-MAX_VALUES = 4096  # of a tensor that is written as text
+MAX_VALUES = 8192  # of a tensor that is written as text; a generator's state has 5056
 
 
 def dtype_name(dtype: torch.dtype) -> str:

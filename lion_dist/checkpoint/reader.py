@@ -3,7 +3,8 @@
     dcp.load(state, storage_reader=Reader("runs/step-100"))
 
 Each rank first reads and verifies all that it will need while it plans, and torch lets no rank go on to load before
-every rank has planned: so whatever is damaged, nothing has been changed.
+every rank has planned: so whatever is damaged, nothing has been changed. (Only of dtypes that differ, which torch's
+plan does not tell of, a rank learns as it loads; lion_dist.checkpoint.load compares them before.)
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from .ranks import Ranks, as_error
 from .writer import Writer
 
+ALIGNED = 64  # bytes
+
 
 class _Planner(DefaultSavePlanner):
     """torch's, over a flat dict. ``staged``: copies to write, in place of the tensors themselves."""
@@ -38,9 +40,16 @@ class _Planner(DefaultSavePlanner):
         return self.staged[index] if index in self.staged else super().lookup_object(index)
 
     def stage(self, items: list[WriteItem]) -> None:
+        buffer = _buffer(sum(-(-_nbytes(item) // ALIGNED) * ALIGNED for item in items))
+        at = 0
         for item in items:
             found = super().lookup_object(item.index)
-            self.staged[item.index] = copy.deepcopy(found) if item.type == WriteItemType.BYTE_IO else _on_cpu(found)
+            if item.type == WriteItemType.BYTE_IO:
+                self.staged[item.index] = copy.deepcopy(found)
+                continue
+            place = buffer[at : at + found.nbytes].view(found.dtype).view(found.shape)
+            self.staged[item.index] = place.copy_(found)
+            at += -(-found.nbytes // ALIGNED) * ALIGNED
         self.state_dict = {}  # the training's own tensors are let go of
 
 
@@ -50,8 +59,9 @@ def _nbytes(item: WriteItem) -> int:
     return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _on_cpu(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+def _buffer(nbytes: int) -> Tensor:
+    """All copies lie in one, which goes back to the system as a whole: many small ones would fragment the heap."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class Saving:

@@ -115,7 +115,8 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
         raise ValueError(f"{len(full)} boxes hold {covered} elements of {prod(shape)} of shape {tuple(shape)}")
     if not shape or len(full) < 2:
         return
-    along = max(range(len(shape)), key=lambda d: shape[d])
+    # Where the boxes begin at the most places, the fewest are open at a time.
+    along = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in full}))
     open_boxes: list[tuple[int, int]] = []  # the end along that dimension, and the number; sorted
     for number, box in sorted(enumerate(full), key=lambda numbered: numbered[1].offsets[along]):
         while open_boxes and open_boxes[0][0] <= box.offsets[along]:

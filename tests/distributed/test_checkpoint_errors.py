@@ -193,15 +193,15 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
             assert not (folder / "after-1").exists()
         dist.barrier()
         assert not any("failed" in p.name for p in folder.iterdir())
-    copy = saving._on_cpu
+    buffer = saving._buffer
 
-    def no_memory(t: torch.Tensor) -> torch.Tensor:
+    def no_memory(nbytes: int) -> torch.Tensor:
         raise MemoryError("no room for a copy")
 
-    saving._on_cpu = no_memory if rank == 1 else copy
+    saving._buffer = no_memory if rank == 1 else buffer
     with pytest.raises(RuntimeError, match=r"no room for a copy \(on ranks \[1\]\)"):  # on both
         checkpoint.async_save(folder / "failed-1", run.wrapped, run.optimizer)
-    saving._on_cpu = copy
+    saving._buffer = buffer
     dist.barrier()
     assert not any("failed" in p.name for p in folder.iterdir())
     checkpoint.save(folder / "after-1", run.wrapped, run.optimizer, keep_last=1)

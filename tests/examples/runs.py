@@ -32,14 +32,15 @@ def arguments(out: Path, *options: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in TINY.items()), "--out", str(out), *options]
 
 
-def run(ranks: int, out: Path, *options: str) -> tuple[int, str, str]:
+def run(ranks: int, out: Path, *options: str, torchrun_id: str = "none") -> tuple[int, str, str]:
     """Exit code of the ranks (the first that is not 0), and what the first rank wrote to stdout and stderr.
 
     The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
     torch already. ``ranks`` is 0 for a process of its own, without torchrun.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
-    started = processes(_main, [(rank, ranks, store.port, arguments(out, *options), out) for rank in range(ranks or 1)])
+    given = (ranks, store.port, torchrun_id, arguments(out, *options), out)
+    started = processes(_main, [(rank, *given) for rank in range(ranks or 1)])
     end = time.monotonic() + DEADLINE_S
     while any(process.exitcode is None for process in started):
         if time.monotonic() > end or any(process.exitcode for process in started):
@@ -54,14 +55,14 @@ def output_of(out: Path, rank: int, name: str) -> Path:
     return out.parent / f"{out.name}.{name}{rank}"
 
 
-def _main(rank: int, ranks: int, port: int, arguments: list[str], out: Path) -> None:
+def _main(rank: int, ranks: int, port: int, torchrun_id: str, arguments: list[str], out: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output_of(out, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if ranks:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+            TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID=torchrun_id,
         )  # fmt: skip
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "examples"))

@@ -26,6 +26,7 @@ from tests.examples.runs import (
     errors_of,
     kill_after_checkpoint,
     last,
+    run,
     run_well,
     start,
     step_of,
@@ -155,6 +156,34 @@ def test_a_run_that_is_killed_stopped_and_crashes_ends_as_any_other(tmp_path: Pa
     assert_same_checkpoint(out, whole)
     assert len(checkpoint.checkpoints(out)) == 2  # the last two are kept, and nothing unfinished
     assert not list(out.glob(".*"))
+
+
+def test_long_steps_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from stopping import Stopping
+
+    device, handler = torch.device("cpu"), signal.getsignal(signal.SIGTERM)
+    try:
+        for seconds, asks in ((3.0, [2]), (0.4, [2, 3]), (0.001, list(range(2, 12)))):
+            stopping = Stopping(steps=10)
+            assert not stopping.agreed(1, seconds, device)
+            stopping._asked = True
+            assert [stopping.agreed(step, seconds, device) for step in asks] == [False] * (len(asks) - 1) + [True]
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@spawn_only
+def test_a_torchrun_knows_its_own_checkpoints(tmp_path: Path) -> None:
+    """On the nodes where nothing failed, a restart looks like a start."""
+    out, options = tmp_path / "out", ("--steps", "4", "--checkpoint-every", "2")
+    for _ in range(2):
+        code, said, errors = run(2, out, *options, torchrun_id="a")
+        assert code == 0, errors
+        assert LAST_LINE.fullmatch(said.splitlines()[-1])
+    code, _, errors = run(2, out, *options, torchrun_id="b")
+    assert code == 2
+    assert "has checkpoints of an earlier run" in errors
 
 
 @spawn_only

@@ -177,6 +177,28 @@ def test_torchs_checkpoints(make: Any, tmp_path: Path) -> None:
         assert state["optim"]["param_groups"][0]["lr"] == 1e-2
 
 
+def test_torchs_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
+    saved_by_torch(tmp_path / "c", Lion)
+    model = model_of(1)
+    fewer, wider, narrower = (
+        nn.Sequential(*list(model)[:-1]),
+        nn.Sequential(*model, nn.Linear(2, 2)),
+        model_of(1).half(),
+    )
+    for other, message in (
+        (fewer, "checkpoint has .* tensors that the model or optimizer has not"),
+        (wider, "model or optimizer has .* tensors that the checkpoint has not"),
+        (narrower, "is torch.float32 in the checkpoint and torch.float16 here: pass cast=True"),
+    ):
+        before = [p.detach().clone() for p in other.parameters()]
+        with pytest.raises(ValueError, match=message):
+            convert.load_torch(tmp_path / "c", other)
+        assert_all_same([p.detach() for p in other.parameters()], before)
+    convert.load_torch(tmp_path / "c", narrower, cast=True)
+    convert.load_torch(tmp_path / "c", model)
+    assert_all_same([p.detach() for p in narrower.parameters()], [p.detach().half() for p in model.parameters()])
+
+
 def halve(metadata: Any) -> None:
     chunk = metadata.state_dict_metadata["model.0.weight"].chunks[0]
     chunk.sizes = torch.Size([1, 5])

@@ -59,7 +59,7 @@ def test_plain_nan_and_tensors_come_back() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(5000), defaultdict(int), MappingProxyType({})],
+    [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(9000), defaultdict(int), MappingProxyType({})],
     ids=type,
 )
 def test_other_values_are_refused_by_name(value: Any) -> None:
@@ -202,6 +202,23 @@ def test_state_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="0, a WithExtra, has an extra state"):
         checkpoint.save(tmp_path / "step-1", model)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_lr_tensor_stays_one(tmp_path: Path) -> None:
+    for saved in (0.5, torch.tensor(0.5)):
+        path = tmp_path / f"c-{isinstance(saved, Tensor):d}"
+        model, _ = toy()
+        checkpoint.save(path, model, Lion(model.parameters(), lr=saved))
+        lr = torch.tensor(0.25)
+        optimizer = Lion(model.parameters(), lr=lr)
+        checkpoint.load(path, model, optimizer)
+        found = optimizer.param_groups[0]["lr"]
+        assert isinstance(found, Tensor)
+        assert found.item() == 0.5
+        optimizer = Lion(model.parameters(), lr=0.25)
+        checkpoint.load(path, model, optimizer)
+        assert type(optimizer.param_groups[0]["lr"]) is float
+        assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def schedulers(optimizer: Lion, *, warmups: int = 1) -> SequentialLR:
