@@ -81,6 +81,7 @@ class DeepSpeedLion(Lion):
         try:
             return super().step(closure)
         finally:
+            self._update.forget_momenta()  # offload_states() is to free them
             self._prepared[ids] = self._update, self._members
 
     def _columns(self) -> Columns:
@@ -131,7 +132,10 @@ def _check_not_adams(group: dict[str, Any]) -> None:
     """Every rank has the groups, and only some a second moment that is not zero."""
     strange = sorted({"eps", "amsgrad", "bias_correction"} & group.keys())
     if strange:
-        raise ValueError(f"a parameter group with {strange[0]} has been loaded, so it is Adam's: {_START_FROM_WEIGHTS}")
+        raise ValueError(
+            f"a parameter group has {strange[0]!r}, as a checkpoint of Adam's that has been loaded would leave it, so it "
+            f"is Adam's: {_START_FROM_WEIGHTS}; in a group of your own leave {strange[0]!r} out"
+        )
 
 
 def _lions_own(index: Any, entry: Any) -> Any:

@@ -347,6 +347,10 @@ class LionUpdate:
         self.grads = []
         self._prepared = None
 
+    def forget_momenta(self) -> None:
+        """Between steps, where others may put new ones into the state and count on the old ones' memory."""
+        self._exp_avgs = []
+
     def silence(self, columns: Columns) -> None:
         """What kernels read from ``columns.active``, for plain torch: the gradients of other entries are left
         out. On a GPU (use_triton=False) the host waits for it."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -125,6 +126,17 @@ def weights(deepspeed: Any, engine: Any) -> dict[str, Tensor]:
         return {name: p.detach().cpu().clone() for name, p in params.items()}
     with deepspeed.zero.GatheredParameters(list(params.values())):
         return {name: p.detach().cpu().clone() for name, p in params.items()}
+
+
+def momentum_norm(engine: Any) -> float:
+    """Of all momenta, which lie on the ranks in DeepSpeed's order. It tells how large gradients were."""
+    squares = [entry["exp_avg"].double().square().sum().cpu() for entry in engine.basic_optimizer.state.values()]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    if engine.zero_optimization_stage():
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, total.item())
+        total = torch.tensor(sum(parts), dtype=torch.float64)
+    return total.sqrt().item()
 
 
 def averaged(model: Model, micro: range, last: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

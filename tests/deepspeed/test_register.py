@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from lion_dist.deepspeed import DeepSpeedLion, arguments, register, registered, 
 from lion_dist.update.dispatch import LionUpdate
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
+from tests.marks import needs_interpreter
 
 from .common import Model, engine_of, make_config, start_deepspeed, weights
 
@@ -318,6 +321,20 @@ def test_partitions_in_turn_are_each_prepared_once(monkeypatch: pytest.MonkeyPat
         q = single.param_groups[0]["params"][0]
         assert_same_bits(p.detach(), q.detach())
         assert_same_bits(ours.state[p]["exp_avg"], single.state[q]["exp_avg"])
+
+
+@needs_interpreter
+def test_momenta_that_are_replaced_between_steps_are_freed() -> None:
+    """As offload_states() does, to have their memory."""
+    optimizer = DeepSpeedLion([torch.nn.Parameter(torch.ones(5))], lr=0.1, use_triton=True)
+    optimizer.param_groups[0]["params"][0].grad = torch.linspace(-1, 1, 5)
+    optimizer.step()
+    (entry,) = optimizer.state.values()
+    old = weakref.ref(entry["exp_avg"])
+    entry["exp_avg"] = entry["exp_avg"].clone()
+    gc.collect()
+    assert old() is None
+    optimizer.step()
 
 
 def test_a_loaded_second_moment_goes_before_the_step() -> None:

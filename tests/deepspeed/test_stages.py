@@ -17,7 +17,18 @@ from lion_dist import Lion
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
 
-from .common import DTYPES, Model, PlainLion, averaged, engine_of, make_config, micro_steps, start_deepspeed, weights
+from .common import (
+    DTYPES,
+    Model,
+    PlainLion,
+    averaged,
+    engine_of,
+    make_config,
+    micro_steps,
+    momentum_norm,
+    start_deepspeed,
+    weights,
+)
 
 pytest.importorskip("deepspeed")
 
@@ -101,6 +112,8 @@ def check_training(deepspeed: Any, rank: int, world_size: int, case: Case) -> No
                     p.grad = gradients[name].clone() if p.requires_grad else None
                 lion.step()
         got = weights(deepspeed, engine)
+        norm = torch.cat([m.flatten() for m in plain.momenta.values()]).double().norm().item()
+        assert momentum_norm(engine) == pytest.approx(norm, rel=1e-5), f"{case}: norm of the momenta"
     expected = plain.weights()
     for name, p in model.named_parameters():
         assert_same_bits(got[name], expected[name], f"{case}: {name}")
