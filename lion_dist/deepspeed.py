@@ -133,8 +133,8 @@ def _check_not_adams(group: dict[str, Any]) -> None:
     strange = sorted({"eps", "amsgrad", "bias_correction"} & group.keys())
     if strange:
         raise ValueError(
-            f"a parameter group has {strange[0]!r}, as a checkpoint of Adam's that has been loaded would leave it, so it "
-            f"is Adam's: {_START_FROM_WEIGHTS}; in a group of your own leave {strange[0]!r} out"
+            f"a parameter group has {strange[0]!r}, as one from a checkpoint of Adam's has, so it is Adam's: "
+            f"{_START_FROM_WEIGHTS}; in a group of your own leave {strange[0]!r} out"
         )
 
 
