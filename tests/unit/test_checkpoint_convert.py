@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from lion_dist import Lion
@@ -227,6 +228,21 @@ def bomb_for_fallback(path: Path) -> None:
     (path / "__0.metadata").write_bytes(pickle.dumps(Bomb()))
 
 
+def lose_the_end(path: Path) -> None:
+    """After the others have been read."""
+    file = path / "__0_0.distcp"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    tensors = [
+        v
+        for k, v in metadata.storage_data.items()
+        if isinstance(metadata.state_dict_metadata[k.fqn], TensorStorageMetadata)
+    ]
+    last = max(tensors, key=lambda info: info.offset)
+    with file.open("r+b") as data:
+        data.seek(last.offset)
+        data.write(bytes(last.length))
+
+
 TORCH_ATTACKS = {
     "metadata": (bomb_at(".metadata"), r"wants .*mkdir"),
     "metadata of one rank": (bomb_for_fallback, r"there is no \.metadata"),
@@ -235,6 +251,7 @@ TORCH_ATTACKS = {
     "half of a tensor": (edited(halve), "is not whole"),
     "outside of the folder": (edited(outside), "outside of its folder"),
     "truncated": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "."),
+    "the last tensor alone": (lose_the_end, "."),
 }
 
 
