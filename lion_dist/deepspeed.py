@@ -94,7 +94,7 @@ class DeepSpeedLion(Lion):
             for p in group["params"]:
                 entry = self.state.get(p, {})
                 if NOT_LIONS & entry.keys():
-                    _lions_own("it steps", entry)  # raises if it is Adam's
+                    _check_second_moment(f"a partition of {p.numel()} elements", entry)
                     for key in NOT_LIONS:
                         entry.pop(key, None)
                 if group["momentum_dtype"] is not None and "exp_avg" in entry:
@@ -138,14 +138,18 @@ def _check_not_adams(group: dict[str, Any]) -> None:
         )
 
 
-def _lions_own(index: Any, entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        return entry  # Lion's own load says what is wrong with it
+def _check_second_moment(whose: str, entry: dict[str, Any]) -> None:
     second = entry.get("exp_avg_sq")
     if isinstance(second, Tensor) and second.count_nonzero():
         raise ValueError(
-            f"state of parameter {index!r} has an exp_avg_sq that is not zero, so it is Adam's: {_START_FROM_WEIGHTS}"
+            f"the state of {whose} has an exp_avg_sq that is not zero, so it is Adam's: {_START_FROM_WEIGHTS}"
         )
+
+
+def _lions_own(index: Any, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry  # Lion's own load says what is wrong with it
+    _check_second_moment(f"parameter {index!r}", entry)
     return {key: value for key, value in entry.items() if key not in NOT_LIONS}
 
 
