@@ -225,7 +225,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
                 if writes:
                     bar.write(f"step {done}: val_loss {val_loss:.4f} (unigram {unigram:.4f}, bigram {bigram:.4f})")
             if saves or stops:
-                extra = {"step": done, "history": history, "run": identity(config, corpus), "torchrun": torchrun_id()}
+                extra = {"step": done, "history": history, "run": identity(config, corpus)}
                 strategy.save(path_of(config.folder, done), scheduler, extra, keep_last=KEPT)
             clock = time.perf_counter()
         if stops:
@@ -257,22 +257,19 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
     return {**config.identity(), "data (sha256)": corpus.digest}
 
 
-def torchrun_id() -> str | None:
-    """What a torchrun and its restarts on all nodes have in common (--rdzv-id, or a new one with --standalone)."""
-    found = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if found == "none" else found  # as it is where nobody gave one
+def restarted(world: World) -> bool:
+    """Whether torchrun has started all ranks again where one has failed: the count rises on that one's node alone."""
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=world.device)
+    if dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return count.item() > 0
 
 
-def where_to_start(config: Config, corpus: Corpus) -> Path | None:
-    """The checkpoint to continue from; None: the beginning. torchrun starts all ranks again where one has failed; the
-    count of restarts rises on that one's node alone, so a checkpoint of the same torchrun's tells the others."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    there = lion_dist.checkpoint.checkpoints(config.folder)
-    if there and torchrun_id() is not None:
-        restarted |= lion_dist.checkpoint.read_extra(there[-1]).get("torchrun") == torchrun_id()
-    if config.resume or (restarted and there):
+def where_to_start(config: Config, corpus: Corpus, is_restart: bool) -> Path | None:
+    """The checkpoint to continue from; None: the beginning."""
+    if config.resume or (is_restart and lion_dist.checkpoint.checkpoints(config.folder)):
         return find_checkpoint(config.folder, identity(config, corpus))
-    if not restarted:
+    if not is_restart:
         check_unused(config.folder)
     return None
 
@@ -285,18 +282,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = Config(**options)
         world = find_world(config)
         corpus = load_corpus(config.data, config.seq_len)
-        resumed = where_to_start(config, corpus)
-        config.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-    if config.strategy == "single":  # in no process group: Lion itself never communicates
-        summary = train(config, world, corpus, resumed)
-    else:
+    alone = config.strategy == "single"  # in no process group: Lion itself never communicates
+    if not alone:
         start_process_group(world)
-        summary = train(config, world, corpus, resumed)
+    try:
+        resumed = where_to_start(config, corpus, restarted(world))
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    summary = train(config, world, corpus, resumed)
+    if not alone:
         leave_together(world)
     if world.rank == 0:
         print(summary, flush=True)

@@ -59,7 +59,7 @@ def body_train(rank: int, world_size: int, folder: Path) -> None:
         out.mkdir(exist_ok=True)
         world = train.World(rank, world_size, device_of(rank, world_size))
         corpus = train.load_corpus(config.data, config.seq_len)
-        return train.train(config, world, corpus, train.where_to_start(config, corpus))
+        return train.train(config, world, corpus, train.where_to_start(config, corpus, False))
 
     train_step = train.train_step
 

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,15 +34,16 @@ def arguments(out: Path, *options: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in TINY.items()), "--out", str(out), *options]
 
 
-def run(ranks: int, out: Path, *options: str, torchrun_id: str = "none") -> tuple[int, str, str]:
+def run(ranks: int, out: Path, *options: str, restarts: Sequence[int] = ()) -> tuple[int, str, str]:
     """Exit code of the ranks (the first that is not 0), and what the first rank wrote to stdout and stderr.
 
     The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
-    torch already. ``ranks`` is 0 for a process of its own, without torchrun.
+    torch already. ``ranks`` is 0 for a process of its own, without torchrun. ``restarts``: how often each rank's agent
+    has counted, where that is not 0.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
-    given = (ranks, store.port, torchrun_id, arguments(out, *options), out)
-    started = processes(_main, [(rank, *given) for rank in range(ranks or 1)])
+    given = (ranks, store.port, arguments(out, *options), out)
+    started = processes(_main, [(rank, *given, (*restarts, *[0] * 9)[rank]) for rank in range(ranks or 1)])
     end = time.monotonic() + DEADLINE_S
     while any(process.exitcode is None for process in started):
         if time.monotonic() > end or any(process.exitcode for process in started):
@@ -55,20 +58,27 @@ def output_of(out: Path, rank: int, name: str) -> Path:
     return out.parent / f"{out.name}.{name}{rank}"
 
 
-def _main(rank: int, ranks: int, port: int, torchrun_id: str, arguments: list[str], out: Path) -> None:
+def _main(rank: int, ranks: int, port: int, arguments: list[str], out: Path, restarts: int) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output_of(out, rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if ranks:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID=torchrun_id,
+            TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
         )  # fmt: skip
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "examples"))
-    from train import main
+    import train
 
-    main(arguments)
+    start = train.start_process_group
+
+    def start_and_count(world: Any) -> None:
+        start(world)  # with an agent's store ranks of other counts do not meet; torchrun gives such ranks none
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
+
+    train.start_process_group = start_and_count
+    train.main(arguments)
 
 
 def run_well(ranks: int, out: Path, *options: str) -> tuple[float, ...]:
