@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .lion import Lion, _Members
+from .lion import Lion, Members
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
@@ -70,7 +70,7 @@ class DeepSpeedLion(Lion):
 
     def _start(self, use_triton: bool | None) -> None:
         super()._start(use_triton)
-        self._prepared: dict[tuple[int, ...], tuple[LionUpdate, _Members | None]] = {}  # by a step's parameters
+        self._prepared: dict[tuple[int, ...], tuple[LionUpdate, Members | None]] = {}  # by a step's parameters
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -29,7 +29,7 @@ from .update.segments import Columns
 
 
 @dataclass
-class _Members:
+class Members:
     """What a walk through the groups found, kept for the next step if nothing has changed since.
 
     ids: of all parameters, by group. params, entries, groups: those that are stepped, their state and
@@ -109,7 +109,7 @@ class Lion(Optimizer):
         """What is not state: made anew by the constructor, unpickling, deepcopy and load."""
         self._use_triton = use_triton
         self._update = LionUpdate(use_triton)
-        self._members: _Members | None = None
+        self._members: Members | None = None
         self._decay_warning = DecayWarning()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ class Lion(Optimizer):
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
         self._columns()
 
-    def _find_members(self, ids: list[list[int]]) -> tuple[_Members, dict[Tensor, dict[str, Tensor]]]:
+    def _find_members(self, ids: list[list[int]]) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
         """Goes through the groups, and makes the state that is missing; the caller puts it in its place."""
         params, groups, idle = [], [], []
         stateless, dtypes = [], []
@@ -196,7 +196,7 @@ class Lion(Optimizer):
         new = {p: {"exp_avg": m} for p, m in zip(stateless, new_momenta(stateless, dtypes), strict=True)}
         entries = [new[p] if p in new else self.state[p] for p in params]
         dtensors = any(map(is_dtensor, params))
-        return _Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
+        return Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}

@@ -28,6 +28,7 @@ LAST_LINE = re.compile(r"val_loss=(\S+) unigram=(\S+) bigram=(\S+) tokens_per_s=
 
 
 DEADLINE_S = 240.0
+GRACE_S = 20.0  # for the other ranks, once one has failed
 
 
 def arguments(out: Path, *options: str) -> list[str]:
@@ -35,23 +36,28 @@ def arguments(out: Path, *options: str) -> list[str]:
 
 
 def run(ranks: int, out: Path, *options: str, restarts: Sequence[int] = ()) -> tuple[int, str, str]:
-    """Exit code of the ranks (the first that is not 0), and what the first rank wrote to stdout and stderr.
+    """Exit code of the ranks (one of those that are not 0, if there are), what the first wrote to stdout, and what all
+    wrote to stderr.
 
     The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
-    torch already. ``ranks`` is 0 for a process of its own, without torchrun. ``restarts``: how often each rank's agent
-    has counted, where that is not 0.
+    torch already. ``ranks`` is 0 for a process of its own, without torchrun. ``restarts``: how many each rank's agent
+    has counted; () is none.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
+    counts = restarts or [0] * max(ranks, 1)
     given = (ranks, store.port, arguments(out, *options), out)
-    started = processes(_main, [(rank, *given, (*restarts, *[0] * 9)[rank]) for rank in range(ranks or 1)])
-    end = time.monotonic() + DEADLINE_S
+    started = processes(_main, [(rank, *given, count) for rank, count in enumerate(counts)])
+    end, failed = time.monotonic() + DEADLINE_S, False
     while any(process.exitcode is None for process in started):
-        if time.monotonic() > end or any(process.exitcode for process in started):
+        if not failed and any(process.exitcode for process in started):
+            end, failed = time.monotonic() + GRACE_S, True
+        if time.monotonic() > end:
             for process in started:
                 process.kill()
-        started[0].join(0.05)
-    code = next((process.exitcode for process in started if process.exitcode), 0)
-    return code, *(output_of(out, 0, name).read_text() for name in ("stdout", "stderr"))
+        next(process for process in started if process.exitcode is None or process is started[-1]).join(0.05)
+    code = max((process.exitcode for process in started if process.exitcode), default=0)  # its own before a signal's
+    errors = "".join(output_of(out, rank, "stderr").read_text() for rank in range(len(started)))
+    return code, output_of(out, 0, "stdout").read_text(), errors
 
 
 def output_of(out: Path, rank: int, name: str) -> Path:
