@@ -12,10 +12,12 @@ from torch.utils.weak import TensorWeakRef
 @dataclass(frozen=True)
 class Clipping:
     """
+    max_norm: as given to the last clip_grad_norm_().
     scale: float32, shape (): what every gradient is multiplied by.
     fits: whether the gradients are still those that it was computed from.
     """
 
+    max_norm: float
     scale: Tensor
     fits: Callable[[], bool]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
 from .fsdp import refuse_sharded
+from .mismatch import mismatch
 from .param_groups import (
     DecayWarning,
     check_group,
@@ -36,6 +38,7 @@ from .param_groups import (
     with_named_dtypes,
 )
 from .sharded_state import IncomingState, shard_entries, whole_momenta
+from .sharding.averaged import AveragedGradients
 from .sharding.collectives import (
     Agreement,
     Membership,
@@ -45,10 +48,11 @@ from .sharding.collectives import (
     start_all_gather,
 )
 from .sharding.grad_reducer import GradReducer
-from .sharding.replicas import Comparison, broadcast, differing
+from .sharding.replicas import Comparison, broadcast, differing, gathered, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
+from .uncompiled import uncompiled
 from .update.dispatch import LionUpdate
-from .update.reference import HyperParameters, clip_coefficient
+from .update.reference import HyperParameters, checksum, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
 from .update.signs import SignUpdate
 from .upload import upload
@@ -62,8 +66,8 @@ class _Part:
 
     segments: what this rank owns of it.
     signs: where parameters are synchronised by signs.
-    present: in stage 1 with signs: of which parameters the gradient is not None, a byte each; and the same as a
-        tensor, or None if it is all.
+    present: in stage 1: of which parameters the gradient is not None, a byte each; and the same as a tensor, or None
+        if it is all.
     """
 
     shard: Shard
@@ -73,21 +77,14 @@ class _Part:
     present: tuple[bytes, Tensor | None] = (b"", None)
 
 
-def _mismatch(hypers: Sequence[HyperParameters]) -> Callable[[], str]:
-    """What is to be said if this rank's step was not that of the others; the tensors may change meanwhile."""
-    kept = [h._replace(lr=h.lr.clone()) if isinstance(h.lr, Tensor) else h for h in hypers]
-
-    def message() -> str:
-        here = "; ".join(f"group {i}: {hyper._asdict()}" for i, hyper in enumerate(kept))
-        return (
-            "made a step that is not that of its first rank, so that no parameter was changed by it, though momenta "
-            f"were. Here it was {here}. Hyper-parameters, and in stage 1 which gradients are None, must be the same on "
-            "every rank"
-        )
-
-    return message
+def _lr_if(agree: Tensor, lr: float | Tensor) -> Tensor:
+    """lr, exactly, where the ranks agree, else 0, with which a step writes no parameter; on the device of ``agree``."""
+    if isinstance(lr, Tensor) and lr.device == agree.device:
+        return torch.where(agree, lr, 0.0)
+    return agree.double() * float(lr)
 
 
+@uncompiled
 class ShardedLion(Optimizer):
     """Lion for parameters replicated on every rank, its momentum sharded over them (ZeRO stages 1 and 2).
 
@@ -170,7 +167,10 @@ class ShardedLion(Optimizer):
         self._reducer = GradReducer(self._membership, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
         # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
         self._step_supports_amp_scaling = stage == 2
+        # In stage 1 nothing else would notice that nobody averages the gradients.
+        self._averaged = AveragedGradients(self._group) if stage == 1 and world_size > 1 else None
         self._decay_warning = DecayWarning()
+        self._warned_of_no_gradient = False
         self._clipping: Clipping | None = None
         self._use_triton = use_triton
         self._signs = param_sync == "signs" or (param_sync == "auto" and world_size > 1)
@@ -204,10 +204,10 @@ class ShardedLion(Optimizer):
             with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
                 self._append_group(param_group)
                 agreement.says(describe_groups(self.param_groups, before))
+            self._take_in(self.param_groups[-1]["params"])
         except Exception:
             del self.param_groups[before:]
             raise
-        self._take_in(self.param_groups[-1]["params"])
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         before = [p for group in self.param_groups for p in group["params"]]
@@ -227,6 +227,8 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks and shards the trainable ones."""
+        if "param_names" not in self.param_groups[-1]:  # of all groups or of none
+            refuse_permuted(params, self._group)
         broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
@@ -249,6 +251,8 @@ class ShardedLion(Optimizer):
             self._reducer.set_shards(shards)
         kept = {id(part.shard): part for part in self._parts}
         self._parts = [kept.get(id(shard)) or self._make_part(shard) for shard in shards]
+        if self._averaged is not None:
+            self._averaged.again()
         self._ids = []
         self.state.clear()
         self.state.update(shard_entries(shards, self._rank))
@@ -268,14 +272,34 @@ class ShardedLion(Optimizer):
             signs = SignUpdate(update, layout.shard_numel, self._rank, slices, shard.exp_avg.device)
         return _Part(shard, segments, update, signs)
 
+    def _unfrozen(self) -> list[int]:
+        """Indices into ``_frozen`` of parameters that no longer are."""
+        return [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
+
     def _adopt_unfrozen(self) -> None:
         """Shards parameters that were frozen when they were given and no longer are."""
-        unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
+        unfrozen = self._unfrozen()
         if unfrozen:
-            with Agreement(self._group, "ShardedLion.step() after unfreezing parameters") as agreement:
-                agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
+            self._adopt(unfrozen, "ShardedLion.step() after unfreezing parameters")
+
+    def _adopt(self, unfrozen: list[int], call: str) -> None:
+        with Agreement(self._group, call) as agreement:
+            agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
+        if unfrozen:
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
             self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
+
+    def init_state(self) -> None:
+        """Makes the state that the next step() would make; a collective call.
+
+        That is a momentum of zeros for every parameter that was unfrozen since the optimizer or its group was made.
+        All other trainable parameters have theirs already.
+
+        Raises:
+            ValueError: on every rank, where the ranks unfroze different parameters; nothing has been changed.
+        """
+        self._membership.check()
+        self._adopt(self._unfrozen(), "ShardedLion.init_state()")
 
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
@@ -310,17 +334,25 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Steps this rank's slices and synchronises the parameters; a collective call. Hyper-parameters (in
-        stage 1 also which gradients are None) must be the same on every rank. Where they are not, with signs, no
-        parameter changes and every rank raises ValueError: on CPUs in this step, on GPUs in the second after it (or
-        in full_state_dict, check_replicas or resync before that), since the host does not wait; it runs two
-        steps ahead of the device at most. With parameters gathered, slices are stepped differently, unnoticed.
+        """Steps this rank's slices and synchronises the parameters; a collective call.
+
+        Hyper-parameters and the max_norm of clip_grad_norm_() (in stage 1 also which gradients are None) must be the
+        same on every rank. Where they are not, no parameter changes, and every rank raises ValueError: on CPUs in this
+        step, on GPUs in the second after it (or in full_state_dict, check_replicas or resync before that), since the
+        host does not wait; it runs two steps ahead of the device at most. Momenta may have changed.
+
+        A step for which no rank had any gradient changes nothing. The first such step warns, on every rank.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ValueError: on every rank: the ranks made different steps; or, in stage 1, gradients are not averaged over
+                the ranks, for which the first two steps look (and two after parameters were added, unfrozen or
+                loaded); nothing has been changed then.
         """
         if "grad_scale" in self.__dict__:
             del self.__dict__["grad_scale"], self.__dict__["found_inf"]  # the scaler would, had step() returned
@@ -344,22 +376,46 @@ class ShardedLion(Optimizer):
             )
         if self._reducer is not None and self._clipping is None:
             self._reducer.reduce()
-        self._step_and_sync(hypers, self._clipping.scale if self._clipping else None)
+        self._step_and_sync(hypers)
         self._clipping = None
+        self._warn_of_no_gradient()
         return loss
 
-    def _step_and_sync(self, hypers: list[HyperParameters], scale: Tensor | None) -> None:
+    def _warn_of_no_gradient(self) -> None:
+        if self._warned_of_no_gradient or not self._parts:
+            return
+        if self._reducer is None:
+            none = not any(1 in part.present[0] for part in self._parts)
+        else:
+            none = self._reducer.none_active()
+        if none:
+            self._warned_of_no_gradient = True
+            warnings.warn(
+                "lion_dist: step() changed nothing, because no rank had a gradient of any parameter of this "
+                "ShardedLion. If a backward preceded it, the model's parameters are no longer those that the optimizer "
+                "was made with (load_state_dict(assign=True), resized embeddings and FSDP replace them): make the "
+                "optimizer after that. Further steps of this kind are not reported",
+                stacklevel=4,
+            )
+
+    def _step_and_sync(self, hypers: list[HyperParameters]) -> None:
         """Part by part, the last parameters first, as their gradients are the first to be there: one is stepped
         while the gradients of the next are on their way, and its outcome travels while the next is stepped."""
         columns = self._columns()
+        scale = None if self._clipping is None else self._clipping.scale
+        salt = 1 << 62 | zlib.crc32(b"".join(part.present[0] for part in self._parts))
+        message = mismatch(hypers, self._clipping)
         try:
             for part, own in zip(self._parts, columns, strict=True):
                 part.update.prepare(own)  # raises for bad gradients before anything is changed
+            if self._clipping is None:  # else clip_grad_norm_() has looked
+                self._check_averaged(columns)
+            if not self._signs:
+                hypers = self._agreed(hypers, scale, salt, message)
         except Exception:
             for part in self._parts:
                 part.update.forget_gradients()
             raise
-        salt = 1 << 62 | zlib.crc32(b"".join(part.present[0] for part in self._parts))
         under_way = []
         for number in reversed(range(len(self._parts))):
             part, own = self._parts[number], columns[number]
@@ -387,9 +443,41 @@ class ShardedLion(Optimizer):
                 part.shard.finish_gather()
                 continue
             if agree is None:
-                agree = self._comparison.compare(part.signs.checksums, _mismatch(hypers))
+                agree = self._comparison.compare(part.signs.checksums, message)
             part.signs.apply(own, agree)
         self._comparison.check()  # once nothing is under way any more
+
+    def _agreed(
+        self, hypers: list[HyperParameters], scale: Tensor | None, salt: int, message: Callable[[], str]
+    ) -> list[HyperParameters]:
+        """With parameters gathered: compares checksums of the step before it is made, of 8 bytes a rank.
+
+        Returns:
+            The hyper-parameters to step with. On a GPU their lr, on the device, is 0 if the ranks do not agree.
+
+        Raises:
+            ValueError: on every rank, on the CPU, where they do not.
+        """
+        if not self._parts or dist.get_world_size(self._group) == 1:
+            return hypers
+        part = self._parts[0]
+        table = part.update.hyper_table(hypers, part.shard.exp_avg.device)
+        with self._membership.collective() as group:
+            numbers = gathered(checksum(table, salt, scale), group)
+        agree = self._comparison.compare(numbers, message)
+        if self._comparison.under_way:
+            return [h._replace(lr=_lr_if(agree, h.lr)) for h in hypers]
+        self._comparison.check()
+        return hypers
+
+    def _check_averaged(self, columns: Sequence[Columns]) -> None:
+        """In stage 1: raises, in the first steps, where gradients are not the same on all ranks."""
+        if self._averaged is None:
+            return
+        params = [p for own in columns for p in own.params]
+        grads = [g for own in columns for g in own.grads]
+        with self._membership.collective():
+            self._averaged.check(params, grads, [n for part in self._parts for n in part.shard.numbers])
 
     def _group_numbers(self) -> list[list[int]]:
         """For each part, the group of each of its parameters; raises if the groups hold others than were given."""
@@ -416,7 +504,8 @@ class ShardedLion(Optimizer):
             grads: list[Tensor | None]
             if reducer is None:
                 grads = [p.grad for p in params]
-                active = self._active_of(part, grads) if self._signs else None
+                present = self._present(part, grads)
+                active = present if self._signs else None  # without signs gradients that are None say the same
             else:
                 grads = [reducer.grads[number]] * len(params)
                 active = None  # it may still be on its way
@@ -425,7 +514,7 @@ class ShardedLion(Optimizer):
         return columns
 
     @staticmethod
-    def _active_of(part: _Part, grads: Sequence[Tensor | None]) -> Tensor | None:
+    def _present(part: _Part, grads: Sequence[Tensor | None]) -> Tensor | None:
         """In stage 1 a gradient may be None, in which case it is so on every rank, or no parameter will move."""
         present = bytes(g is not None for g in grads)
         if present != part.present[0]:
@@ -439,10 +528,11 @@ class ShardedLion(Optimizer):
         collective call, for just before step().
 
         The coefficient is multiplied in by the fused step, so ``p.grad`` itself is not written. The
-        norm is a float64 sum of squares over the shards, rounded once.
+        norm is a float64 sum of squares over the shards, rounded once. In stage 1 it looks, as step() does, for
+        gradients that are not averaged.
 
         Args:
-            max_norm: > 0.
+            max_norm: > 0, the same on every rank; step() compares the coefficient.
             process_groups: groups whose ranks hold other parameters of the same model, such as those of
                 tensor or pipeline parallelism: the norm is over theirs too. (A parameter that several ranks
                 of such a group hold counts once for each.)
@@ -464,6 +554,8 @@ class ShardedLion(Optimizer):
             for number, own in enumerate(columns):
                 own.active = self._reducer.active(number)
         sums = [part.update.sum_of_squares(own) for part, own in zip(self._parts, columns, strict=True)]
+        if before is None:
+            self._check_averaged(columns)
         present = [total for total in sums if total is not None]
         if present:
             total = torch.stack(present).sum()
@@ -473,10 +565,14 @@ class ShardedLion(Optimizer):
         with self._membership.collective():
             for group in (self._group, *process_groups) if self._parts else process_groups:
                 all_reduce_sum(total, group)
+            if process_groups and self._parts:
+                # Other groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
+                broadcast_from_first([total], self._group)
         if before is not None:
             total = total * before.double().square()
         norm, coefficient = clip_coefficient(total, max_norm)
-        self._clipping = Clipping(coefficient if before is None else before * coefficient, self._same_gradients())
+        scale = coefficient if before is None else before * coefficient
+        self._clipping = Clipping(max_norm, scale, self._same_gradients())
         return norm
 
     def _same_gradients(self) -> Callable[[], bool]:
@@ -575,11 +671,14 @@ class ShardedLion(Optimizer):
         """Loads a state, keeping this rank's slices; a collective call. Either a whole one, of `full_state_dict` or
         of `Lion`, the same on every rank; or one of `state_dict`, which torch.distributed.checkpoint has filled.
 
-        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``.
+        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``. Post hooks
+        (``register_load_state_dict_post_hook``) run once the state is loaded on every rank, momenta and all, and not
+        if it is refused on any; what they write stays.
 
         Raises:
             ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
-                nothing has been changed.
+                nothing has been changed. On every rank too, if a hook raises on one: after a post hook the state is
+                loaded.
         """
         incoming = IncomingState(self.param_groups)
         previous = self.param_groups
@@ -597,6 +696,7 @@ class ShardedLion(Optimizer):
             raise
         finally:
             handle.remove()
+            incoming.give_back_post_hooks(self)
             self.state.update(shard_entries(self._shards, self._rank))  # which torch has replaced
 
         if incoming.fits(self._shards):
@@ -610,6 +710,9 @@ class ShardedLion(Optimizer):
             shard.take_exp_avgs(incoming.momenta, self._rank)
         self._clipping = None
         self._comparison = Comparison()  # what the last steps did is gone
+        with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
+            for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+                hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -6,7 +6,7 @@ Whole: plain tensors on the CPU, gathered. In boxes: `BoxTensor`s, views of this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,15 +66,25 @@ class IncomingState:
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.momenta: dict[int, Tensor] = {}
         self.dtypes: dict[int, torch.dtype] = {}
+        self._post_hooks: dict[int, Callable[[Optimizer], None]] = {}
 
-    def take(self, _: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        """A pre-hook of torch's load_state_dict. Raises ValueError for a state that does not fit the groups."""
+    def take(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        """A pre-hook of torch's load_state_dict, to be the last of them. Raises ValueError for a state that does not
+        fit the groups. Takes the optimizer's post hooks away, because torch would run them before the momenta are
+        loaded: see `give_back_post_hooks`."""
+        hooks = optimizer._optimizer_load_state_dict_post_hooks
+        self._post_hooks.update(hooks)
+        hooks.clear()
         checked = check_and_wrap_state(given, self._groups)
         ids = [i for group in checked["param_groups"] for i in group["params"]]
         for i, p in zip(ids, self._params, strict=True):
             if checked["state"].get(i):
                 self.momenta[id(p)] = checked["state"][i]["exp_avg"].tensor
         return {**checked, "state": {}}
+
+    def give_back_post_hooks(self, optimizer: Optimizer) -> None:
+        """Registers the hooks that `take` took away again, under their old handles and in their old order."""
+        optimizer._optimizer_load_state_dict_post_hooks.update(self._post_hooks)
 
     def check_cut(self, groups: Sequence[Group], shards: Sequence[Shard], rank: int) -> None:
         """Decides on dtypes, from the groups as loaded. Raises ValueError for BoxTensors of another cut."""

@@ -294,6 +294,14 @@ class GradReducer:
         self._finish_flags()
         return None if self._flags is None else self._flags[first:]
 
+    def none_active(self) -> bool:
+        """Whether no rank had a gradient of any parameter, as of the last `reduce`. On a rank that had one the host
+        does not wait."""
+        if not self._params or 1 in self._used:
+            return False
+        self._finish_flags()
+        return self._flags is None or not self._flags[: len(self._params)].any()
+
     def _finish_flags(self) -> None:
         if self._flags_under_way is not None:
             with self._membership.collective():

@@ -26,18 +26,64 @@ def checksum(t: Tensor) -> Tensor:
     return total
 
 
+def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A tensor of every rank, stacked: shape (world_size, *own.shape), on its device. A collective call."""
+    every = own.new_empty(dist.get_world_size(group), *own.shape)
+    every[dist.get_rank(group)] = own
+    all_gather_in_place([every.flatten()], group)
+    return every
+
+
+def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Of at least one parameter on every rank: int64, shape (world_size, parameters). A collective call."""
+    own = torch.stack([checksum(p.detach()) for p in params])
+    with explaining(group):
+        return gathered(own, group)
+
+
 def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[int, list[int]]]:
     """Parameters, by number, that are not the same on all ranks, and the ranks where they are not as on the first.
     A collective call; the host waits."""
     if not params:
         return []
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    sums = torch.empty(world_size, len(params), dtype=torch.int64, device=params[0].device)
-    sums[rank] = torch.stack([checksum(p.detach()) for p in params])
-    with explaining(group):
-        all_gather_in_place([sums.flatten()], group)
+    sums = _checksums(params, group)
     unlike = (sums != sums[0]).t().tolist()
     return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in enumerate(unlike) if any(ranks)]
+
+
+def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Raises where a rank holds parameters of the group's first rank in another order. A collective call; the host
+    waits.
+
+    Other values are no fault: those of the first rank are about to overwrite them. A position is evidence of another
+    order if its two tensors, the first rank's and this one's, differ, and each is found elsewhere on the other rank,
+    at a position of the same shape and dtype that differs too. So equal tensors (biases of zeros) are none, wherever
+    they are.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    if not params or dist.get_world_size(group) == 1:
+        return
+    first, *others = _checksums(params, group).tolist()
+    for rank, sums in enumerate(others, 1):
+        unlike = [i for i, (a, b) in enumerate(zip(first, sums, strict=True)) if a != b]
+        kinds = {i: (params[i].shape, params[i].dtype) for i in unlike}
+        here = {(kinds[i], sums[i]) for i in unlike}
+        there = {(kinds[i], first[i]): i for i in unlike}
+        moved = [
+            (i, there[kinds[i], sums[i]])
+            for i in unlike
+            if (kinds[i], sums[i]) in there and (kinds[i], first[i]) in here
+        ]
+        if moved:
+            some = ", ".join(f"as its parameter {i} what is parameter {j} there" for i, j in moved[:3])
+            raise ValueError(
+                f"rank {rank} of the group has the parameters of the first rank in another order: {some}"
+                f"{', ...' if len(moved) > 3 else ''} ({len(moved)} in all). They would have overwritten one another; "
+                "nothing was changed. Give named parameters (model.named_parameters()), whose names are compared, and "
+                "build groups from lists: the order of a Python set differs from process to process"
+            )
 
 
 def broadcast(params: Iterable[Tensor], group: dist.ProcessGroup) -> None:
@@ -71,6 +117,11 @@ class Comparison:
             event.record()
         self._pending.append((event, copy, message))
         return (numbers == numbers[0]).all()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the host would have to wait for what was given last."""
+        return bool(self._pending) and self._pending[-1][0] is not None
 
     def check(self, all: bool = False) -> None:
         """After each `compare`: raises ValueError if numbers were not alike, those given last if they lie on the

@@ -174,15 +174,19 @@ def apply_signs_(p: Tensor, packed: Tensor, s: Scalars) -> None:
     p.copy_(parameter_rule(p, unpack_signs(packed, p.numel()), s))
 
 
-def checksum(hypers: Tensor, salt: int) -> Tensor:
-    """A number that ranks compare before they apply one another's signs; int64, shape (), wrapping around.
+def checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Tensor:
+    """A number that ranks compare before they apply one another's step; int64, shape (), wrapping around.
 
     Args:
         hypers: a hyper-parameter table.
         salt: what else the ranks must have in common, in [0, 2**63).
+        grad_scale: float32, shape (): its bits count as one more element of the table. None counts as nothing.
     """
     bits = hypers.flatten().view(torch.int64)
-    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum() + salt
+    total = (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum() + salt
+    if grad_scale is None:
+        return total
+    return total + grad_scale.view(torch.int32).long() * (2 * bits.numel() + 1)
 
 
 def sum_of_squares(g: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class SignUpdate:
                     segments, mix.grad, table, grad_scale, columns.active, exp_avg, self._packed, self._checksum, salt
                 )
         else:
-            self._checksum.copy_(reference.checksum(table, salt))
+            self._checksum.copy_(reference.checksum(table, salt, grad_scale))
         update.silence(columns)
         for plain in update.plain:
             for s, m in zip(plain.segments, plain.exp_avgs, strict=True):

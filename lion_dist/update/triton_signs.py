@@ -49,7 +49,11 @@ def _lion_pack_kernel(
     if program == 0:
         index = tl.arange(0, HYPERS)
         bits = tl.load(hypers + index, mask=index < hyper_numel, other=0.0).to(tl.int64, bitcast=True)
-        tl.store(checksum, tl.sum(bits * (2 * index + 1).to(tl.int64), axis=0) + salt)
+        total = tl.sum(bits * (2 * index + 1).to(tl.int64), axis=0) + salt
+        if grad_scale is not None:
+            scale_bits = tl.load(grad_scale).to(tl.int32, bitcast=True).to(tl.int64)
+            total += scale_bits * (2 * hyper_numel + 1)
+        tl.store(checksum, total)
     if tile < tiles:
         segment = tl.load(tile_segments + tile)
         row = rows + segment.to(tl.int64) * _ROW

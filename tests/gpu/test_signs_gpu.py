@@ -92,7 +92,7 @@ class Ranks:
         for a, update in enumerate(self.updates):
             for other in self.updates:
                 other.mail[a] = update.mail[a]
-        want = int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
+        want = int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT, grad_scale))
         assert self.updates[0].checksums.tolist() == [want] * self.world_size
         for agree in (False, True):
             for replica, old in zip(self.replicas, before, strict=True):

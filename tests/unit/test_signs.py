@@ -159,7 +159,7 @@ class Ranks:
         for a, b in itertools.permutations(range(self.world_size), 2):
             self.updates[b].mail[a] = self.updates[a].mail[a]
         sums = {int(c) for update in self.updates for c in update.checksums}
-        assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT))}
+        assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
             self.lion.step(Columns(self.whole, list(grads), self.whole_exp_avgs, self.groups), hypers, grad_scale)
         for r, update in enumerate(self.updates):
@@ -362,16 +362,18 @@ def test_autograd_notices(use_triton: bool) -> None:
 # -- The checksum
 
 
-def of_kernel(hypers: list[HyperParameters], salt: int, use_triton: bool = True) -> int:
+def of_kernel(
+    hypers: list[HyperParameters], salt: int, use_triton: bool = True, grad_scale: Tensor | None = None
+) -> int:
     """What `pack` writes behind the signs."""
     update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
     columns = Columns([torch.ones(100)], [torch.ones(100)], [torch.zeros(128)], [0], [Segment(0, 0, 0, 0, 100)])
-    update.pack(columns, hypers, None, salt)
+    update.pack(columns, hypers, grad_scale, salt)
     return int(update.mail[0, 128 // 4 :][:8].view(torch.int64))
 
 
-def of_definition(hypers: list[HyperParameters], salt: int) -> int:
-    return int(reference.checksum(dispatch.hyper_table(hypers, CPU), salt))
+def of_definition(hypers: list[HyperParameters], salt: int, grad_scale: Tensor | None = None) -> int:
+    return int(reference.checksum(dispatch.hyper_table(hypers, CPU), salt, grad_scale))
 
 
 ONE = [HyperParameters(1e-3, 0.1, 0.9, 0.99, False)]
@@ -386,8 +388,20 @@ def test_checksum_in_the_mail(use_triton: bool, groups: int, salt: int) -> None:
     assert of_kernel(hypers, salt, use_triton) == of_definition(hypers, salt)
 
 
+@both
+@pytest.mark.parametrize("groups", [1, 3])
+def test_checksum_covers_the_clipping_coefficient(use_triton: bool, groups: int) -> None:
+    """By its bits: every bit counts, a NaN has a checksum too, and 1 is not the same as no clipping."""
+    hypers = [ONE[0]._replace(beta1=0.9 + 0.01 * i) for i in range(groups)]
+    scales = [None, *map(torch.tensor, (1.0, 0.37, -0.37, 1e-38, NAN))]
+    scales.append(torch.nextafter(torch.tensor(0.37), torch.tensor(1.0)))
+    sums = [of_kernel(hypers, SALT, use_triton, scale) for scale in scales]
+    assert sums == [of_definition(hypers, SALT, scale) for scale in scales]
+    assert len(set(sums)) == len(sums)
+
+
 def test_checksum_by_hand() -> None:
-    """Element i of the table, as bits, (2i + 1) times; modulo 2^64."""
+    """Element i of the table, as bits, (2i + 1) times, and the coefficient's 32 bits behind them; modulo 2^64."""
     import struct
 
     hypers = [*ONE, HyperParameters(0.25, 0.0, 0.95, 0.98, True)]
@@ -396,6 +410,9 @@ def test_checksum_by_hand() -> None:
     words = struct.unpack("<10q", struct.pack("<10d", *numbers))
     expected = (sum(w * (2 * i + 1) for i, w in enumerate(words)) + SALT) % (1 << 64)
     assert of_definition(hypers, SALT) % (1 << 64) == expected
+    (scale_bits,) = struct.unpack("<i", struct.pack("<f", -0.25))
+    expected += scale_bits * (2 * len(numbers) + 1)
+    assert of_definition(hypers, SALT, torch.tensor(-0.25)) % (1 << 64) == expected % (1 << 64)
 
 
 CHANGES: dict[str, Callable[[list[HyperParameters], int], tuple[list[HyperParameters], int]]] = {
