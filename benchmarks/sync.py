@@ -71,7 +71,8 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str, out: str) -> No
         optimizers: dict[str, tuple[list, ShardedLion]] = {
             sync: made(options.numel, options.tensors, dtype, device, sync) for sync in ("params", "signs")
         }
-        grads = [torch.randn_like(p) for p in optimizers["params"][0]]
+        generator = torch.Generator(device).manual_seed(2)  # the same averaged gradient on every rank
+        grads = [torch.empty_like(p).normal_(generator=generator) for p in optimizers["params"][0]]
         for params, _ in optimizers.values():
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
@@ -86,7 +87,6 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str, out: str) -> No
                 if i >= 3:
                     times[sync].append(ms.item())
         within = {sync: parts(optimizer.step) for sync, (_, optimizer) in optimizers.items()}
-        generator = torch.Generator(device).manual_seed(2)  # the same averaged gradient on every rank
         for _ in range(options.steps):
             for g in grads:
                 g.normal_(generator=generator)

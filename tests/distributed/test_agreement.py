@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -75,6 +76,75 @@ def body_constructor(rank: int, world_size: int) -> None:
 
 def test_constructor_compares_ranks(tmp_path: Path) -> None:
     run_ranks(body_constructor, 3, tmp_path)
+
+
+def stacked(seed: int, device: torch.device, *values: float) -> list[nn.Parameter]:
+    """Matrices of one shape, random ones first, then constant ones."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(9, 40, generator=generator) for _ in range(4)]
+    return [nn.Parameter(t.to(device)) for t in [*drawn, *(torch.full((9, 40), v) for v in values)]]
+
+
+def body_permuted(rank: int, world_size: int) -> None:
+    """Unnamed parameters of one shape, in another order on the last rank, as groups from a Python set have it."""
+    device = device_of(rank, world_size)
+    odd = rank == world_size - 1
+    says = rf"rank {world_size - 1} of the group has .*in another order: as its parameter {{}} what is parameter {{}} "
+
+    def refused(call: Callable[[list[nn.Parameter]], object], params: list[nn.Parameter], i: int, j: int) -> None:
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(ValueError, match=says.format(i, j) + r".*model\.named_parameters\(\).*set"):
+            call(params)
+        for p, b in zip(params, before, strict=True):
+            assert_same_bits(p, b, "changed by a call that was refused")
+
+    def make(params: list[nn.Parameter]) -> ShardedLion:
+        return ShardedLion([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}])
+
+    def ordered(params: list[nn.Parameter], *order: int) -> list[nn.Parameter]:
+        return [params[i] for i in order] if odd else params
+
+    # Two swapped over the groups, a ring of three, and two swapped beside one that is this rank's own.
+    refused(make, ordered(stacked(0, device), 0, 2, 1, 3), 1, 2)
+    refused(make, ordered(stacked(0, device), 2, 0, 1, 3), 0, 2)
+    params = ordered(stacked(0, device), 0, 1, 3, 2)
+    if odd:
+        params[0].data.fill_(7.0)
+    refused(make, params, 2, 3)
+    # Gains of ones and biases of zeros.
+    refused(make, ordered(stacked(0, device, 1.0, 0.0), 0, 1, 2, 3, 5, 4), 4, 5)
+    # A frozen pair is overwritten too.
+    params = ordered(stacked(0, device), 0, 2, 1, 3)
+    for p in params[1:3]:
+        p.requires_grad_(False)
+    refused(make, params, 1, 2)
+    # A group that comes later.
+    optimizer = make(stacked(0, device))
+    refused(lambda params: optimizer.add_param_group({"params": params}), ordered(stacked(1, device), 1, 0, 2, 3), 0, 1)
+    assert len(optimizer.param_groups) == 2
+    torch.stack([p.sum() for group in optimizer.param_groups for p in group["params"]]).sum().backward()
+    optimizer.step()
+
+    # No evidence: values of the rank's own, equal tensors at any place, and constant ones where the first rank has
+    # been trained. All take the first rank's values, as ever.
+    fresh = (0.0, 0.0, 1.0)
+    for mine, first in [
+        (stacked(rank, device), stacked(0, device)),
+        (ordered(stacked(0, device, *fresh), 0, 1, 2, 3, 5, 4, 6), stacked(0, device, *fresh)),
+        (stacked(rank, device, *(fresh if rank else (0.5, 0.0, 0.25))), stacked(0, device, 0.5, 0.0, 0.25)),
+        (stacked(rank, device, *((0.0, 0.3) if rank else (0.5, 0.0))), stacked(0, device, 0.5, 0.0)),
+    ]:
+        make(mine).check_replicas()
+        for p, want in zip(mine, first, strict=True):
+            assert_same_bits(p, want, "the first rank's")
+    # Of named ones the names are compared.
+    named = [(str(i), p) for i, p in enumerate(ordered(stacked(0, device), 0, 2, 1, 3))]
+    ShardedLion(named).check_replicas()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_unnamed_parameters_in_another_order(world_size: int, tmp_path: Path) -> None:
+    run_ranks(body_permuted, world_size, tmp_path)
 
 
 def body_bad_input(rank: int, world_size: int) -> None:

@@ -235,7 +235,7 @@ class Counter:
 
 def body_bytes(rank: int, world_size: int) -> None:
     """fp32, stage 2. A parameter's gradient takes 4 bytes, and then 4 or 1/4; beside them padding of the pack, a
-    footer a rank, and one flag a parameter."""
+    footer or a checksum a rank, and one flag a parameter."""
     device = device_of(rank, world_size)
     unit = 128 * world_size
     shapes = [(20 * unit,), (33, 40), (3,)]
@@ -254,7 +254,9 @@ def body_bytes(rank: int, world_size: int) -> None:
                 optimizer.zero_grad()
             assert sum(counter.bytes["scatter"]) == 4 * (numel + padding)
             signs = (numel + padding) // 4 + world_size * FOOTER
-            assert counter.bytes["gather"] == [signs if sync == "signs" else 4 * (numel + padding)]
+            # With parameters the checksum of the step travels before them, and with signs among them.
+            expected = [signs] if sync == "signs" else [8 * world_size, 4 * (numel + padding)]
+            assert counter.bytes["gather"] == expected
             assert sum(counter.bytes["reduce"]) <= len(params) + 8
             assert not counter.bytes["broadcast"] or step == 0  # the order of readiness, once
         assert all((p == -3 * LR).all() for p in params)

@@ -1,5 +1,5 @@
 """Ranks that are not alike find out, all of them, before a weight has moved: what each must have in common with the
-others travels behind its signs."""
+others travels behind its signs, or before its parameters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lion_dist import ShardedLion
+from lion_dist.sharding.collectives import all_reduce_sum
 from lion_dist.sharding.replicas import Comparison
 from tests.bits import assert_same_bits, bits
 from tests.harness import device_of, run_ranks, spawn_only
@@ -31,14 +33,15 @@ def step_until_known(optimizer: ShardedLion, device: torch.device) -> None:
 class Trained:
     """Two fp32 parameters, one in bfloat16, and a small group; gradients that differ from step to step only."""
 
-    def __init__(self, rank: int, world_size: int, stage: int, **kwargs: Any) -> None:
+    def __init__(self, rank: int, world_size: int, stage: int, param_sync: str = "signs", **kwargs: Any) -> None:
         self.device = device_of(rank, world_size)
         shapes = [((700,), torch.float32), ((3, 129), torch.float32), ((40, 20), torch.bfloat16), ((5,), torch.float32)]
         self.stage = stage
         self.params = [nn.Parameter(torch.ones(s, dtype=d, device=self.device)) for s, d in shapes]
         groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.5}]
-        self.optimizer = ShardedLion(groups, lr=LR, weight_decay=0.5, stage=stage, param_sync="signs", **kwargs)
+        self.optimizer = ShardedLion(groups, lr=LR, weight_decay=0.5, stage=stage, param_sync=param_sync, **kwargs)
         self.number = 0
+        self.max_norm: float | None = None
 
     def gradients(self) -> None:
         self.number += 1
@@ -50,6 +53,9 @@ class Trained:
             for p, g in zip(self.params, grads, strict=True):
                 p.grad = g
 
+        if self.max_norm is not None:
+            self.optimizer.clip_grad_norm_(self.max_norm)
+
     def step(self) -> None:
         self.gradients()
         self.optimizer.step()
@@ -57,12 +63,15 @@ class Trained:
 
     def refused(self) -> str:
         """Makes a step that must be refused on this rank, with no weight moved; returns what was said."""
-        before = [bits(p) for p in self.params]
+        unchanged = list(self.params)
+        if not self.optimizer._signs and self.device.type == "cpu":  # found out before the step: nor do momenta
+            unchanged += [shard.exp_avg for shard in self.optimizer._shards]
+        before = [bits(t) for t in unchanged]
         self.gradients()
         with pytest.raises(ValueError, match="made a step that is not that of its first rank") as error:
             step_until_known(self.optimizer, self.device)
-        for p, b in zip(self.params, before, strict=True):
-            assert torch.equal(bits(p), b), "a weight moved"
+        for t, b in zip(unchanged, before, strict=True):
+            assert torch.equal(bits(t), b), "a weight or momentum moved"
         self.optimizer.zero_grad()
         return str(error.value)
 
@@ -84,11 +93,11 @@ def other_direction(group: dict[str, Any]) -> None:
 
 
 def body_disagree(rank: int, world_size: int) -> list[list[str]]:
-    return [disagree(rank, world_size, stage) for stage in (1, 2)]
+    return [disagree(rank, world_size, stage, sync) for stage in (1, 2) for sync in ("signs", "params")]
 
 
-def disagree(rank: int, world_size: int, stage: int) -> list[str]:
-    trained = Trained(rank, world_size, stage)
+def disagree(rank: int, world_size: int, stage: int, sync: str) -> list[str]:
+    trained = Trained(rank, world_size, stage, sync)
     trained.step()
     said = []
     for number, change in enumerate((other_lr, other_decay, other_betas, other_direction)):
@@ -114,12 +123,79 @@ def test_other_hyper_parameters(world_size: int, tmp_path: Path) -> None:
     odd_ranks = [number % world_size for number in range(4)]
     # Where the first rank is the odd one, so are all others.
     expected = [f"ranks {[odd] if odd else list(range(1, world_size))}" for odd in odd_ranks]
-    assert run_ranks(body_disagree, world_size, tmp_path) == [[expected] * 2] * world_size
+    assert run_ranks(body_disagree, world_size, tmp_path) == [[expected] * 4] * world_size
+
+
+def body_clipped_otherwise(rank: int, world_size: int) -> None:
+    for stage in (1, 2):
+        for sync in ("signs", "params"):
+            clipped_otherwise(rank, world_size, stage, sync)
+
+
+def clipped_otherwise(rank: int, world_size: int, stage: int, sync: str) -> None:
+    trained = Trained(rank, world_size, stage, sync)
+    trained.max_norm = 2.0
+    trained.step()
+    for usual, other in [(2.0, 2.0 * (1 + 2**-20)), (1e9, 0.5)]:
+        trained.max_norm = other if rank == 1 else usual
+        message = trained.refused()
+        assert message.startswith("ranks [1] of the group made a step")
+        assert f"clipped to max_norm {trained.max_norm}, by a factor of" in message
+        trained.max_norm = usual
+        trained.step()
+    # Above the norm any max_norm is the same, as long as nothing is clipped by it.
+    trained.max_norm = 1e9 * (1 + rank)
+    trained.step()
+    # Of NaN the coefficient is NaN everywhere, which is no difference.
+    trained.gradients()
+    for p in trained.params if stage == 1 else []:
+        p.grad.fill_(torch.nan)  # type: ignore[union-attr]
+    trained.optimizer.clip_grad_norm_(1.0)
+    trained.optimizer.step()
+    trained.optimizer.check_replicas()
+
+
+def test_another_max_norm(tmp_path: Path) -> None:
+    run_ranks(body_clipped_otherwise, 2, tmp_path)
+
+
+def body_sums_in_another_order(rank: int, world_size: int) -> None:
+    """Groups that hold other parts of the model may add up in other orders, and get sums that differ in their last
+    bits (here by more, so that the coefficients differ). The ranks that step together clip by the same all the same."""
+    others = dist.new_group([0]), dist.new_group([1])  # each rank alone
+
+    def summed(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        all_reduce_sum(tensor, group)
+        if group is others[rank]:
+            tensor.mul_(1 + rank * 2**-20)
+
+    for stage in (1, 2):
+        for sync in ("signs", "params"):
+            trained = Trained(rank, world_size, stage, sync)
+            for _ in range(3):
+                trained.gradients()
+                with pytest.MonkeyPatch.context() as monkeypatch:
+                    monkeypatch.setattr("lion_dist.sharded_lion.all_reduce_sum", summed)
+                    norm = trained.optimizer.clip_grad_norm_(torch.pi, process_groups=[others[rank]])
+                trained.optimizer.step()
+                trained.optimizer.zero_grad()
+                assert norm.item() > torch.pi
+            assert all((p != 1).any() for p in trained.params)
+            trained.optimizer.check_replicas()
+
+
+def test_sums_in_another_order(tmp_path: Path) -> None:
+    run_ranks(body_sums_in_another_order, 2, tmp_path)
 
 
 def body_lr_tensors(rank: int, world_size: int) -> None:
+    for sync in ("signs", "params"):
+        lr_tensors(rank, world_size, sync)
+
+
+def lr_tensors(rank: int, world_size: int, sync: str) -> None:
     """Read where they lie: on the device, or on the CPU."""
-    trained = Trained(rank, world_size, stage=1)
+    trained = Trained(rank, world_size, 1, sync)
     group = trained.optimizer.param_groups[0]
     for device in {trained.device, torch.device("cpu")}:
         group["lr"] = torch.tensor(LR, device=device)
@@ -136,6 +212,11 @@ def test_other_lr_tensors(tmp_path: Path) -> None:
 
 
 def body_absent_gradients(rank: int, world_size: int) -> None:
+    for sync in ("signs", "params"):
+        absent_gradients(rank, world_size, sync)
+
+
+def absent_gradients(rank: int, world_size: int, sync: str) -> None:
     """Stage 1, where a gradient is None on all ranks or on none. None on one rank; on two, of other parameters: of
     one part, and of two, whose flags alone are alike."""
     device = device_of(rank, world_size)
@@ -143,7 +224,7 @@ def body_absent_gradients(rank: int, world_size: int) -> None:
     c = nn.Parameter(torch.ones(300, device=device, dtype=torch.bfloat16))
     d = nn.Parameter(torch.ones(300, device=device, dtype=torch.bfloat16))
     params = [a, b, c, d]
-    optimizer = ShardedLion(params, lr=LR, stage=1, param_sync="signs")
+    optimizer = ShardedLion(params, lr=LR, stage=1, param_sync=sync)
     for absent in ([a], []), ([], [c]), ([a], [b]), ([a, b], [c, d]), ([a], [c]), ([b, c], [b, d]):
         for p in params:
             p.grad = torch.ones_like(p)
@@ -216,7 +297,12 @@ def test_a_step_that_failed_alone_can_be_repeated(tmp_path: Path) -> None:
 
 
 def body_no_growth(rank: int, world_size: int) -> None:
-    trained = Trained(rank, world_size, stage=2)
+    for sync in ("signs", "params"):
+        no_growth(rank, world_size, sync)
+
+
+def no_growth(rank: int, world_size: int, sync: str) -> None:
+    trained = Trained(rank, world_size, 2, sync)
     for _ in range(50):
         trained.step()
         if trained.device.type == "cpu":  # where the outcome is known at once
@@ -238,7 +324,10 @@ class Late:
         pass
 
 
-def body_judged_before_they_count(rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def body_judged_before_they_count(
+    rank: int, world_size: int, sync: str, monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
+    """Returns the bits of all weights."""
     compare = Comparison.compare
 
     def compare_late(self: Comparison, *args: Any) -> torch.Tensor:
@@ -250,14 +339,18 @@ def body_judged_before_they_count(rank: int, world_size: int, monkeypatch: pytes
         return agree
 
     monkeypatch.setattr(Comparison, "compare", compare_late)
+    weights = []
     for call in ("check_replicas", "full_state_dict", "resync", "load_state_dict"):
-        trained = Trained(rank, world_size, stage=2)
+        trained = Trained(rank, world_size, 2, sync)
         optimizer = trained.optimizer
         trained.step()
         saved = optimizer.full_state_dict()
         lr = torch.tensor(0.125 * (1 + rank))
         optimizer.param_groups[0]["lr"] = lr
+        before = [bits(p) for p in trained.params]
         trained.step()  # not heard of yet
+        for p, b in zip(trained.params, before, strict=True):
+            assert torch.equal(bits(p), b), "a weight moved"
         lr.fill_(LR)
         if call == "load_state_dict":
             optimizer.load_state_dict(saved)
@@ -265,13 +358,20 @@ def body_judged_before_they_count(rank: int, world_size: int, monkeypatch: pytes
             with pytest.raises(ValueError, match=rf"ranks \[1\] .*tensor\({0.125 * (1 + rank)}0*\)"):
                 getattr(optimizer, call)()
         for _ in range(2 * Comparison.LAG):
+            before = [bits(p) for p in trained.params]
             trained.step()
+            assert all((bits(p) != b).any() for p, b in zip(trained.params, before, strict=True))
         optimizer.check_replicas()
+        weights += [bits(p) for p in trained.params]
+    return weights
 
 
 def body_judged(rank: int, world_size: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        body_judged_before_they_count(rank, world_size, monkeypatch)
+    weights = []
+    for sync in ("signs", "params"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            weights.append(body_judged_before_they_count(rank, world_size, sync, monkeypatch))
+    assert all(map(torch.equal, *weights))
 
 
 def test_steps_are_judged_before_state_is_read(tmp_path: Path) -> None:
