@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,52 @@ def body_closure_and_versions(rank: int, world_size: int) -> float:
 
 def test_closure_and_autograd_versions(tmp_path: Path) -> None:
     assert run_ranks(body_closure_and_versions, 2, tmp_path) == [0.0, 0.0]
+
+
+def body_no_gradient(rank: int, world_size: int) -> None:
+    """The model's parameters have been replaced, so that no gradient reaches the optimizer's: one warning on every
+    rank. An empty step now and then is as legal as with any optimizer."""
+    device = device_of(rank, world_size)
+    for stage in (1, 2):
+        model = nn.Sequential(nn.Linear(20, 33), nn.Linear(33, 5)).to(device)
+        optimizer = ShardedLion(model.named_parameters(), lr=0.25, stage=stage)
+        kept = list(model.parameters())
+
+        def train(model: nn.Module = model, optimizer: ShardedLion = optimizer, clip: bool = False) -> int:
+            """The number of warnings of a step."""
+            model(torch.ones(2, 20, device=device)).sum().backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if clip:
+                    optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            return sum("no rank had a gradient" in str(w.message) for w in caught)
+
+        assert [train(), train(clip=True)] == [0, 0]
+        before = [p.detach().clone() for p in kept]
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        assert [train(clip=stage == 1), train(clip=True), train()] == [1, 0, 0]
+        for p, b in zip(kept, before, strict=True):
+            assert_same_bits(p, b, "not stepped")
+    # A rank without a gradient where another has one; then none has, of one optimizer's second epoch.
+    p, q = (nn.Parameter(torch.ones(300, device=device)) for _ in range(2))
+    optimizer = ShardedLion([p, q], lr=0.25)
+    for _ in range(3):
+        if rank == 1:
+            q.sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"no rank had a gradient.*load_state_dict\(assign=True\)"):
+        optimizer.step()
+    assert (p == 1).all()
+    assert (q != 1).all()
+
+
+def test_steps_without_any_gradient(tmp_path: Path) -> None:
+    run_ranks(body_no_gradient, 2, tmp_path)
 
 
 def body_grad_scaler(rank: int, world_size: int) -> None:

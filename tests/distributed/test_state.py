@@ -162,6 +162,134 @@ def test_foreign_state_changes_nothing(tmp_path: Path) -> None:
     run_ranks(body_foreign_state, 3, tmp_path)
 
 
+def body_hooks(rank: int, world_size: int) -> None:
+    """Pre hooks run once, before anything is checked; post hooks when all of it is there, and only then."""
+    device = device_of(rank, world_size)
+    model = Toy(3, FP32, device)
+    optimizer = ShardedLion(model.groups(), lr=0.01, stage=1)
+    expect(model, optimizer, warm_up(optimizer), range(2), world_size)
+    good = optimizer.full_state_dict()
+    log: list[str] = []
+    seen: list[dict] = []
+
+    def pre(_: object, state: dict) -> dict:
+        log.append("pre")
+        return {**state, "param_groups": [{**g, "lr": g["lr"] / 2} for g in state["param_groups"]]}
+
+    def post(loaded: ShardedLion) -> None:
+        log.append("post")
+        seen.append(loaded.full_state_dict())  # a collective call
+        for entry in loaded.state.values():
+            entry["exp_avg"].copy_(entry["exp_avg"].map(lambda part: 2 * part))
+        loaded.param_groups[0]["lr"] = 0.125
+
+    other = ShardedLion(Toy(4, FP32, device).groups(), lr=0.5, stage=1)
+    handles = [other.register_load_state_dict_pre_hook(pre), other.register_load_state_dict_post_hook(post)]
+    handles.append(other.register_load_state_dict_post_hook(lambda _: log.append("post 2")))
+    other.load_state_dict(good)
+    assert log == ["pre", "post", "post 2"]
+    after = other.full_state_dict()
+    for i, entry in good["state"].items():
+        assert_same_bits(seen[0]["state"][i]["exp_avg"], entry["exp_avg"], "in the hook")
+        assert_same_bits(after["state"][i]["exp_avg"], 2 * entry["exp_avg"], "what the hook wrote")
+    lrs = [g["lr"] for g in good["param_groups"]]
+    assert [g["lr"] for g in after["param_groups"]] == [0.125, *(lr / 2 for lr in lrs[1:])]
+
+    # Refused, on one rank or on all: no post hook. Its handle still works, and so does the next load.
+    bad = {**good, "state": {**good["state"], 0: {"exp_avg": torch.zeros(5, 5)}}}
+    for state in (bad if rank == 1 else good), bad:
+        log.clear()
+        with pytest.raises((ValueError, RuntimeError), match="another model"):
+            other.load_state_dict(state)
+        assert log == ["pre"]
+    if world_size > 1:  # replicas that differ are found out after torch's own part of the load
+        signs = ShardedLion(Toy(4, FP32, device).groups(), lr=0.5, stage=1, param_sync="signs")
+        signs.register_load_state_dict_post_hook(lambda _: log.append("post"))
+        log.clear()
+        with torch.no_grad():
+            signs.param_groups[0]["params"][0].add_(rank)
+        with pytest.raises(RuntimeError, match="have not the bits"):
+            signs.load_state_dict(good)
+        assert log == []
+    handles[2].remove()
+    log.clear()
+    other.load_state_dict(good)
+    assert log == ["pre", "post"]
+    for handle in handles:
+        handle.remove()
+
+    # One that raises on one rank, on all: before the load nothing has been changed, after it the state is loaded.
+    def fails(*_: object) -> None:
+        if rank == 1:
+            raise KeyError("of this rank's own")
+
+    before = other.full_state_dict()
+    for register, loaded in [
+        (other.register_load_state_dict_pre_hook, before),
+        (other.register_load_state_dict_post_hook, good),
+    ]:
+        handle = register(fails)
+        with pytest.raises(KeyError if rank == 1 else RuntimeError, match="of this rank's own"):
+            other.load_state_dict(good)
+        handle.remove()
+        now = other.full_state_dict()
+        assert [g["lr"] for g in now["param_groups"]] == [g["lr"] for g in loaded["param_groups"]]
+        for i, entry in loaded["state"].items():
+            assert_same_bits(now["state"][i]["exp_avg"], entry["exp_avg"], "after a hook that failed")
+
+
+def test_load_hooks(tmp_path: Path) -> None:
+    run_ranks(body_hooks, 2, tmp_path)
+
+
+def body_init_state(rank: int, world_size: int) -> None:
+    """Parameters that were unfrozen since have their momenta before the next step, as those of Lion's init_state()."""
+    device = device_of(rank, world_size)
+    for stage in (1, 2):
+        models = [Toy(3, FP32, device) for _ in range(2)]
+        optimizer = ShardedLion(models[0].groups(), lr=0.01, stage=stage)
+        lion = Lion(models[1].groups(), lr=0.01)
+        optimizer.init_state()  # there is nothing to do
+        lion.init_state()
+        assert_same_momentum(optimizer.full_state_dict(), lion)
+        for step in range(4):
+            if step == 2:
+                for model in models:
+                    model.frozen.requires_grad_()
+                optimizer.init_state()
+                lion.init_state()
+                full = optimizer.full_state_dict()
+                assert_same_momentum(full, lion)
+                assert optimizer.state[models[0].frozen]["exp_avg"].shape == (33, 10)
+                optimizer.load_state_dict(full)
+            for name in SHAPES:
+                g = models[1].average_gradient(name, step, world_size)
+                models[1].get_parameter(name).grad = g
+                models[0].get_parameter(name).grad = None if g is None or stage == 2 else g.clone()
+            if stage == 2:
+                models[0](step, rank, world_size).backward()
+            for o in (optimizer, lion):
+                o.step()
+                o.zero_grad()
+            assert_same_model(*models)
+        assert_same_momentum(optimizer.full_state_dict(), lion)
+    # Another parameter on another rank: refused on all, and made good.
+    a, b = (nn.Parameter(torch.ones(n, device=device), requires_grad=False) for n in (300, 200))
+    optimizer = ShardedLion([a, b, nn.Parameter(torch.ones(3, device=device))], lr=0.25)
+    [a, b][rank].requires_grad_()
+    with pytest.raises(ValueError, match=r"init_state\(\).*Rank 0: unfrozen parameter 0.*Rank 1: unfrozen parameter 1"):
+        optimizer.init_state()
+    assert len(optimizer.state) == 1
+    a.requires_grad_()
+    b.requires_grad_()
+    optimizer.init_state()
+    assert len(optimizer.state) == 3
+
+
+def test_init_state(tmp_path: Path) -> None:
+    run_ranks(body_init_state, 2, tmp_path)
+
+
 def body_refusals(rank: int, world_size: int) -> None:
     optimizer = ShardedLion([nn.Parameter(torch.zeros(300, device=device_of(rank, world_size)))], stage=1)
     with pytest.raises(TypeError, match="full_state_dict"):
