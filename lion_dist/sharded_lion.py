@@ -395,7 +395,7 @@ class ShardedLion(Optimizer):
                 "ShardedLion. If a backward preceded it, the model's parameters are no longer those that the optimizer "
                 "was made with (load_state_dict(assign=True), resized embeddings and FSDP replace them): make the "
                 "optimizer after that. Further steps of this kind are not reported",
-                stacklevel=4,
+                stacklevel=7,
             )
 
     def _step_and_sync(self, hypers: list[HyperParameters]) -> None:

@@ -1,23 +1,31 @@
 """Whether gradients have been averaged over the ranks, as stage 1 takes them to be.
 
-A rank steps its slices by its own gradients alone, so gradients that nobody averaged train each slice on one rank's
-data, and replicas stay alike. After an all-reduce every rank has the same bits: so a checksum tells.
+A rank steps its slices by its own gradients alone. So gradients that nobody averaged train each slice on one rank's
+data, while all replicas stay alike. After an all-reduce every rank has the same bits.
+
+Sketch: two numbers of a gradient, its norm and its dot product with a fixed vector. Gradients whose sketches are close
+differ by rounding at most: bits alone would raise an alarm where ranks of unlike hardware clip an averaged gradient by
+factors that differ in the last bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..memory_order import laid_out_like
-from .replicas import checksum, gathered
+from ..memory_order import flat, laid_out_like
+from .replicas import gathered
+
+_CHUNK = 1 << 22  # elements
+TOLERANCE = 1e-3  # of the norm; gradients of different data differ by several per cent and more
 
 
 class AveragedGradients:
-    """Compares the gradients' bits over the ranks of a group, in the first steps that have gradients.
+    """Compares the gradients over the ranks of a group, in the first steps that have gradients.
 
     The host waits for each comparison, so there are few: `STEPS`, and as many again after `again`.
     """
@@ -30,7 +38,7 @@ class AveragedGradients:
         self._left = self.STEPS
 
     def again(self) -> None:
-        """There are parameters that were not compared: DistributedDataParallel averages none that was added or
+        """Begins anew, for parameters that were not compared: DistributedDataParallel averages none that was added or
         unfrozen after it was made. The same call on every rank."""
         self._left = self.STEPS
 
@@ -49,21 +57,22 @@ class AveragedGradients:
         """
         if not self._left or not params:
             return
-        absent = torch.zeros(2, dtype=torch.int64, device=params[0].device)
+        device = params[0].device
+        vector = torch.arange(min(_CHUNK, max(p.numel() for p in params)), dtype=torch.float64, device=device).cos()
+        absent = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # no norm is negative
         own = [
-            absent if g is None else torch.stack([checksum(laid_out_like(g, p)), torch.ones_like(absent[0])])
-            for p, g in zip(params, grads, strict=True)
+            absent if g is None else _sketch(laid_out_like(g, p), vector) for p, g in zip(params, grads, strict=True)
         ]
         unlike, evidence = [], False
         for i, of_ranks in enumerate(gathered(torch.stack(own), self._group).transpose(0, 1).tolist()):
-            sums = {rank: total for rank, (total, is_there) in enumerate(of_ranks) if is_there}
-            evidence = evidence or any(sums.values())
-            if len(set(sums.values())) > 1:
-                unlike.append((i, sums))
+            sketches = {rank: sketch for rank, sketch in enumerate(of_ranks) if sketch[0] != -1.0}
+            evidence = evidence or any(norm != 0 for norm, _ in sketches.values())
+            first = min(sketches, default=0)
+            others = [rank for rank in sketches if not _close(sketches[first], sketches[rank])]
+            if others:
+                unlike.append((i, first, others))
         if unlike:
-            i, sums = unlike[0]
-            first = min(sums)
-            others = [rank for rank, total in sums.items() if total != sums[first]]
+            i, first, others = unlike[0]
             raise ValueError(
                 f"with stage=1 gradients must be averaged over the ranks before step(), but {len(unlike)} of "
                 f"{len(params)} differ: that of parameter {numbers[i]} (shape {tuple(params[i].shape)}) is on ranks "
@@ -73,3 +82,19 @@ class AveragedGradients:
                 "averages by itself"
             )
         self._left -= evidence
+
+
+def _sketch(grad: Tensor, vector: Tensor) -> Tensor:
+    """(norm, dot product with the vector, which starts again every _CHUNK elements): float64, shape (2,)."""
+    sums = torch.zeros(2, dtype=torch.float64, device=grad.device)
+    for chunk in flat(grad).split(_CHUNK):
+        x = chunk.double()
+        sums += torch.stack([x.dot(x), x.dot(vector[: x.numel()])])
+    sums[0].sqrt_()
+    return sums
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    if not (math.isfinite(a[0]) and math.isfinite(b[0])):  # an infinity or NaN of one rank is in every average
+        return math.isfinite(a[0]) == math.isfinite(b[0])
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= TOLERANCE * max(a[0], b[0])

@@ -88,6 +88,15 @@ def body_second_step(rank: int, world_size: int) -> None:
         optimizer.clip_grad_norm_(1.0)
         optimizer.clip_grad_norm_(0.5)
         optimizer.step()
+    # What the rounding of one factor makes different, is averaged nonetheless; and so is NaN, if it is on every rank.
+    p.grad = torch.linspace(-1, 1, 300, device=p.device) * (1 + rank * 2**-20)
+    optimizer = ShardedLion([p, idle], lr=0.25, stage=1)
+    optimizer.step()
+    p.grad[7] = torch.nan if rank == 0 else torch.inf
+    optimizer.step()
+    optimizer = ShardedLion([p, idle], lr=0.25, stage=1)
+    p.grad[7] = torch.inf if rank == 0 else 0.0
+    Untouched(optimizer).by(optimizer.step)
     # A gradient in another memory order is the same gradient.
     square = nn.Parameter(torch.ones(20, 20, device=p.device))
     optimizer = ShardedLion([square], lr=0.25, stage=1)
