@@ -90,11 +90,14 @@ class ShardedLion(Optimizer):
 
     Gives the same bits as `Lion` on the same averaged gradients, with a world_size-th of the momentum
     and of the step's work on each rank. Every rank makes the same calls in the same order: the constructor,
-    step, clip_grad_norm_, add_param_group, broadcast_buffers, check_replicas, resync, full_state_dict,
+    step, clip_grad_norm_, add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict,
     load_state_dict and, of gradients that nothing has used, zero_grad are collective. The constructor
     compares what the ranks were given and broadcasts the parameters of the group's first rank; shards are
-    allocated there too. Buffers, such as BatchNorm's running statistics, are each rank's own:
-    `broadcast_buffers` makes them equal once.
+    allocated there too. Where a rank has the first rank's parameters in another order, the constructor raises:
+    by their names, or, without names, by their values. Buffers, such as BatchNorm's running statistics, are each
+    rank's own: `broadcast_buffers` makes them equal once.
+
+    torch.compile runs these calls as they are, also within a training step that is compiled as a whole.
 
     Args:
         params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
@@ -107,7 +110,7 @@ class ShardedLion(Optimizer):
             torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here. Collectives
             of several optimizers that take part in one backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
-            is None on all ranks or on none.
+            is None on all ranks or on none. The first two steps compare the gradients over the ranks.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
             rank in its first backward. Up to three buckets exist at a time, if every parameter is used.
         param_sync: how each rank's slices get to the others. "params": an all-gather of the parameters, in place.
@@ -472,7 +475,7 @@ class ShardedLion(Optimizer):
 
     def _check_averaged(self, columns: Sequence[Columns]) -> None:
         """In stage 1: raises, in the first steps, where gradients are not the same on all ranks."""
-        if self._averaged is None:
+        if self._averaged is None or not self._averaged.left:
             return
         params = [p for own in columns for p in own.params]
         grads = [g for own in columns for g in own.grads]

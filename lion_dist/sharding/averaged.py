@@ -28,6 +28,9 @@ class AveragedGradients:
     """Compares the gradients over the ranks of a group, in the first steps that have gradients.
 
     The host waits for each comparison, so there are few: `STEPS`, and as many again after `again`.
+
+    Attributes:
+        left: how many are to come.
     """
 
     # Not in the first alone: behind weights of zero, most gradients of a first step are zero on every rank.
@@ -35,12 +38,12 @@ class AveragedGradients:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._left = self.STEPS
+        self.left = self.STEPS
 
     def again(self) -> None:
         """Begins anew, for parameters that were not compared: DistributedDataParallel averages none that was added or
         unfrozen after it was made. The same call on every rank."""
-        self._left = self.STEPS
+        self.left = self.STEPS
 
     def check(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
         """Compares gradients, while there are comparisons left; a collective call, then.
@@ -55,7 +58,7 @@ class AveragedGradients:
         Raises:
             ValueError: on every rank, where a gradient differs.
         """
-        if not self._left or not params:
+        if not self.left or not params:
             return
         device = params[0].device
         vector = torch.arange(min(_CHUNK, max(p.numel() for p in params)), dtype=torch.float64, device=device).cos()
@@ -81,7 +84,7 @@ class AveragedGradients:
                 "parameters, and make the last backward before step() outside no_sync()), or use stage=2, which "
                 "averages by itself"
             )
-        self._left -= evidence
+        self.left -= evidence
 
 
 def _sketch(grad: Tensor, vector: Tensor) -> Tensor:

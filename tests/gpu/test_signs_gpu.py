@@ -200,7 +200,7 @@ def test_200_steps_equal_params_and_lion(tmp_path: Path) -> None:
 class Life:
     """Two stages of one model each, layers in float32 and in bfloat16; every step has an lr of its own."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, sync: str = "signs") -> None:
         self.device = device_of(rank, world_size)
         torch.manual_seed(0)
         self.lr = torch.tensor(1e-3, device=self.device)
@@ -213,7 +213,7 @@ class Life:
             rest = [p for p in model.parameters() if p.dim() == 1]
             groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": self.lr}]
             self.models.append(model)
-            self.optimizers.append(ShardedLion(groups, lr=1e-3, stage=stage, param_sync="signs", bucket_mb=0.5))
+            self.optimizers.append(ShardedLion(groups, lr=1e-3, stage=stage, param_sync=sync, bucket_mb=0.5))
         self.x = torch.randn(16, 301, device=self.device)
 
     def step(self) -> None:
@@ -229,8 +229,13 @@ class Life:
 
 
 def body_no_host_synchronisation(rank: int, world_size: int) -> None:
-    life = Life(rank, world_size)
-    for _ in range(3):  # learns the order, for which the host waits
+    for sync in ("signs", "params"):
+        no_waiting(rank, world_size, sync)
+
+
+def no_waiting(rank: int, world_size: int, sync: str) -> None:
+    life = Life(rank, world_size, sync)
+    for _ in range(3):  # learns the order, and compares gradients in stage 1: for both the host waits
         life.step()
     torch.cuda.synchronize()
     with no_host_synchronisation():
@@ -283,9 +288,9 @@ def test_no_growth_of_memory(tmp_path: Path) -> None:
     run_ranks(body_no_growth, 2, tmp_path)
 
 
-def body_caught(rank: int, world_size: int, stage: int) -> list[str]:
+def body_caught(rank: int, world_size: int, stage: int, sync: str) -> list[str]:
     """The outcome of every step is there before the next."""
-    trained = Trained(rank, world_size, stage)
+    trained = Trained(rank, world_size, stage, sync)
     for _ in range(3):
         trained.step()
     torch.cuda.synchronize()
@@ -314,9 +319,9 @@ def body_caught(rank: int, world_size: int, stage: int) -> list[str]:
 
 
 @needs_gpu
-@pytest.mark.parametrize("stage", [1, 2])
-def test_another_lr_is_caught(stage: int, tmp_path: Path) -> None:
-    first, second = run_ranks(body_caught, 2, tmp_path, (stage,))
+@pytest.mark.parametrize(("stage", "sync"), [(1, "signs"), (2, "signs"), (2, "params")])
+def test_another_lr_is_caught(stage: int, sync: str, tmp_path: Path) -> None:
+    first, second = run_ranks(body_caught, 2, tmp_path, (stage, sync))
     assert len(first) == len(second)
     for message in first + second:
         assert message.startswith("ranks [1] of the group")
