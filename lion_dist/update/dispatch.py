@@ -331,8 +331,7 @@ class LionUpdate:
         for mix, table in self.fused:
             scale = None if grad_scale is None else grad_scale.to(table.device, non_blocking=True)
             triton_step.lion_step(table, mix, self.hyper_table(hypers, table.device), scale, columns.active)
-        if self.plain:
-            self.silence(columns)
+        self.silence_plain(columns)
         for plain in self.plain:
             self._plain_step(plain, columns.groups, hypers, grad_scale)
         # Autograd does not see writes by address, and a graph that saved a weight must not use it changed.
@@ -351,10 +350,10 @@ class LionUpdate:
         """Between steps, where others may put new ones into the state and count on the old ones' memory."""
         self._exp_avgs = []
 
-    def silence(self, columns: Columns) -> None:
-        """What kernels read from ``columns.active``, for plain torch: the gradients of other entries are left
-        out. On a GPU (use_triton=False) the host waits for it."""
-        if columns.active is not None:
+    def silence_plain(self, columns: Columns) -> None:
+        """Leaves out the gradients of inactive entries, for plain torch: kernels read ``columns.active`` themselves.
+        The host waits for the flags if they are on a GPU, so nothing is read where every segment is fused."""
+        if self.plain and columns.active is not None:
             flags = columns.active.tolist()
             self.grads = [g if flag else None for g, flag in zip(self.grads, flags, strict=False)]
 
@@ -383,8 +382,7 @@ class LionUpdate:
         no segments. Columns must be on one device."""
         self.prepare(columns)
         sums = [triton_norm.sum_of_squares(table, mix.grad, columns.active) for mix, table in self.fused]
-        if self.plain:
-            self.silence(columns)
+        self.silence_plain(columns)
         for plain in self.plain:
             for s in plain.segments:
                 g = self.grads[s.entry]

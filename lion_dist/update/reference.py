@@ -12,12 +12,14 @@ Scalars derived from Python numbers (1-b1, 1-lr*wd, ...) are computed in float64
 float32. Before the rule the gradient is multiplied, in float32, by one scalar: the clipping
 coefficient, negated where the group maximizes.
 
-sign(+0) = sign(-0) = 0. A NaN in c makes p and m NaN, and NaN is stored in one canonical form a dtype
-(`NAN_BITS`). lr = 0 leaves p as it is, whatever it holds.
+sign(+0) = sign(-0) = 0. Where c is not finite, or the new momentum is not finite once it is rounded to its storage
+dtype, p and m become NaN: an infinite momentum would move its weight by lr at every later step, without a word. NaN
+is stored in one canonical form a dtype (`NAN_BITS`). lr = 0 leaves p as it is, whatever it holds.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,13 @@ NAN_BITS = {
     torch.float16: (torch.int16, 0x7E00),
 }
 STORAGE_DTYPES = tuple(NAN_BITS)
+# dtype -> the smallest float32 that rounds to infinity there: the largest finite number and half a unit in its last
+# place, a tie that goes to the even neighbour, which is infinity.
+OVERFLOW = {
+    torch.float32: math.inf,
+    torch.bfloat16: 2.0**128 - 2.0**119,
+    torch.float16: 2.0**16 - 2.0**4,
+}
 
 
 class HyperParameters(NamedTuple):
@@ -85,8 +94,8 @@ def _select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a where the condition holds, else b, with all their bits; both of one storage dtype.
 
     Among 16-bit floats a compiler selects in float32, and the conversions rewrite NaN: so among integers. Among float32
-    it selects as it is written, and makes vector instructions of that. Of a view as integers, and of isnan (x != x is
-    that too), it makes none: five times the time on a CPU.
+    it selects as it is written, and makes vector instructions of that. Of a view as integers it makes none: five times
+    the time on a CPU.
     """
     if a.dtype == torch.float32:
         return torch.where(condition, a, b)
@@ -94,32 +103,34 @@ def _select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition, a.view(integer), b.view(integer)).view(a.dtype)
 
 
-def _stored(x: Tensor, is_nan: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 x, rounded to its storage dtype; where it is NaN, that in its canonical form."""
+def _stored(x: Tensor, is_number: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 x, rounded to its storage dtype, where ``is_number`` holds; elsewhere NaN in its canonical form."""
     integer, nan_bits = NAN_BITS[dtype]
-    return _select(is_nan, torch.full((), nan_bits, dtype=integer, device=x.device).view(dtype), x.to(dtype))
+    return _select(is_number, x.to(dtype), torch.full((), nan_bits, dtype=integer, device=x.device).view(dtype))
 
 
 def momentum_rule(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
     """The half of the rule that needs gradient and momentum, of any storage dtypes.
 
     Returns:
-        The sign of c, float32: -1, 0, +1, or NaN where c is; and the new momentum, in the dtype of m.
+        The sign of c, float32: -1, 0, +1, or NaN where the parameter must become NaN; and the new momentum, in the
+        dtype of m.
     """
     m32 = m.float()
     g32 = g.float() * s.grad_scale
     c = s.beta1 * m32 + s.one_minus_beta1 * g32
     m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
-    # What is neither above nor below 0 is a zero, which loses its sign, or NaN, which stays: torch.sign would make it
-    # 0, and freeze a weight silently.
-    sign = torch.where(c > 0, 1.0, torch.where(c < 0, -1.0, c.abs()))
-    return sign, _stored(m32, (m32 != m32) | (c != c), m.dtype)
+    # Comparisons with NaN are false. abs, < and - become vector instructions on a CPU, in 16 bits too; isfinite and
+    # torch.sign do not.
+    finite = (c.abs() < math.inf) & (m32.abs() < OVERFLOW[m.dtype])
+    sign = (c > 0).float() - (c < 0).float()
+    return torch.where(finite, sign, math.nan), _stored(m32, finite, m.dtype)
 
 
 def parameter_rule(p: Tensor, sign: Tensor, s: Scalars) -> Tensor:
     """The half that needs the parameter: what it becomes, in its dtype. ``sign`` as `momentum_rule` gives it."""
     p32 = p.float() * s.decay - s.lr * sign
-    return _select(s.lr == 0, p, _stored(p32, p32 != p32, p.dtype))
+    return _select(s.lr == 0, p, _stored(p32, p32 == p32, p.dtype))
 
 
 def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,8 @@ def checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Ten
 
 
 def sum_of_squares(g: Tensor) -> Tensor:
-    """The sum of g*g, each product and sum in float64; float64, shape ()."""
+    """The sum of g*g, each product and sum in float64; float64, shape (). The squares of finite gradients cannot
+    overflow, so it is infinite where a gradient is (NaN where one is NaN), and only there."""
     return g.double().square().sum()
 
 
@@ -202,7 +214,9 @@ def clip_coefficient(total: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         (norm, coefficient), float32, shape (), each computed in float64 and rounded once:
-        sqrt(total), and min(1, max_norm / (sqrt(total) + 1e-6)), NaN where total is NaN.
+        sqrt(total), and min(1, max_norm / (sqrt(total) + 1e-6)), NaN where total is NaN. As torch's
+        ``clip_grad_norm_`` does: an infinite total gives 0, so that finite gradients become zeros and infinite ones
+        NaN; with an infinite max_norm it gives NaN, and every gradient becomes NaN.
     """
     norm = total.sqrt()
     return norm.float(), (max_norm / (norm + 1e-6)).clamp(max=1.0).float()

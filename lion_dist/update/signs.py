@@ -78,7 +78,7 @@ class SignUpdate:
                 )
         else:
             self._checksum.copy_(reference.checksum(table, salt, grad_scale))
-        update.silence(columns)
+        update.silence_plain(columns)
         for plain in update.plain:
             for s, m in zip(plain.segments, plain.exp_avgs, strict=True):
                 g = update.grads[s.entry]

@@ -91,12 +91,11 @@ def _pack_block(
 ):  # fmt: skip
     g = tl.load(g_pointer, mask=mask)
     m = tl.load(m_pointer, mask=mask)
-    c, m = _momentum(g, m, hyper, grad_scale)
-    c_is_nan = c != c
-    code = tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, tl.where(c_is_nan, _NOT_A_NUMBER, 0)))
+    c, m, finite = _momentum(g, m, hyper, grad_scale, M)
+    code = tl.where(finite, tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, 0)), _NOT_A_NUMBER)
     if mask is not None:
         code = tl.where(mask, code, 0)
-    _store(m_pointer, m, c_is_nan | (m != m), mask, M)
+    _store(m_pointer, m, finite, mask, M)
     # What lies behind the end of a segment, up to a whole word, is padding.
     tl.store(w_pointer, tl.sum(code << (2 * lanes[None, :]), axis=1).to(WORD), mask=w_mask)
 
@@ -144,7 +143,7 @@ def _apply_block(p_pointer, w_pointer, lanes, mask, w_mask, lr64, hyper, P: tl.c
     low, high = (packed & (1 << 2 * lanes[None, :])) != 0, (packed & (2 << 2 * lanes[None, :])) != 0
     change = tl.where(low, tl.where(high, float("nan"), lr), tl.where(high, -lr, lr * 0.0))
     p = _moved(p, change, lr64, hyper)
-    _store(p_pointer, p, p != p, mask, P)
+    _store(p_pointer, p, p == p, mask, P)
 
 
 def pack_signs(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, WEIGHT_DECAY
+from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, WEIGHT_DECAY
 from .segments import TILE, SegmentTable
 
 # Bytes of a parameter element -> (elements a block, warps a block).
@@ -45,23 +45,28 @@ _BETA1, _BETA2 = tl.constexpr(BETA1), tl.constexpr(BETA2)
 _NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
 _NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
 _NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
+_INFINITY = tl.constexpr(OVERFLOW[torch.float32])
+_OVERFLOW_BFLOAT16 = tl.constexpr(OVERFLOW[torch.bfloat16])
+_OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
 
 
 @triton.jit
-def _store(pointer, x, is_nan, mask, DTYPE: tl.constexpr):
-    """Rounds float32 x to DTYPE and stores it, NaN in the one form of reference.NAN_BITS."""
+def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
+    """Rounds float32 x to DTYPE and stores it; elsewhere than ``is_number``, NaN in the one form of
+    reference.NAN_BITS."""
     if tl.float32 == DTYPE:
-        bits = tl.where(is_nan, _NAN_FLOAT32, x.to(tl.int32, bitcast=True))
+        bits = tl.where(is_number, x.to(tl.int32, bitcast=True), _NAN_FLOAT32)
     elif tl.bfloat16 == DTYPE:
-        bits = tl.where(is_nan, _NAN_BFLOAT16, x.to(tl.bfloat16).to(tl.int16, bitcast=True)).to(tl.int16)
+        bits = tl.where(is_number, x.to(tl.bfloat16).to(tl.int16, bitcast=True), _NAN_BFLOAT16).to(tl.int16)
     else:
-        bits = tl.where(is_nan, _NAN_FLOAT16, x.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
+        bits = tl.where(is_number, x.to(tl.float16).to(tl.int16, bitcast=True), _NAN_FLOAT16).to(tl.int16)
     tl.store(pointer, bits.to(DTYPE, bitcast=True), mask=mask)
 
 
 @triton.jit
-def _momentum(g, m, hyper, grad_scale):
-    """reference.momentum_rule: (c, the new momentum), both float32; where c is NaN, so must what is stored be."""
+def _momentum(g, m, hyper, grad_scale, M: tl.constexpr):
+    """reference.momentum_rule: c and the new momentum, both float32, and where both are finite, the momentum as M too.
+    Elsewhere NaN must be stored."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
@@ -71,7 +76,15 @@ def _momentum(g, m, hyper, grad_scale):
     g = g.to(tl.float32) * scale
     m = m.to(tl.float32)
     c = beta1_64.to(tl.float32) * m + (1.0 - beta1_64).to(tl.float32) * g
-    return c, beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
+    m = beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
+    # One comparison each, since a magnitude costs no instruction: memory leaves time for about a dozen an element.
+    if tl.float32 == M:
+        finite = (tl.abs(c) < _INFINITY) & (tl.abs(m) < _INFINITY)
+    elif tl.bfloat16 == M:
+        finite = (tl.abs(c) < _INFINITY) & (tl.abs(m) < _OVERFLOW_BFLOAT16)
+    else:
+        finite = (tl.abs(c) < _INFINITY) & (tl.abs(m) < _OVERFLOW_FLOAT16)
+    return c, m, finite
 
 
 @triton.jit
@@ -88,14 +101,15 @@ def _step_block(
     g = tl.load(g_pointer, mask=mask)
     m = tl.load(m_pointer, mask=mask)
     p = tl.load(p_pointer, mask=mask)
-    c, m = _momentum(g, m, hyper, grad_scale)
-    c_is_nan = c != c
-    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
+    c, m, finite = _momentum(g, m, hyper, grad_scale, M)
     lr64 = tl.load(hyper + _LR)
-    p = _moved(p, lr64.to(tl.float32) * sign, lr64, hyper)
-    _store(m_pointer, m, c_is_nan | (m != m), mask, M)
-    if lr64.to(tl.float32) != 0:
-        _store(p_pointer, p, c_is_nan | (p != p), mask, P)
+    lr = lr64.to(tl.float32)
+    # lr * sign, multiplied once for each sign and not for each element.
+    change = tl.where(finite, tl.where(c > 0, lr, tl.where(c < 0, -lr, lr * 0.0)), float("nan"))
+    p = _moved(p, change, lr64, hyper)
+    _store(m_pointer, m, finite, mask, M)
+    if lr != 0:
+        _store(p_pointer, p, p == p, mask, P)
 
 
 @triton.jit

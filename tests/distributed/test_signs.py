@@ -113,7 +113,7 @@ def equals(rank: int, world_size: int, dtypes: tuple, steps: int = STEPS) -> Non
         optimizer.check_replicas()
     big = expected.embedding.detach()
     assert 0 < big.isnan().float().mean() < 0.5  # something of everything has come
-    assert torch.stack([m["exp_avg"].isinf().any() for m in lion.state.values() if m["exp_avg"].numel()]).any()
+    assert not any(entry["exp_avg"].isinf().any() for entry in lion.state.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -107,12 +107,15 @@ def test_a_grad_scale_gives_the_references_bits(mix: tuple[torch.dtype, torch.dt
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 @pytest.mark.parametrize("source", ["parameter", "gradient", "momentum"])
 def test_nan_is_stored_in_one_form(dtype: torch.dtype, source: str) -> None:
-    """Whatever form it came in, and at whichever elements; beside them every weight moves as usual."""
+    """Whatever form it came in, or from an infinity, and at whichever elements; beside them every weight moves."""
     integer, canonical = NAN_BITS[dtype]
     n, where = 2 * TILE + 77, slice(5, None, 97)
     sign = 1 << (torch.iinfo(integer).bits - 1)
     tensors = {key: torch.full((n,), 0.5, dtype=dtype) for key in ("parameter", "gradient", "momentum")}
     forms = torch.tensor([canonical, canonical | 1, canonical - sign, (canonical | 5) - sign], dtype=integer)
+    if source != "parameter":  # whose infinity stays one
+        infinities = torch.tensor([float("inf"), float("-inf")], dtype=dtype)
+        forms = torch.cat([forms, infinities.view(integer)])
     target = tensors[source].view(integer)[where]
     target.copy_(forms.repeat(n)[: len(target)])
     p, g, m = (tensors[key].to(GPU) for key in ("parameter", "gradient", "momentum"))
@@ -122,6 +125,24 @@ def test_nan_is_stored_in_one_form(dtype: torch.dtype, source: str) -> None:
     assert_canonical_nan(p.cpu(), expected, "parameter")
     assert_canonical_nan(m.cpu(), expected & (source != "parameter"), "momentum")
     assert (p.cpu()[~expected] == 0.25).all()
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+def test_a_momentum_that_overflows_its_dtype(dtype: torch.dtype) -> None:
+    """With beta2 = 0 it is the scaled gradient: the largest float32 that rounds to a number in its dtype, and the
+    least that rounds to infinity, while c is finite."""
+    least, n = torch.tensor(reference.OVERFLOW[dtype]), TILE + 77
+    hyper = HyperParameters(0.25, 0.0, 0.5, 0.0, False)
+    sign = torch.ones(n)
+    sign[::3] = -1
+    for scale, nan in ((least.nextafter(torch.tensor(0.0)), False), (least, True)):
+        p, g, m = torch.full((n,), 0.5, device=GPU), sign.to(GPU), torch.zeros(n, dtype=dtype, device=GPU)
+        LionUpdate(None).step(Columns([p], [g], [m], [0]), [hyper], scale.to(GPU))
+        assert_canonical_nan(p.cpu(), torch.full((n,), nan), "parameter")
+        assert_canonical_nan(m.cpu(), torch.full((n,), nan), "momentum")
+        if not nan:
+            assert_same_bits(p.cpu(), 0.5 - 0.25 * sign, "parameter")
+            assert_same_bits(m.cpu(), (sign * torch.finfo(dtype).max).to(dtype), "momentum")
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
@@ -294,14 +315,15 @@ def test_sum_of_squares(dtype: torch.dtype) -> None:
 
 
 def test_sum_of_squares_of_nan_and_of_large_gradients() -> None:
-    """Squares that overflow float32 do not; a NaN is not lost."""
+    """Squares that overflow float32 do not; an infinity and a NaN are not lost."""
     p = torch.zeros(TILE + 1, device=GPU)
     g = torch.full_like(p, 1e30)
     columns = Columns([p], [g], [torch.zeros_like(p)], [0])
     total = LionUpdate(None).sum_of_squares(columns)
     assert total is not None
     assert float(total) == pytest.approx((TILE + 1) * float(g[0].double()) ** 2, rel=1e-12)
-    g[TILE] = float("nan")
-    total = LionUpdate(None).sum_of_squares(columns)
-    assert total is not None
-    assert total.isnan()
+    for special in (float("-inf"), float("nan")):
+        g[TILE] = special
+        total = LionUpdate(None).sum_of_squares(columns)
+        assert total is not None
+        assert float(total) == pytest.approx(abs(special), nan_ok=True)

@@ -379,6 +379,45 @@ def test_grad_scale(use_triton: bool, scale: float) -> None:
     assert_same(columns, expected)
 
 
+def specials(dtype: torch.dtype) -> list[float]:
+    """Zeros, ones, infinities, NaN; the largest finite numbers of every dtype, and what overflows a smaller one."""
+    largest = [torch.finfo(d).max for d in STORAGE_DTYPES]
+    positive = [0.0, 1.0, 65519.0, 65520.0, 1e6, 3.395e38, 3.4e38, *largest, math.inf, math.nan]
+    # What this dtype rounds to infinity is there once.
+    return [sign * x for x in positive for sign in (1, -1) if x < math.inf and x <= torch.finfo(dtype).max] + [
+        math.inf, -math.inf, math.nan,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("use_triton", "mix"),
+    [
+        *[pytest.param(False, mix, id=f"torch-{name(mix)}") for mix in MIXES],
+        *[
+            pytest.param(True, mix, id=f"interpreter-{name(mix)}", marks=needs_interpreter)
+            for mix in INTERPRETED
+            if mix[0] == F32 or mix == (F16, F16, F16)
+        ],
+    ],
+)
+def test_what_is_not_finite(use_triton: bool, mix: Mix) -> None:
+    """Every pair of special gradient and momentum, in a whole block and a masked one, under each group's
+    hyper-parameters (maximize, lr = 0, betas of 0) and several clipping coefficients."""
+    pairs = torch.cartesian_prod(torch.tensor(specials(mix[1])), torch.tensor(specials(mix[2])))
+    g, m = (column.repeat(-(-2500 // len(pairs))) for column in pairs.unbind(1))
+    p = torch.linspace(-2, 2, len(g))
+    columns = Columns(*([x.to(dtype)] * len(HYPERS) for x, dtype in zip((p, g, m), mix, strict=True)), [*range(5)])
+    for scale in (None, 0.37, 0.0, -1e30, math.inf):
+        got, expected = copy_of(columns), copy_of(columns)
+        grad_scale = None if scale is None else torch.tensor(scale)
+        LionUpdate(use_triton).step(got, HYPERS, grad_scale)
+        reference_step(expected, HYPERS, grad_scale)
+        assert_same(got, expected)
+        for p, m, hyper in zip(got.params, got.exp_avgs, HYPERS, strict=True):
+            assert not m.isinf().any()
+            assert hyper.lr == 0 or torch.equal(p.isnan(), m.isnan())
+
+
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
 
@@ -450,6 +489,42 @@ def test_sum_of_squares_of_nothing(use_triton: bool) -> None:
     inactive = Columns([torch.zeros(5)], [None], [torch.zeros(5)], [0])
     total = LionUpdate(use_triton).sum_of_squares(inactive)
     assert total is None or total.item() == 0
+
+
+@both
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+def test_sum_of_squares_of_infinite_gradients(use_triton: bool, dtype: torch.dtype) -> None:
+    """Infinite where a gradient is, NaN where one is NaN, and finite for the largest finite gradients."""
+    largest = torch.finfo(dtype).max
+    for special, expected in ((largest, None), (math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
+        g = torch.full((2049,), largest, dtype=dtype)
+        g[2048] = special
+        total = LionUpdate(use_triton).sum_of_squares(Columns([torch.zeros(2049)], [g], [torch.zeros(2049)], [0]))
+        assert total is not None
+        if expected is None:
+            assert total.item() == pytest.approx(2049 * largest**2, rel=1e-12)
+        else:
+            assert total.item() == pytest.approx(expected, nan_ok=True)
+
+
+@both
+@pytest.mark.parametrize(
+    ("bad", "momentum_dtype"), [(math.inf, None), (-math.inf, None), (7e6, F16), (-1e38, F16), (3.4e38, BF16)]
+)
+def test_one_infinite_gradient_is_not_silent(use_triton: bool, bad: float, momentum_dtype: torch.dtype | None) -> None:
+    """Its weight becomes NaN at once, and does not walk by lr for ever; the one beside it trains on."""
+    betas = (0.9, 0.0) if momentum_dtype == BF16 else (0.9, 0.99)  # a mean of bfloat16's range does not leave it
+    p = nn.Parameter(torch.zeros(2))
+    opt = Lion([p], lr=1e-3, betas=betas, momentum_dtype=momentum_dtype, use_triton=use_triton)
+    for number in range(10):
+        p.grad = p.detach() - 1
+        if number == 3:
+            p.grad[0] = bad
+        opt.step()
+        expected = torch.tensor([number >= 3, False])
+        assert torch.equal(p.detach().isnan(), expected)
+        assert torch.equal(opt.state[p]["exp_avg"].isnan(), expected)
+    assert p[1].item() == pytest.approx(0.01)
 
 
 @both

@@ -19,6 +19,7 @@ from torch import Tensor
 from lion_dist.update import dispatch
 from lion_dist.update.reference import (
     NAN_BITS,
+    OVERFLOW,
     STORAGE_DTYPES,
     HyperParameters,
     Scalars,
@@ -174,25 +175,25 @@ def test_against_lion_pytorch() -> None:
 # -- Edges, on every backend
 
 
-def plain(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters) -> None:
-    lion_step_(p, g, m, scalars_of(hyper))
+def plain(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
+    lion_step_(p, g, m, scalars_of(hyper, scale))
 
 
-def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters) -> None:
-    dispatch.LionUpdate(False).step(Columns([p], [g], [m], [0]), [hyper])
+def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
+    dispatch.LionUpdate(False).step(Columns([p], [g], [m], [0]), [hyper], scale)
 
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
-def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters) -> None:
-    dispatch._compiled_step_(p, g, m, scalars_of(hyper))
+def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
+    dispatch._compiled_step_(p, g, m, scalars_of(hyper, scale))
     assert not dispatch._not_compiled, "torch.compile fell back to plain torch"
 
 
-def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters) -> None:
-    dispatch.LionUpdate(True).step(Columns([p], [g], [m], [0]), [hyper])
+def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
+    dispatch.LionUpdate(True).step(Columns([p], [g], [m], [0]), [hyper], scale)
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, HyperParameters], None]
+Backend = Callable[..., None]
 # torch.compile takes seconds for each mix, and the interpreter truncates bfloat16 (facts.md): a few mixes each.
 UNIFORM = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32)]
 EVERYWHERE = [
@@ -212,7 +213,7 @@ INF, NAN = math.inf, math.nan
 SIGNS = [
     (0.0, 0.0, 0.0), (-0.0, -0.0, 0.0), (0.0, -0.0, 0.0), (-0.0, 0.0, 0.0),
     (1.0, 0.0, 1.0), (-1.0, 0.0, -1.0), (0.0, 2.0, 1.0), (-0.0, -2.0, -1.0), (8.0, -1.0, -1.0), (10.0, -1.0, 1.0),
-    (INF, 0.0, 1.0), (-INF, 0.0, -1.0), (0.0, INF, 1.0), (1.0, -INF, -1.0), (INF, INF, 1.0),
+    (INF, 0.0, NAN), (-INF, 0.0, NAN), (0.0, INF, NAN), (1.0, -INF, NAN), (INF, INF, NAN),
     (INF, -INF, NAN), (-INF, INF, NAN), (NAN, 0.0, NAN), (0.0, NAN, NAN), (NAN, NAN, NAN), (NAN, INF, NAN),
 ]  # fmt: skip
 
@@ -227,12 +228,39 @@ def test_signs_infinities_and_nan(backend: Backend, mix: tuple[torch.dtype, ...]
     finite = ~sign.isnan()
     assert_same_bits(p[finite], (2 - 0.5 * sign[finite]).to(mix[0]))
     assert_canonical_nan(p, sign.isnan(), "p")
-    # m is NaN with p, and nowhere else: infinities stay infinities.
-    assert_canonical_nan(m, sign.isnan(), "m")
-    infinite = finite & table[:, :2].isinf().any(dim=1)
-    assert bool((m[infinite] == sign[infinite] * INF).all())
+    assert_canonical_nan(m, sign.isnan(), "m")  # with p, and nowhere else
     zero = table[:, :2].abs().sum(dim=1) == 0
     assert bool((m[zero] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+def test_the_least_number_that_overflows(dtype: torch.dtype) -> None:
+    """Torch rounds OVERFLOW to infinity, and the float32 below it to the largest finite number."""
+    least = torch.tensor(OVERFLOW[dtype], dtype=F32)
+    assert least.double() == OVERFLOW[dtype]
+    for sign in (1, -1):
+        assert (sign * least).to(dtype) == sign * INF
+        assert (sign * least.nextafter(torch.tensor(0.0))).to(dtype) == sign * torch.finfo(dtype).max
+
+
+@everywhere
+def test_a_momentum_that_overflows_its_dtype(backend: Backend, mix: tuple[torch.dtype, ...]) -> None:
+    """With beta2 = 0 the new momentum is the scaled gradient, and c half of it is finite. The weight becomes NaN where
+    the momentum rounds to infinity in its dtype, and stays a number at the last float32 that does not."""
+    hyper, n = HyperParameters(0.5, 0.0, 0.5, 0.0, False), 2100
+    least, largest = torch.tensor(OVERFLOW[mix[2]]), torch.finfo(mix[2]).max
+    g = torch.ones(n, dtype=mix[1])
+    g[::3] = -1
+    for maximize in (False, True):
+        sign = -g.float() if maximize else g.float()
+        p, m = torch.full((n,), 2.0, dtype=mix[0]), torch.zeros(n, dtype=mix[2])
+        backend(p, g, m, hyper._replace(maximize=maximize), least.nextafter(torch.tensor(0.0)))
+        assert_same_bits(p, (2 - 0.5 * sign).to(mix[0]), "p")
+        assert_same_bits(m, (sign * largest).to(mix[2]), "m")
+        backend(p, g, m, hyper._replace(maximize=maximize), least)
+        everywhere_ = torch.ones(n, dtype=torch.bool)
+        assert_canonical_nan(p, everywhere_, "p")
+        assert_canonical_nan(m, everywhere_, "m")
 
 
 @everywhere
@@ -268,7 +296,7 @@ def test_lr_of_zero_writes_no_parameter(backend: Backend, mix: tuple[torch.dtype
     before = p.clone()
     n = len(p)
     g, m = torch.randn(n).to(mix[1]), torch.randn(n).to(mix[2])
-    g[::7] = NAN
+    g[::7], g[1::7], g[2::7] = NAN, INF, -INF
     want_m = lion_rule(torch.ones(n), g, m, scalars_of(HYPER))[1]
     backend(p, g, m, HYPER._replace(lr=0.0))
     assert_same_bits(p, before, "p")
@@ -348,7 +376,9 @@ def test_weight_decay_is_multiplied_by_lr() -> None:
         (9.0, 0.0, 3.0, 0.0),
         (9.0, INF, 3.0, 1.0),
         (INF, 1.0, INF, 0.0),
+        (INF, INF, INF, NAN),
         (NAN, 1.0, NAN, NAN),
+        (NAN, INF, NAN, NAN),
         (1e80, 1.0, INF, 0.0),  # beyond float32: the norm reads inf, and 1e-40 is subnormal in float32
         (1e-80, 1.0, 1e-40, 1.0),
     ],
@@ -366,14 +396,23 @@ def test_clip_coefficient(total: float, max_norm: float, norm: float, coefficien
             assert_same_bits(x, torch.tensor(value, dtype=torch.float64).float())
 
 
-def test_an_infinite_norm_is_loud() -> None:
-    """Its coefficient is 0: finite gradients vanish, but inf * 0 is NaN, and the weight shows it."""
-    g = torch.tensor([1.0, INF])
-    _, coefficient = clip_coefficient(sum_of_squares(g), 1.0)
-    p, m = torch.ones(2), torch.zeros(2)
-    lion_step_(p, g, m, scalars_of(HYPER._replace(weight_decay=0.0), coefficient))
-    assert p[0] == 1
-    assert_canonical_nan(p, torch.tensor([False, True]))
+@pytest.mark.parametrize("bad", [INF, -INF])
+def test_an_infinite_norm_is_loud(bad: float) -> None:
+    """Its coefficient is 0: finite gradients vanish, but inf * 0 is NaN, and the weight shows it. With an infinite
+    max_norm it is NaN. Gradients come out as torch's clip_grad_norm_ leaves them."""
+    for max_norm, nan in ((1.0, [False, True]), (INF, [True, True])):
+        g = torch.tensor([1.0, bad])
+        norm, coefficient = clip_coefficient(sum_of_squares(g), max_norm)
+        assert norm == INF
+        p, m = torch.ones(2), torch.zeros(2)
+        lion_step_(p, g, m, scalars_of(HYPER._replace(weight_decay=0.0), coefficient))
+        assert_canonical_nan(p, torch.tensor(nan), "p")
+        assert_canonical_nan(m, torch.tensor(nan), "m")
+        assert p[0].isnan() or (p[0] == 1 and m[0] == 0)
+        theirs = torch.nn.Parameter(torch.ones(2))
+        theirs.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], max_norm)
+        assert torch.equal(theirs.grad.isnan(), (g * coefficient).isnan())
 
 
 def test_sum_of_squares_is_exact_in_float64() -> None:
@@ -382,3 +421,7 @@ def test_sum_of_squares_is_exact_in_float64() -> None:
     assert sum_of_squares(torch.zeros(0)) == 0
     assert bits(sum_of_squares(torch.tensor([NAN]))).dtype == torch.int64
     assert sum_of_squares(torch.tensor([1.0, NAN])).isnan()
+    assert sum_of_squares(torch.tensor([1.0, -INF])) == INF
+    assert sum_of_squares(torch.tensor([INF, NAN])).isnan()
+    largest = torch.full((1000,), torch.finfo(F32).max)
+    assert sum_of_squares(largest).isfinite()

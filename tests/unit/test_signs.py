@@ -22,7 +22,7 @@ from lion_dist.update.dispatch import CHUNK, LionUpdate
 from lion_dist.update.reference import HYPER_COLUMNS, HyperParameters, pack_signs, unpack_signs
 from lion_dist.update.segments import Columns, Segment
 from lion_dist.update.signs import FOOTER, SignUpdate
-from tests.bits import assert_same_bits, bits
+from tests.bits import assert_canonical_nan, assert_same_bits, bits
 from tests.unit.test_backends import HYPERS, MIXES, Mix, awkward, both, name, on_triton
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
@@ -307,6 +307,66 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
             sign, _ = reference.momentum_rule(g, momenta[r][at], scalars)
             got = ranks.updates[1 - r].mail[r, s.shard_offset // 4 :][: -(-s.length // 4)]
             assert got.tolist() == pack_signs(sign).tolist()
+
+
+@both
+def test_what_is_not_finite_is_sent_as_nan(use_triton: bool) -> None:
+    """Code 11 wherever the parameter must become NaN: for the momentum's sake too, which only its owner sees."""
+    g = torch.tensor([INF, -INF, 0.0, 1.0, NAN, 6.6e6, -6.6e6, 6.5e6, 3e38, -1.0])  # a hundredth is added
+    m = torch.tensor([0.0, 0.0, INF, -INF, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=F16)
+    codes = [3, 3, 3, 3, 3, 3, 3, 1, 3, 1]
+    exp_avg = torch.zeros(128, dtype=F16)
+    exp_avg[:10] = m
+    segments = [Segment(0, 0, 0, 0, 10)]
+    update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
+    columns = Columns([torch.ones(10)], [g], [exp_avg], [0], segments)
+    update.pack(columns, ONE, None, SALT)
+    packed = [byte >> shift & 3 for byte in update.mail[0, :3].tolist() for shift in (0, 2, 4, 6)]
+    assert packed == [*codes, 0, 0]
+    update.apply(columns, torch.tensor(True))
+    nan = torch.tensor(codes) == 3
+    assert_canonical_nan(columns.params[0], nan)
+    assert_canonical_nan(exp_avg[:10], nan)
+
+
+class OnADevice(Tensor):
+    """A tensor whose values the host may not ask for, as it would wait for a device."""
+
+    READS = (
+        Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+        Tensor.__index__, Tensor.__iter__, Tensor.nonzero,
+    )  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+        assert func not in cls.READS, f"the host reads a value: {func.__name__}"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("use_triton", [on_triton])
+def test_flags_of_what_is_fused_are_read_by_kernels_alone(use_triton: bool) -> None:
+    """In both halves, in the step in one and in the norm, though an entry is not active."""
+
+    def on_device(t: Tensor) -> Tensor:
+        return t.as_subclass(OnADevice)
+
+    with pytest.raises(AssertionError, match="the host reads"):
+        on_device(torch.ones(3)).tolist()
+    params = [torch.ones(300) for _ in range(3)]
+    exp_avg, g = torch.zeros(3 * 384), torch.ones(3 * 384)
+    slices = [(i, 0, 384 * i, 300) for i in range(3)]
+    segments = [Segment(i, 0, 384 * i, 384 * i, 300) for i in range(3)]
+    active = on_device(torch.tensor([1, 0, 1, 1], dtype=torch.uint8))
+    hypers, scale = [ONE[0]._replace(lr=0.25, weight_decay=0.0)], on_device(torch.tensor(1.0))
+    update = SignUpdate(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
+    columns = Columns(params, [g] * 3, [exp_avg] * 3, [0] * 3, segments, active)
+    update.pack(columns, hypers, scale, SALT)
+    update.apply(columns, on_device(torch.tensor(True)))
+    assert [p[299].item() for p in params] == [0.75, 1.0, 0.75]
+    one = LionUpdate(use_triton)
+    assert one.sum_of_squares(columns) == 600
+    one.step(columns, hypers, scale)
+    assert [p[299].item() for p in params] == [0.5, 1.0, 0.5]
 
 
 @both
