@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
+from .frozen import is_plain, takes_part
 from .fsdp import refuse_sharded
 from .param_groups import (
-    DecayWarning,
-    check_group,
     check_params,
     complete_group,
     complete_loaded_groups,
@@ -33,9 +32,11 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
-    with_named_dtypes,
+    normalize_group,
+    warn_of_unknown_keys,
 )
-from .sharded_state import IncomingState, shard_entries, whole_momenta
+from .rounding import RoundingWarnings
+from .sharded_state import IncomingState, ordered, put_entries, whole, whole_momenta
 from .sharding.collectives import (
     Agreement,
     Membership,
@@ -47,6 +48,7 @@ from .sharding.collectives import (
 from .sharding.grad_reducer import GradReducer
 from .sharding.replicas import Comparison, broadcast, differing
 from .sharding.shard import Shard, check_shardable, make_shards
+from .state_dicts import unwrap, with_named_dtypes
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
@@ -101,7 +103,9 @@ class ShardedLion(Optimizer):
 
     Args:
         params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters are dense and on one device.
+            as for `Lion`, the same on every rank. Parameters are dense and on one device. Frozen ones may be anything,
+            as for `Lion`. The constructor broadcasts those that are dense and on that device too, and check_replicas()
+            and resync() reach them; others are each rank's own until they are unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
@@ -129,7 +133,7 @@ class ShardedLion(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Iterable[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         use_triton: bool | None = None,
         decoupled_weight_decay: bool = False,
@@ -138,7 +142,7 @@ class ShardedLion(Optimizer):
         stage: int = 2,
         param_sync: str = "auto",
         bucket_mb: float = 256,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -170,7 +174,7 @@ class ShardedLion(Optimizer):
         self._reducer = GradReducer(self._membership, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
         # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
         self._step_supports_amp_scaling = stage == 2
-        self._decay_warning = DecayWarning()
+        self._rounding = RoundingWarnings()
         self._clipping: Clipping | None = None
         self._use_triton = use_triton
         self._signs = param_sync == "signs" or (param_sync == "auto" and world_size > 1)
@@ -182,6 +186,7 @@ class ShardedLion(Optimizer):
         self._comparison = Comparison()
         self._parts: list[_Part] = []
         self._frozen: list[Tensor] = []
+        self._never_equal: set[int] = set()  # ids of frozen parameters that could not be broadcast
         self._ids: list[list[int]] = []
         self._groups: list[list[int]] = []  # the group numbers of each part's parameters; for the groups of _ids
         self._take_in([p for group in self.param_groups for p in group["params"]])
@@ -215,20 +220,27 @@ class ShardedLion(Optimizer):
         group = self.param_groups[-1]
         try:
             complete_group(group, self.defaults)
-            check_group(group)
-            refuse_sharded(group["params"])
-            check_params(group["params"], before)
-            check_shardable(group["params"], before, self._group)
-            check_no_shared_memory([*before, *group["params"]])
+            normalize_group(group)
+            self._check_params(group["params"], before)
+            warn_of_unknown_keys(group, self.param_groups[:-1])
         except Exception:
             self.param_groups.pop()
             raise
 
+    def _check_params(self, params: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Raises for parameters that cannot be sharded, beside others. Frozen ones may be anything."""
+        refuse_sharded(params)
+        check_params(params, others)
+        check_shardable(params, others, self._group)
+        check_no_shared_memory([p for p in (*others, *params) if takes_part(p)])
+
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
-        """Makes new parameters equal on all ranks and shards the trainable ones."""
+        """Makes new parameters equal on all ranks, but for frozen ones whose bytes cannot be sent, and shards the
+        trainable ones."""
         broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
+        self._never_equal |= {id(p) for p in params if not is_plain(p)}
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
 
     @property
@@ -250,8 +262,7 @@ class ShardedLion(Optimizer):
         kept = {id(part.shard): part for part in self._parts}
         self._parts = [kept.get(id(shard)) or self._make_part(shard) for shard in shards]
         self._ids = []
-        self.state.clear()
-        self.state.update(shard_entries(shards, self._rank))
+        put_entries(self.state, shards, self._rank)
 
     def _make_part(self, shard: Shard) -> _Part:
         layout, update = shard.layout, LionUpdate(self._use_triton)
@@ -273,7 +284,10 @@ class ShardedLion(Optimizer):
         unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
         if unfrozen:
             with Agreement(self._group, "ShardedLion.step() after unfreezing parameters") as agreement:
+                new = [self._frozen[i] for i in unfrozen]
+                self._check_params(new, [p for shard in self._shards for p in shard.params])
                 agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
+            broadcast([p for p in new if id(p) in self._never_equal], self._group)
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
             self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
 
@@ -333,8 +347,7 @@ class ShardedLion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = [hyper_parameters(group) for group in self.param_groups]
-        for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
-            self._decay_warning.check(i, group, hyper)
+        self._rounding.check(self.param_groups, hypers)
         self._membership.check()
         self._adopt_unfrozen()
         if self._clipping is not None and not self._clipping.fits():
@@ -542,7 +555,7 @@ class ShardedLion(Optimizer):
         self._comparison.check(all=True)
         self._group_numbers()
         packed = with_named_dtypes(super().state_dict())
-        return {**packed, "state": {i: dict(entry) for i, entry in sorted(packed["state"].items())}}
+        return {**packed, "state": ordered(packed["state"])}
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
@@ -567,8 +580,7 @@ class ShardedLion(Optimizer):
         if not keep:
             return {}
         packed = with_named_dtypes(super().state_dict())
-        ids = [id(p) for group in self.param_groups for p in group["params"]]
-        return {**packed, "state": {i: {"exp_avg": gathered[p]} for i, p in enumerate(ids) if p in gathered}}
+        return {**packed, "state": whole(packed["state"], self.param_groups, gathered)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -581,23 +593,23 @@ class ShardedLion(Optimizer):
             ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
                 nothing has been changed.
         """
-        incoming = IncomingState(self.param_groups)
-        previous = self.param_groups
+        incoming = IncomingState(self.param_groups, self.defaults, self.state)
+        previous = self.param_groups, self.state
         handle = self.register_load_state_dict_pre_hook(incoming.take)
         try:
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
                 super().load_state_dict(state_dict)
+                self._check_params([p for p in self._frozen if id(p) in incoming.momenta], ())
                 incoming.check_cut(self.param_groups, self._shards, self._rank)
                 agreement.says(describe_groups(self.param_groups))
                 agreement.says(incoming.describe())
             if self._signs:
                 self._check_bits()
         except Exception:
-            self.param_groups = previous
+            self.param_groups, self.state = previous
             raise
         finally:
             handle.remove()
-            self.state.update(shard_entries(self._shards, self._rank))  # which torch has replaced
 
         if incoming.fits(self._shards):
             self._set_shards(self._shards)
@@ -615,6 +627,8 @@ class ShardedLion(Optimizer):
         previous = self.param_groups
         super().__setstate__(state)
         complete_loaded_groups(self.param_groups, previous, self.defaults)
+        for entry in self.state.values():
+            unwrap(entry)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
