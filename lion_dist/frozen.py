@@ -26,4 +26,10 @@ def is_plain(t: Tensor) -> bool:
         return False
     if t.is_meta or t.layout != torch.strided or t.is_quantized or not is_dense(t):
         return False
-    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
+    return not is_freed(t)
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether the storage of a strided tensor has been resized to nothing, as FSDP1 does; to read it would end the
+    process."""
+    return t.numel() > 0 and t.untyped_storage().nbytes() == 0

@@ -25,7 +25,7 @@ from .param_groups import (
     warn_of_unknown_keys,
 )
 from .rounding import RoundingWarnings
-from .state_dicts import KeptAsIs, check_and_wrap_state, unwrap, with_named_dtypes
+from .state_dicts import KeptAsIs, check_and_wrap_state, check_is_dict, unwrap, with_named_dtypes
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
@@ -297,6 +297,7 @@ class Lion(Optimizer):
             self._copy_momenta(checked)
             return checked
 
+        check_is_dict(state_dict)
         handle = self.register_load_state_dict_pre_hook(take)
         try:
             super().load_state_dict(state_dict)

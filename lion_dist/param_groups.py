@@ -42,6 +42,15 @@ KNOWN_KEYS = frozenset({
 # Values --------------------------------------------------------------------------------------------
 
 
+def shown(value: Any) -> str:
+    """A value in a message. Tensors and what may hold them by their type: to print one without memory ends the
+    process."""
+    plain = (str, int, float, complex, type(None), torch.dtype)
+    if isinstance(value, plain) or (type(value) in (list, tuple) and all(isinstance(v, plain) for v in value)):
+        return repr(value) if len(repr(value)) < 100 else repr(value)[:100] + "..."
+    return f"a {type(value).__name__}"
+
+
 def to_float(value: Any, name: str) -> float:
     """A number of any kind as a float: Python's, NumPy's, a Fraction, a Decimal, a tensor or array of one element.
 
@@ -56,11 +65,11 @@ def to_float(value: Any, name: str) -> float:
         shape = tuple(value.shape)
         if math.prod(shape) != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {shape}")
-        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
-            raise TypeError(f"{name} must be a number or a tensor of one element, got {value!r}")
+        if isinstance(value, Tensor) and not is_plain(value):
+            raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(value)}")
         value = value.item()
     if not hasattr(type(value), "__float__") or isinstance(value, complex):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {given!r}")
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(given)}")
     try:
         return float(value)
     except OverflowError as error:
@@ -78,15 +87,15 @@ def _betas(value: Any) -> tuple[float, float]:
     if type(value) is tuple and len(value) == 2 and type(value[0]) is float and type(value[1]) is float:
         pair: tuple[float, ...] = value
     else:
-        if isinstance(value, (str, bytes, Mapping, Set)) or (isinstance(value, Tensor) and value.is_meta):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")
+        if isinstance(value, (str, bytes, Mapping, Set)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}")
         try:
             pair = tuple(islice(iter(value), 3))
             pair = tuple(to_float(beta, "each of betas") for beta in pair)
-        except TypeError as error:
-            raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}") from error
+        except (TypeError, RuntimeError) as error:  # RuntimeError: a tensor subclass that cannot be iterated over
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}") from error
     if len(pair) != 2 or not (0 <= pair[0] < 1 and 0 <= pair[1] < 1):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {value!r}")
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(value)}")
     return pair[0], pair[1]
 
 
@@ -99,7 +108,7 @@ def _weight_decay(value: Any) -> float:
 
 def _flag(value: Any, name: str) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's are called bool_ (1.x) and bool (2.x)
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -111,7 +120,7 @@ def to_dtype(value: Any) -> torch.dtype | None:
     """
     dtype = _DTYPE_OF.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
-        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {value!r}")
+        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {shown(value)}")
     return dtype
 
 

@@ -48,7 +48,7 @@ from .sharding.collectives import (
 from .sharding.grad_reducer import GradReducer
 from .sharding.replicas import Comparison, broadcast, differing
 from .sharding.shard import Shard, check_shardable, make_shards
-from .state_dicts import unwrap, with_named_dtypes
+from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
@@ -598,6 +598,7 @@ class ShardedLion(Optimizer):
         handle = self.register_load_state_dict_pre_hook(incoming.take)
         try:
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
+                check_is_dict(state_dict)
                 super().load_state_dict(state_dict)
                 self._check_params([p for p in self._frozen if id(p) in incoming.momenta], ())
                 incoming.check_cut(self.param_groups, self._shards, self._rank)

@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .frozen import takes_part
+from .frozen import is_freed, takes_part
 from .fsdp import is_dtensor, is_flat_view, misfit
-from .param_groups import Group, check_steppable, complete_group, dtype_name, normalize_group, warn_of_unknown_keys
+from .param_groups import (
+    Group,
+    check_steppable,
+    complete_group,
+    dtype_name,
+    normalize_group,
+    shown,
+    warn_of_unknown_keys,
+)
 from .update.reference import STORAGE_DTYPES
 
 # Entries of other optimizers' states: a momentum that Lion would misread, or leave out, is beside each.
@@ -54,6 +62,14 @@ def unwrap(entry: Any) -> None:
                 entry[key] = value.value
 
 
+def check_is_dict(state_dict: Any) -> None:
+    """Raises ValueError for what cannot be a state_dict at all, before torch asks it for a copy."""
+    if not isinstance(state_dict, dict):
+        raise ValueError(
+            f'expected an optimizer state_dict with keys "state" and "param_groups", got a {type(state_dict).__name__}'
+        )
+
+
 def check_and_wrap_state(
     state_dict: Any,
     groups: Sequence[Group],
@@ -76,7 +92,8 @@ def check_and_wrap_state(
     Raises:
         ValueError, TypeError: naming the first thing that does not fit. Nothing has been changed then.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+    check_is_dict(state_dict)
+    if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError('expected an optimizer state_dict with keys "state" and "param_groups"')
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(saved_state, dict) or not all(
@@ -88,7 +105,7 @@ def check_and_wrap_state(
     params = [p for g in groups for p in g["params"]]
     ids = [i for g in saved_groups for i in g["params"]]
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
-        raise ValueError(f"the state_dict's groups hold parameter {twice[0]!r} twice")
+        raise ValueError(f"the state_dict's groups hold parameter {shown(twice[0])} twice")
     param_of = dict(zip(ids, params, strict=True))
     checked: dict[Any, Any] = {}
     for i, entry in saved_state.items():
@@ -98,7 +115,7 @@ def check_and_wrap_state(
             own = state.get(p, {})
             checked[i] = {k: KeptAsIs(_copy_for(p, i, k, v, own, saved_groups)) for k, v in entry.items()}
         elif isinstance(i, (int, Tensor)) or (isinstance(entry, Mapping) and "exp_avg" in entry):
-            raise ValueError(f"the state_dict has state for parameter {i!r}, which is in none of its groups")
+            raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
             checked[i] = entry
     for i, saved in enumerate(saved_groups):
@@ -118,34 +135,34 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
 def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
     """Raises where an entry of a state_dict is none that Lion can take for p."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"state of parameter {i!r} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
+        raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
     foreign = OTHERS & entry.keys()
     if foreign or (entry and "exp_avg" not in entry and takes_part(p)):
         expected = f"and {sorted(foreign)} is not Lion's" if foreign else "and Lion's has 'exp_avg'"
         raise ValueError(
-            f"state of parameter {i!r} has entries {sorted(map(str, entry))}, {expected}. Is this another optimizer's "
-            "state_dict?"
+            f"state of parameter {shown(i)} has entries {sorted(map(str, entry))}, {expected}. Is this another "
+            "optimizer's state_dict?"
         )
     if "exp_avg" not in entry:
         return
-    check_steppable(p, f"the state_dict has a momentum for parameter {i!r}, which")
+    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
     m = entry["exp_avg"]
     if isinstance(m, Tensor) and (reason := misfit(m, p)):
-        raise ValueError(f"exp_avg of parameter {i!r} {reason}")
+        raise ValueError(f"exp_avg of parameter {shown(i)} {reason}")
     if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES or m.layout != torch.strided:
         got = f"{tuple(m.shape)} {m.dtype} {m.layout}" if isinstance(m, Tensor) else type(m).__name__
         raise ValueError(
-            f"exp_avg of parameter {i!r} is {got}; expected shape {tuple(p.shape)} in float32, bfloat16 or "
+            f"exp_avg of parameter {shown(i)} is {got}; expected shape {tuple(p.shape)} in float32, bfloat16 or "
             "float16. Is this the state_dict of another model?"
         )
     if not (is_dtensor(m) or isinstance(m, subclasses)):
         if type(m).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise ValueError(
-                f"exp_avg of parameter {i!r} is a {type(m).__name__}; expected a plain tensor. Of a ShardedLion, save "
-                "full_state_dict(), which Lion loads"
+                f"exp_avg of parameter {shown(i)} is a {type(m).__name__}; expected a plain tensor. Of a ShardedLion, "
+                "save full_state_dict(), which Lion loads"
             )
-        if m.is_meta or (m.numel() and not m.untyped_storage().nbytes()):
-            raise ValueError(f"exp_avg of parameter {i!r} is a tensor without memory, on {m.device}")
+        if m.is_meta or is_freed(m):
+            raise ValueError(f"exp_avg of parameter {shown(i)} is a tensor without memory, on {m.device}")
 
 
 def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], groups: Sequence[Group]) -> Any:
@@ -155,13 +172,16 @@ def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], g
         return value
 
     def loaded(t: Tensor, key: Any) -> Tensor:
+        plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.layout == torch.strided and not t.is_meta
+        if plain and is_freed(t):
+            raise RuntimeError("a tensor without memory")
         moved = Optimizer._process_value_according_to_param_policy(p, t, i, groups, key)  # type: ignore[arg-type]
         return moved.clone() if moved is t else moved
 
     try:
         return map_tensors(loaded, value, key)
-    except RuntimeError as error:
-        raise ValueError(f"{key!r} of the state of parameter {i!r} cannot be loaded: {error}") from error
+    except RuntimeError as error:  # a conversion that torch cannot make; a nest without end
+        raise ValueError(f"{shown(key)} of the state of parameter {shown(i)} cannot be loaded: {error}") from error
 
 
 def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any = None) -> Any:
@@ -197,7 +217,7 @@ def _both_named(saved: Sequence[Group], groups: Sequence[Group]) -> bool:
     for i, group in enumerate(saved if any(named) else []):
         names, n = group["param_names"], len(group["params"])
         if not isinstance(names, (list, tuple)) or len(names) != n or not all(isinstance(x, str) for x in names):
-            raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings, got {names!r}")
+            raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings")
     # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
     # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
     # names in place of numbers, and FSDP1's gives the parameters that it has flattened.
