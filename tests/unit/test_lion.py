@@ -12,6 +12,7 @@ import inspect
 import io
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -917,3 +918,46 @@ def test_arguments_of_the_wrong_type_are_named(bad: dict, name: str) -> None:
 def test_malformed_state_dicts_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="param_groups"):
         Lion([nn.Parameter(torch.zeros(3))]).load_state_dict(bad)
+
+
+# -- torch.compile
+
+
+def test_a_compiled_step_is_not_traced() -> None:
+    """Neither alone nor within a compiled function, whose other parts are compiled: the same bits, no warning and no
+    graph of ours. fullgraph=True cannot be had, and says at which function."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len([n for n in graph.graph.nodes if n.op.startswith("call")]))
+        return graph.forward
+
+    torch._dynamo.reset()
+    params, twins = params_of(), params_of()
+    opt, twin = Lion(params, lr=0.25, weight_decay=0.1), Lion(twins, lr=0.25, weight_decay=0.1)
+    compiled = torch.compile(opt.step, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            feed(params, step)
+            compiled()
+            opt.param_groups[0]["lr"] /= 2
+            feed(twins, step)
+            twin.step()
+            twin.param_groups[0]["lr"] /= 2
+    assert_same_params(params, twins)
+    assert not graphs
+
+    def scaled_step(x: Tensor) -> Tensor:
+        y = x * 2 + 1
+        opt.step()
+        return y
+
+    assert torch.compile(scaled_step, backend=backend)(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert graphs == [2]
+    twin.step()
+    assert_same_params(params, twins)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="step"):
+        torch.compile(lambda: opt.step(), backend=backend, fullgraph=True)()
+    assert_same_params(params, twins)
+    torch._dynamo.reset()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from lion_dist import Lion
+from lion_dist.deepspeed import DeepSpeedLion
 from lion_dist.param_groups import to_dtype
 from lion_dist.sharding.box_tensor import BoxTensor
 from tests.bits import assert_same_bits
@@ -254,10 +255,11 @@ def frozen_of_every_kind() -> list[nn.Parameter]:
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_frozen_parameters_may_be_anything() -> None:
+@pytest.mark.parametrize("kind", [Lion, DeepSpeedLion])
+def test_frozen_parameters_may_be_anything(kind: type[Lion]) -> None:
     frozen = frozen_of_every_kind()
     p = nn.Parameter(torch.zeros(4))
-    opt = Lion([*frozen, p], lr=0.25, weight_decay=0.5)
+    opt = kind([*frozen, p], lr=0.25, weight_decay=0.5)
     opt.add_param_group({"params": frozen_of_every_kind()})
     for _ in range(2):
         p.grad = torch.ones(4)
