@@ -32,7 +32,7 @@ class RoundingWarnings:
         self._decays: dict[int, tuple[float, float]] = {}
         self._update_done = False
         self._looked: set[int] = set()  # groups whose weights have been compared with their lr
-        self._reads = 2  # of lr tensors on a GPU, for each of which the host waits
+        self._reads = 2  # steps in which lr tensors on a GPU may still be read, for which the host waits
 
     def check(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
         """Called before each step. In the first in which the lr of a group is not 0 it looks at the group's weights,
@@ -66,18 +66,20 @@ class RoundingWarnings:
 
     def _check_update(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
         weights: list[tuple[float, Tensor]] = []
+        waited = False
         for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
             if i in self._looked or not group["params"]:
                 continue
             if _on_gpu(hyper.lr):
                 if not self._reads:
                     continue
-                self._reads -= 1
+                waited = True
             lr = _aim(group, hyper)
             if lr > 0:
                 self._looked.add(i)
                 halves = (local(p) for p in group["params"] if p.dtype in _HALVES and takes_part(p))
                 weights += [(lr, w) for w in halves if is_plain(w) and w.numel()]
+        self._reads -= waited
         if not weights:
             return
         share = _share_that_stays(weights)

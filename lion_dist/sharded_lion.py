@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
-from .frozen import is_plain, takes_part
+from .frozen import takes_part
 from .fsdp import refuse_sharded
 from .param_groups import (
     check_params,
@@ -46,7 +46,7 @@ from .sharding.collectives import (
     start_all_gather,
 )
 from .sharding.grad_reducer import GradReducer
-from .sharding.replicas import Comparison, broadcast, differing
+from .sharding.replicas import Comparison, broadcast, comparable, differing
 from .sharding.shard import Shard, check_shardable, make_shards
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .update.dispatch import LionUpdate
@@ -238,9 +238,9 @@ class ShardedLion(Optimizer):
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks, but for frozen ones whose bytes cannot be sent, and shards the
         trainable ones."""
-        broadcast(params, self._group)
+        sent = broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
-        self._never_equal |= {id(p) for p in params if not is_plain(p)}
+        self._never_equal |= {id(p) for i, p in enumerate(params) if i not in sent}
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
 
     @property
@@ -562,7 +562,8 @@ class ShardedLion(Optimizer):
         """The whole state as `Lion.state_dict` would give it; a collective call.
 
         Momenta are gathered and copied to the CPU one parameter at a time, as plain contiguous tensors
-        in the parameters' shapes. `Lion` and `ShardedLion`, of any world size, load it.
+        in the parameters' shapes. `Lion` and `ShardedLion`, of any world size, load it. What others keep in ``state``
+        is each rank's own, its tensors copied to the CPU.
 
         Args:
             rank0_only: only the group's first rank keeps it in memory; the others get {}.
@@ -587,10 +588,11 @@ class ShardedLion(Optimizer):
         """Loads a state, keeping this rank's slices; a collective call. Either a whole one, of `full_state_dict` or
         of `Lion`, the same on every rank; or one of `state_dict`, which torch.distributed.checkpoint has filled.
 
-        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``.
+        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``. Parameters are matched
+        by name where both sides have names, and what others keep in the state is loaded, as by `Lion.load_state_dict`.
 
         Raises:
-            ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
+            ValueError, TypeError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
                 nothing has been changed.
         """
         incoming = IncomingState(self.param_groups, self.defaults, self.state)
@@ -600,7 +602,7 @@ class ShardedLion(Optimizer):
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
                 check_is_dict(state_dict)
                 super().load_state_dict(state_dict)
-                self._check_params([p for p in self._frozen if id(p) in incoming.momenta], ())
+                self._check_can_be_sharded(incoming.momenta.keys())
                 incoming.check_cut(self.param_groups, self._shards, self._rank)
                 agreement.says(describe_groups(self.param_groups))
                 agreement.says(incoming.describe())
@@ -623,6 +625,18 @@ class ShardedLion(Optimizer):
             shard.take_exp_avgs(incoming.momenta, self._rank)
         self._clipping = None
         self._comparison = Comparison()  # what the last steps did is gone
+
+    def _check_can_be_sharded(self, wanted: Collection[int]) -> None:
+        """Raises ValueError where one of the parameters with these ids is frozen and cannot be sharded as it is."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        able = comparable(params, self._group)
+        for i, p in enumerate(params):
+            if id(p) in wanted and i not in able:
+                raise ValueError(
+                    f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
+                    f"and not dense or on another device (strides {p.stride()}, {p.device}), so that ShardedLion cannot "
+                    "shard it: make it contiguous, or leave its entry out of the state_dict"
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -51,11 +51,17 @@ def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[
     return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in unlike if any(ranks)]
 
 
-def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Overwrites parameters that are `comparable` with those of the group's first rank, and tells autograd."""
-    sent = [params[i] for i in comparable(params, group)]
+def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
+    """Overwrites parameters that are `comparable` with those of the group's first rank, and tells autograd.
+
+    Returns:
+        Indices of those parameters.
+    """
+    numbers = comparable(params, group)
+    sent = [params[i] for i in numbers]
     broadcast_from_first([flat_bytes(p) for p in sent if p.numel()], group)
     torch.autograd.graph.increment_version(sent)
+    return numbers
 
 
 class Comparison:

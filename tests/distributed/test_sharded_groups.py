@@ -72,6 +72,11 @@ def check_frozen(stage: int, rank: int, world_size: int, device: torch.device) -
     for saved in (optimizer.full_state_dict(), optimizer.state_dict()):
         assert list(saved["state"]) == [len(frozen)]
         optimizer.load_state_dict(saved)
+    # A momentum for one that has gaps here: in the run that was saved it was trained.
+    gap = list(frozen).index("gaps")
+    with pytest.raises(ValueError, match=rf"has a momentum for parameter {gap} \(shape \(10, 5\)\).* cannot shard it"):
+        optimizer.load_state_dict({**saved, "state": {**saved["state"], gap: {"exp_avg": torch.zeros(10, 5)}}})
+    optimizer.check_replicas()
     later = strange(device, fill=rank + 1)
     optimizer.add_param_group({"params": list(later.values())})
     assert_same_bits(later["fp8"].detach().view(torch.uint8), first["fp8"].detach().view(torch.uint8))
