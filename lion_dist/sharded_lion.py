@@ -634,7 +634,7 @@ class ShardedLion(Optimizer):
             if id(p) in wanted and i not in able:
                 raise ValueError(
                     f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
-                    f"and not dense or on another device (strides {p.stride()}, {p.device}), so that ShardedLion cannot "
+                    f"and not dense or on another device (strides {p.stride()}, {p.device}), so ShardedLion cannot "
                     "shard it: make it contiguous, or leave its entry out of the state_dict"
                 )
 
