@@ -218,7 +218,7 @@ class Lion(Optimizer):
             only_taking_part: leaves out frozen parameters that have a momentum, too.
 
         Raises:
-            TypeError, ValueError: a parameter that takes part for the first time is none that Lion can step.
+            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time.
         """
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []

@@ -116,7 +116,7 @@ def to_dtype(value: Any) -> torch.dtype | None:
     """A momentum_dtype, which may be given by name ("bfloat16" or "torch.bfloat16").
 
     Raises:
-        TypeError: it is none that a momentum can have.
+        TypeError: a momentum cannot have this dtype.
     """
     dtype = _DTYPE_OF.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
@@ -268,7 +268,7 @@ def check_steppable(p: Tensor, who: str) -> None:
     """Raises where Lion cannot step a parameter.
 
     Raises:
-        TypeError: its type, dtype, layout or memory is none that Lion can step.
+        TypeError: Lion cannot step its type, dtype, layout or memory.
         ValueError: its elements overlap.
     """
     if is_lazy(p):

@@ -133,7 +133,7 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
 
 
 def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
-    """Raises where an entry of a state_dict is none that Lion can take for p."""
+    """Raises ValueError or TypeError where Lion cannot take an entry of a state_dict for p."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
     foreign = OTHERS & entry.keys()
@@ -263,7 +263,7 @@ def _by_name(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
             name = wanted[0] if wanted else ""
             place = next((j for j, names in enumerate(there) if name in names), 0)
             raise ValueError(
-                f"parameter group {i} of this optimizer, {wanted[:5]}, is none of the state_dict's: {name!r} is in its "
+                f"parameter group {i} of this optimizer, {wanted[:5]}, has no counterpart in the state_dict: {name!r} is in its "
                 f"group {place} there, {there[place][:5]}. Make the optimizer with the groups that were saved"
             )
         left.remove(j)

@@ -124,7 +124,10 @@ def regroup(saved: dict[str, Any]) -> None:
 BAD_NAMES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another name": (rename("b.weight", "z.weight"), r"lacks parameters \['b.weight'\] .* has \['z.weight'\].*delete"),
     "a name twice": (rename("b.weight", "a.weight"), r"state_dict has several parameters called 'a.weight'"),
-    "other groups": (regroup, r"parameter group 0 .* is none of the state_dict's: 'a.bias' is in its group 0 there"),
+    "other groups": (
+        regroup,
+        r"parameter group 0 .* has no counterpart in the state_dict: 'a.bias' is in its group 0 there",
+    ),
     "too few": (lambda d: d["param_groups"][0]["param_names"].pop(), "group 0 must be 3 strings"),
     "numbers": (lambda d: d["param_groups"][0].update(param_names=[1, 2, 3]), "group 0 must be 3 strings"),
     "of one group alone": (lambda d: d["param_groups"][1].pop("param_names"), "group 1 has no param_names"),
