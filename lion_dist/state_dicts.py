@@ -263,8 +263,8 @@ def _by_name(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
             name = wanted[0] if wanted else ""
             place = next((j for j, names in enumerate(there) if name in names), 0)
             raise ValueError(
-                f"parameter group {i} of this optimizer, {wanted[:5]}, has no counterpart in the state_dict: {name!r} is in its "
-                f"group {place} there, {there[place][:5]}. Make the optimizer with the groups that were saved"
+                f"parameter group {i} of this optimizer, {wanted[:5]}, has no counterpart in the state_dict: {name!r} "
+                f"is in its group {place} there, {there[place][:5]}. Make the optimizer with the groups that were saved"
             )
         left.remove(j)
         id_of = dict(zip(there[j], saved[j]["params"], strict=True))
