@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .lion import Lion, Members
+from .param_groups import to_dtype
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
@@ -57,7 +58,8 @@ class DeepSpeedLion(Lion):
 
     Its universal checkpoint format is made of Adam's states. So beside ``exp_avg`` a state_dict has ``exp_avg_sq``,
     one zero seen in the momentum's shape, and ``step``, 0. Neither takes memory, and both are dropped where a
-    checkpoint is loaded. Elastic checkpoints look for ``step`` in the groups. Arguments and errors are those of `Lion`.
+    checkpoint is loaded; what others keep under other keys is kept. Elastic checkpoints look for ``step`` in the
+    groups. Arguments and errors are those of `Lion`.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -89,8 +91,7 @@ class DeepSpeedLion(Lion):
         # links to what is there after a step.
         for group in self.param_groups:
             _check_not_adams(group)
-            if isinstance(group["momentum_dtype"], str):
-                group["momentum_dtype"] = _dtype(group["momentum_dtype"])
+            group["momentum_dtype"] = to_dtype(group["momentum_dtype"])
             for p in group["params"]:
                 entry = self.state.get(p, {})
                 if NOT_LIONS & entry.keys():
@@ -118,11 +119,13 @@ class DeepSpeedLion(Lion):
         super().load_state_dict(state_dict)
 
 
-def _like_adams(entry: dict[str, Any]) -> dict[str, Any]:
-    if "exp_avg" not in entry:
-        return entry
+def _like_adams(entry: Any) -> Any:
+    if not isinstance(entry, dict) or "exp_avg" not in entry:
+        return entry  # somebody else's
     placeholder = torch.zeros((), dtype=entry["exp_avg"].dtype).expand(entry["exp_avg"].shape)
-    return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder}
+    return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder} | {
+        key: value for key, value in entry.items() if key not in NOT_LIONS
+    }
 
 
 _START_FROM_WEIGHTS = "start Lion from the weights alone (load_optimizer_states=False)"
@@ -183,16 +186,11 @@ def arguments(params: dict[str, Any]) -> dict[str, Any]:
             "give them in the DeepSpeed config and, for the Hugging Face Trainer, as adam_beta1 and adam_beta2",
             stacklevel=2,
         )
-    if isinstance(given.get("momentum_dtype"), str):
-        given["momentum_dtype"] = _dtype(given["momentum_dtype"])
+    try:
+        to_dtype(given.get("momentum_dtype"))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     return given
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f'"momentum_dtype" must be one of {", ".join(known)}, got "{name}"')
-    return known[name]
 
 
 def _check_modes(engine: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .frozen import takes_part
 from .memory_order import is_dense
 
 # FSDP1 aligns each parameter to 16 bytes of the dtype it computes in.
@@ -163,9 +164,9 @@ def reshard(model: Any) -> None:
 
 
 def refuse_sharded(params: Sequence[Tensor]) -> None:
-    """Raises TypeError where a parameter is sharded already."""
+    """Raises TypeError where a parameter that takes part is sharded already."""
     for i, p in enumerate(params):
-        if is_dtensor(p) or is_flat_view(p):
+        if takes_part(p) and (is_dtensor(p) or is_flat_view(p)):
             kind = "a DTensor (FSDP2, tensor parallelism)" if is_dtensor(p) else "part of a flat parameter of FSDP1"
             raise TypeError(
                 f"parameter {i} of the group (shape {tuple(p.shape)}) is {kind}: its model is sharded already, and "

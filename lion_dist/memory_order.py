@@ -30,6 +30,14 @@ def may_overlap(t: Tensor) -> bool:
     return False
 
 
+def flat_bytes(t: Tensor) -> Tensor:
+    """The bytes of a dense tensor in memory order: uint8, 1-D, of the same memory."""
+    size = t.element_size()
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(
+        t.untyped_storage(), t.storage_offset() * size, (t.numel() * size,), (1,)
+    )
+
+
 def flat(t: Tensor, start: int = 0, length: int | None = None) -> Tensor:
     """Elements of a dense tensor in memory order: 1-D, of the same memory, all of them or ``length``
     from ``start``.

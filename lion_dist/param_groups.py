@@ -1,22 +1,28 @@
-"""What a parameter group and a state_dict mean to Lion; shared by both optimizers.
+"""What a parameter group means to Lion; shared by both optimizers.
 
-A group holds, beside ``params``: lr (number or one-element tensor), betas, weight_decay,
-decoupled_weight_decay, init_lr (the lr the group was made with), momentum_dtype, maximize.
+A group holds, beside ``params``: lr (float or tensor of one element), betas (two floats), weight_decay (float),
+decoupled_weight_decay (bool), init_lr (float: the lr that the constructor was given), momentum_dtype (torch.dtype or
+None), maximize (bool). Given are numbers of any kind and dtypes by name; stored is what this list says. Any other key
+belongs to somebody else and is kept.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .fsdp import local, misfit
+from .frozen import is_plain, takes_part
+from .fsdp import local
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
 
@@ -24,115 +30,220 @@ Group = dict[str, Any]
 
 KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "init_lr", "momentum_dtype", "maximize")
 
+# Keys that others write into groups, or that groups written for AdamW hold: without effect on Lion, and no typos.
+KNOWN_KEYS = frozenset({
+    *KEYS, "params", "param_names", "name",
+    "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale",  # schedulers
+    "foreach", "fused", "capturable", "differentiable", "eps", "amsgrad", "bias_correction",  # AdamW
+    "step", "moe",  # DeepSpeed
+})  # fmt: skip
+
+
+# Values --------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value in a message. Tensors and what may hold them by their type: to print one without memory ends the
+    process."""
+    plain = (str, int, float, complex, type(None), torch.dtype)
+    if isinstance(value, plain) or (type(value) in (list, tuple) and all(isinstance(v, plain) for v in value)):
+        return repr(value) if len(repr(value)) < 100 else repr(value)[:100] + "..."
+    return f"a {type(value).__name__}"
+
+
+def to_float(value: Any, name: str) -> float:
+    """A number of any kind as a float: Python's, NumPy's, a Fraction, a Decimal, a tensor or array of one element.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is a tensor or array of another size, or too large for a float.
+    """
+    if type(value) is float:
+        return value
+    given = value
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        shape = tuple(value.shape)
+        if math.prod(shape) != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {shape}")
+        if isinstance(value, Tensor) and not is_plain(value):
+            raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(value)}")
+        value = value.item()
+    if not hasattr(type(value), "__float__") or isinstance(value, complex):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(given)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got a number too large for a float") from error
+
+
+def _lr(value: Any, hint: str = "") -> float | Tensor:
+    number = to_float(value, "lr")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"lr must be finite and >= 0, got {number}{hint}")
+    return value if isinstance(value, Tensor) else number
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is float and type(value[1]) is float:
+        pair: tuple[float, ...] = value
+    else:
+        if isinstance(value, (str, bytes, Mapping, Set)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}")
+        try:
+            pair = tuple(islice(iter(value), 3))
+            pair = tuple(to_float(beta, "each of betas") for beta in pair)
+        except (TypeError, RuntimeError) as error:  # RuntimeError: a tensor subclass that cannot be iterated over
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}") from error
+    if len(pair) != 2 or not (0 <= pair[0] < 1 and 0 <= pair[1] < 1):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(value)}")
+    return pair[0], pair[1]
+
+
+def _weight_decay(value: Any) -> float:
+    number = to_float(value, "weight_decay")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"weight_decay must be finite and >= 0, got {number}")
+    return number
+
+
+def _flag(value: Any, name: str) -> bool:
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's are called bool_ (1.x) and bool (2.x)
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def to_dtype(value: Any) -> torch.dtype | None:
+    """A momentum_dtype, which may be given by name ("bfloat16" or "torch.bfloat16").
+
+    Raises:
+        TypeError: a momentum cannot have this dtype.
+    """
+    dtype = _DTYPE_OF.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
+        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {shown(value)}")
+    return dtype
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """The name by which `to_dtype` knows a dtype: "float32" and the like; None for None."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+_DTYPE_OF = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
+
+
+# Groups --------------------------------------------------------------------------------------------
+
+
+def _values(group: Group) -> Group:
+    """A group's own hyper-parameters as they are stored; raises where Lion cannot use one."""
+    lr, weight_decay = _lr(group["lr"]), _weight_decay(group["weight_decay"])
+    betas = _betas(group["betas"])
+    decoupled = _flag(group["decoupled_weight_decay"], "decoupled_weight_decay")
+    init_lr = to_float(group["init_lr"], "init_lr")
+    if not (math.isfinite(init_lr) and init_lr >= 0):
+        raise ValueError(f"init_lr must be finite and >= 0, got {init_lr}")
+    if decoupled:
+        _divided(weight_decay, init_lr)
+    return {
+        "lr": lr,
+        "betas": betas,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled,
+        "init_lr": init_lr,
+        "momentum_dtype": to_dtype(group["momentum_dtype"]),
+        "maximize": _flag(group["maximize"], "maximize"),
+    }
+
+
+def _divided(weight_decay: float, init_lr: float) -> float:
+    """The weight decay that lr is multiplied by, of one that was given decoupled."""
+    if not init_lr > 0:
+        raise ValueError(
+            "decoupled_weight_decay=True divides weight_decay by the lr that the constructor was given, which must be "
+            f"> 0, got {init_lr}: construct the optimizer with the peak lr and warm up with a scheduler"
+        )
+    divided = weight_decay / init_lr
+    if math.isinf(divided):
+        raise ValueError(f"decoupled_weight_decay=True: weight_decay {weight_decay} / lr {init_lr} is too large")
+    return divided
+
 
 def make_defaults(
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
+    lr: Any,
+    betas: Any,
+    weight_decay: Any,
     decoupled_weight_decay: bool,
-    momentum_dtype: torch.dtype | None,
+    momentum_dtype: torch.dtype | str | None,
     maximize: bool,
 ) -> Group:
-    """The defaults of an optimizer, validated as a group would be."""
-    defaults = {
+    """The defaults of an optimizer, validated as a group is. Waits for an lr tensor on a GPU."""
+    given = {
         "lr": lr,
         "betas": betas,
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
+        "init_lr": to_float(lr, "lr"),  # a scheduler fills an lr tensor in place, so its first value is kept
         "momentum_dtype": momentum_dtype,
         "maximize": maximize,
     }
-    check_group({**defaults, "init_lr": _number(lr)})
-    return defaults
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Real)  # NumPy's scalars among them
-
-
-def _number(lr: float | Tensor) -> float:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    if not (_is_number(lr) or isinstance(lr, Tensor)):
-        raise TypeError(f"lr must be a number or a tensor of one element, got {lr!r}")
-    return float(lr)
+    return _values(given)
 
 
 def check_group(group: Group) -> None:
-    """Raises where a group's hyper-parameters are not ones that Lion can use. Reads lr's value, so an
-    lr tensor on a GPU is waited for: for construction, not for steps."""
-    lr = _number(group["lr"])
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr must be finite and >= 0, got {lr}")
-    _check_rest(group)
-    if group["decoupled_weight_decay"] and not group["init_lr"] > 0:
-        raise ValueError(
-            "decoupled_weight_decay=True divides weight_decay by the group's initial lr, which must be > 0, "
-            f"got {group['init_lr']}: start from the peak lr and warm up with a scheduler"
-        )
-    dtype = group["momentum_dtype"]
-    if dtype is not None and dtype not in STORAGE_DTYPES:
-        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {dtype}")
+    """Raises TypeError or ValueError where a group's hyper-parameters are not ones that Lion can use. Reads lr's value,
+    so an lr tensor on a GPU is waited for: for construction and loads, not for steps."""
+    _values(group)
 
 
-def _check_rest(group: Group) -> None:
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or not all(_is_number(beta) for beta in betas):
-        raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    weight_decay = group["weight_decay"]
-    if not _is_number(weight_decay):
-        raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}")
-
-
-def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
-    """Raises TypeError for a parameter that Lion cannot hold, ValueError for one given twice or one
-    that overlaps itself."""
-    seen = {id(p) for p in already}
-    for i, p in enumerate(params):
-        who = f"parameter {i} of the group (shape {tuple(p.shape)})"
-        part = local(p)
-        if is_traceable_wrapper_subclass(part) or p.is_meta:
-            raise TypeError(
-                f"{who} is a {'meta tensor' if p.is_meta else type(part).__name__}, which has no memory of its own to "
-                "step: materialise the model before making the optimizer"
-            )
-        if p.is_complex():
-            raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
-        if p.layout != torch.strided or p.dtype not in STORAGE_DTYPES:
-            raise TypeError(f"{who} is {p.layout} {p.dtype}; expected strided float32, bfloat16 or float16")
-        if id(p) in seen:
-            raise ValueError(f"{who} was given twice; pass each parameter once (model.parameters() does)")
-        seen.add(id(p))
-        if may_overlap(part):
-            raise ValueError(
-                f"{who} has strides {part.stride()}, in which elements share memory (an expanded tensor?); "
-                "use .clone() to give each element its own"
-            )
-
-
-def complete_group(group: Group, defaults: Group) -> None:
-    """Fills in, in place, what a group from a user, an older version or another Lion does not say."""
+def complete_group(group: Group, *others: Group) -> None:
+    """Adds, in place, the hyper-parameters that a group lacks: each from the first of the others that has it."""
     for key in KEYS:
-        if key in defaults:
-            group.setdefault(key, defaults[key])
-    group.setdefault("init_lr", _number(group["lr"]))
+        for other in others:
+            if key not in group and key in other:
+                group[key] = other[key]
+    if "init_lr" not in group:  # pickled by a version that had none
+        group["init_lr"] = to_float(others[-1].get("lr", group["lr"]), "lr")
+
+
+def normalize_group(group: Group) -> None:
+    """Brings the hyper-parameters of a complete group, in place, into the form in which they are stored.
+
+    Raises:
+        ValueError, TypeError: naming the one that Lion cannot use; nothing has been changed.
+    """
+    group.update(_values(group))
 
 
 def complete_loaded_groups(groups: Sequence[Group], previous: Sequence[Group], defaults: Group) -> None:
-    """Fills in what a state_dict does not say: it stays as this optimizer had it, else the default."""
+    """Adds what loaded groups lack: it stays as this optimizer had it, else it is the default."""
     for i, group in enumerate(groups):
-        complete_group(group, previous[i] if i < len(previous) else defaults)
-        complete_group(group, defaults)
+        complete_group(group, *previous[i : i + 1], defaults)
+
+
+def warn_of_unknown_keys(group: Group, others: Iterable[Group]) -> None:
+    """Warns of keys that neither Lion nor anybody known reads, such as a typo; not of those that others have too."""
+    seen = {key for other in others for key in other}
+    for key in group:
+        if key in KNOWN_KEYS or key in seen or str(key).startswith("_"):
+            continue
+        close = difflib.get_close_matches(str(key).lower(), KEYS, n=1, cutoff=0.75)
+        hint = f'Did you mean "{close[0]}"?' if close else f"Lion reads {', '.join(k for k in KEYS if k != 'init_lr')}."
+        warn(f'a parameter group has a key "{key}", which Lion does not know: it is kept, without effect. {hint}')
+
+
+def warn(message: str) -> None:
+    """A warning that points at the first line outside of lion_dist and torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lion_dist", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"lion_dist: {message}", stacklevel=level)
 
 
 def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
     """The dtype of a new momentum for p: what the group says, else p's own; float32 for float16
     weights, whose momentum would lose every |g| below 6e-8 / (1 - beta2)."""
-    explicit: torch.dtype | None = group["momentum_dtype"]
+    explicit = to_dtype(group["momentum_dtype"])
     if explicit is not None:
         return explicit
     return torch.float32 if p.dtype == torch.float16 else p.dtype
@@ -142,122 +253,54 @@ def hyper_parameters(group: Group) -> HyperParameters:
     """This step's hyper-parameters of a group; raises where they cannot be used. An lr tensor stays one,
     and if it is on a GPU its value is not looked at, since that would wait for the GPU."""
     lr = group["lr"]
-    waits = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    if not waits and not 0 <= _number(lr) < math.inf:
-        raise ValueError(f"lr must be finite and >= 0, got {lr} (did a scheduler pass its end?)")
-    _check_rest(group)
-    weight_decay = float(group["weight_decay"])
-    if group["decoupled_weight_decay"]:
-        weight_decay /= group["init_lr"]
-    beta1, beta2 = group["betas"]
-    return HyperParameters(lr, weight_decay, float(beta1), float(beta2), bool(group["maximize"]))
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        lr = _lr(lr, " (did a scheduler pass its end?)")
+    weight_decay = _weight_decay(group["weight_decay"])
+    if _flag(group["decoupled_weight_decay"], "decoupled_weight_decay"):
+        weight_decay = _divided(weight_decay, group["init_lr"])
+    return HyperParameters(lr, weight_decay, *_betas(group["betas"]), _flag(group["maximize"], "maximize"))
 
 
-class DecayWarning:
-    """Warns once where weight decay, lr * weight_decay of a weight a step, rounds away to nothing."""
-
-    def __init__(self) -> None:
-        self._done = False
-        self._seen: dict[int, tuple[float, float]] = {}
-
-    def check(self, index: int, group: Group, hyper: HyperParameters) -> None:
-        if self._done or hyper.weight_decay == 0 or isinstance(hyper.lr, Tensor):
-            return
-        # During warm-up any decay is negligible; what counts is the lr the schedule works towards.
-        lr = max(hyper.lr, float(group.get("initial_lr", 0.0)))
-        if lr == 0 or self._seen.get(index) == (lr, hyper.weight_decay):
-            return
-        self._seen[index] = (lr, hyper.weight_decay)
-        decay = lr * hyper.weight_decay
-        for dtype in {p.dtype for p in group["params"]}:
-            # Half the distance from a weight to its neighbour is at least eps/4 of the weight.
-            if decay <= torch.finfo(dtype).eps / 4:
-                self._done = True
-                warnings.warn(
-                    f"lion_dist: lr * weight_decay = {decay:.3g} is below half a unit in the last place of {dtype} "
-                    f"weights, so weight decay rounds to nothing. Use float32 weights (autocast keeps compute in "
-                    "16 bits), or a larger weight_decay (Lion wants 3 to 10 times AdamW's).",
-                    stacklevel=5,
-                )
-                return
+# Parameters ----------------------------------------------------------------------------------------
 
 
-def with_named_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A shallow copy of a state_dict in which groups call their momentum_dtype "float32" and the like: torch's
-    gathering of a sharded optimizer's state takes no dtype."""
-    groups = [{**g, "momentum_dtype": _name(g["momentum_dtype"])} for g in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _with_dtypes(group: Group) -> Group:
-    """A saved group with its momentum_dtype as a dtype again; what is the name of none is left for check_group."""
-    name = group.get("momentum_dtype")
-    return {**group, "momentum_dtype": _DTYPE_OF.get(name, name)} if isinstance(name, str) else group
-
-
-_DTYPE_OF = {_name(dtype): dtype for dtype in STORAGE_DTYPES}
-
-
-class KeptAsIs:
-    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def check_and_wrap_state(state_dict: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """A shallow copy of a state_dict with every momentum in `KeptAsIs`, and dtypes by their names made dtypes, once
-    the whole of it is known to fit the optimizer's groups.
+def check_steppable(p: Tensor, who: str) -> None:
+    """Raises where Lion cannot step a parameter.
 
     Raises:
-        ValueError: naming the first thing that does not fit. Nothing has been changed then.
+        TypeError: Lion cannot step its type, dtype, layout or memory.
+        ValueError: its elements overlap.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError('expected an optimizer state_dict with keys "state" and "param_groups"')
-    saved_groups = state_dict["param_groups"]
-    if not isinstance(state_dict["state"], dict) or not all(
-        isinstance(g, dict) and {"params", "lr"} <= g.keys() and isinstance(g["params"], (list, tuple))
-        for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
-    ):
-        raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
-    saved_sizes, sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
-    if saved_sizes != sizes:
-        raise ValueError(f"the state_dict has parameter groups of sizes {saved_sizes}; this optimizer has {sizes}")
-    saved_groups = list(map(_with_dtypes, saved_groups))
-    for saved, group in zip(saved_groups, groups, strict=True):
-        check_group({**group, **saved})
-    params = [p for g in groups for p in g["params"]]
-    ids = [i for g in saved_groups for i in g["params"]]
-    param_of = dict(zip(ids, params, strict=True))
-    state: dict[Any, dict[str, Any]] = {}
-    for i, entry in state_dict["state"].items():
-        if i not in param_of:
-            raise ValueError(f"the state_dict has state for parameter {i!r}, which is in none of its groups")
-        if not entry:
-            state[i] = {}
-            continue
-        if not isinstance(entry, dict):
-            raise ValueError(f"state of parameter {i!r} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
-        if set(entry) != {"exp_avg"}:
-            raise ValueError(
-                f"state of parameter {i!r} has entries {sorted(map(str, entry))}; Lion's has 'exp_avg' alone. "
-                "Is this another optimizer's state_dict?"
-            )
-        m, p = entry["exp_avg"], param_of[i]
-        if isinstance(m, Tensor) and (reason := misfit(m, p)):
-            raise ValueError(f"exp_avg of parameter {i!r} {reason}")
-        if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES:
-            got = f"{tuple(m.shape)} {m.dtype}" if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(
-                f"exp_avg of parameter {i!r} is {got}; expected shape {tuple(p.shape)} in float32, bfloat16 or "
-                "float16. Is this the state_dict of another model?"
-            )
-        state[i] = {"exp_avg": KeptAsIs(m)}
-    return {**state_dict, "state": state, "param_groups": saved_groups}
+    if is_lazy(p):
+        raise TypeError(f"{who} has no shape yet: run the model once (a dry run) before making the optimizer")
+    who, part = f"{who} (shape {tuple(p.shape)})", local(p)
+    if is_traceable_wrapper_subclass(part) or p.is_meta:
+        raise TypeError(
+            f"{who} is a {'meta tensor' if p.is_meta else type(part).__name__}, which has no memory of its own to "
+            "step: materialise the model before making the optimizer, or freeze the parameter"
+        )
+    if p.is_complex():
+        raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
+    if p.layout != torch.strided or p.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{who} is {p.layout} {p.dtype}; expected strided float32, bfloat16 or float16")
+    if may_overlap(part):
+        raise ValueError(
+            f"{who} has strides {part.stride()}, in which elements share memory (an expanded tensor?); "
+            "use .clone() to give each element its own"
+        )
+
+
+def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
+    """Raises ValueError for a parameter of a group that is given twice, and as `check_steppable` does for those that
+    take part."""
+    seen = {id(p) for p in already}
+    for i, p in enumerate(params):
+        who = f"parameter {i} of the group"
+        if takes_part(p):
+            check_steppable(p, who)
+        if id(p) in seen:
+            raise ValueError(f"{who} was given twice; pass each parameter once (model.parameters() does)")
+        seen.add(id(p))
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
@@ -268,9 +311,12 @@ def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
         lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
         names = group.get("param_names", [""] * len(group["params"]))
         for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
-            lines.append(
-                f"parameter {j} of group {i} {name}: shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, "
-                + f"{p.device.type}, "
-                + ("trainable" if p.requires_grad else "frozen")
-            )
+            lines.append(f"parameter {j} of group {i} {name}: {_describe(p)}")
     return lines
+
+
+def _describe(p: Tensor) -> str:
+    if not (takes_part(p) or is_plain(p)):
+        return f"frozen, a {type(p).__name__} that is not compared"
+    kind = "trainable" if p.requires_grad else "frozen"
+    return f"shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, {p.device.type}, {kind}"

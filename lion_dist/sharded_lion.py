@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
+from .frozen import takes_part
 from .fsdp import refuse_sharded
 from .mismatch import mismatch
 from .param_groups import (
-    DecayWarning,
-    check_group,
     check_params,
     complete_group,
     complete_loaded_groups,
@@ -35,9 +34,11 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     momentum_dtype,
-    with_named_dtypes,
+    normalize_group,
+    warn_of_unknown_keys,
 )
-from .sharded_state import IncomingState, shard_entries, whole_momenta
+from .rounding import RoundingWarnings
+from .sharded_state import IncomingState, ordered, put_entries, whole, whole_momenta
 from .sharding.averaged import AveragedGradients
 from .sharding.collectives import (
     Agreement,
@@ -48,8 +49,9 @@ from .sharding.collectives import (
     start_all_gather,
 )
 from .sharding.grad_reducer import GradReducer
-from .sharding.replicas import Comparison, broadcast, differing, gathered, refuse_permuted
+from .sharding.replicas import Comparison, broadcast, comparable, differing, gathered, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
+from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .uncompiled import uncompiled
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, checksum, clip_coefficient
@@ -101,7 +103,9 @@ class ShardedLion(Optimizer):
 
     Args:
         params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters are dense and on one device.
+            as for `Lion`, the same on every rank. Parameters are dense and on one device. Frozen ones may be anything,
+            as for `Lion`. The constructor broadcasts those that are dense and on that device too, and check_replicas()
+            and resync() reach them; others are each rank's own until they are unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
@@ -129,7 +133,7 @@ class ShardedLion(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Iterable[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         use_triton: bool | None = None,
         decoupled_weight_decay: bool = False,
@@ -138,7 +142,7 @@ class ShardedLion(Optimizer):
         stage: int = 2,
         param_sync: str = "auto",
         bucket_mb: float = 256,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -172,7 +176,7 @@ class ShardedLion(Optimizer):
         self._step_supports_amp_scaling = stage == 2
         # In stage 1 nothing else would notice that nobody averages the gradients.
         self._averaged = AveragedGradients(self._group) if stage == 1 and world_size > 1 else None
-        self._decay_warning = DecayWarning()
+        self._rounding = RoundingWarnings()
         self._warned_of_no_gradient = False
         self._clipping: Clipping | None = None
         self._use_triton = use_triton
@@ -185,6 +189,7 @@ class ShardedLion(Optimizer):
         self._comparison = Comparison()
         self._parts: list[_Part] = []
         self._frozen: list[Tensor] = []
+        self._never_equal: set[int] = set()  # ids of frozen parameters that could not be broadcast
         self._ids: list[list[int]] = []
         self._groups: list[list[int]] = []  # the group numbers of each part's parameters; for the groups of _ids
         self._take_in([p for group in self.param_groups for p in group["params"]])
@@ -218,22 +223,29 @@ class ShardedLion(Optimizer):
         group = self.param_groups[-1]
         try:
             complete_group(group, self.defaults)
-            check_group(group)
-            refuse_sharded(group["params"])
-            check_params(group["params"], before)
-            check_shardable(group["params"], before, self._group)
-            check_no_shared_memory([*before, *group["params"]])
+            normalize_group(group)
+            self._check_params(group["params"], before)
+            warn_of_unknown_keys(group, self.param_groups[:-1])
         except Exception:
             self.param_groups.pop()
             raise
 
+    def _check_params(self, params: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Raises for parameters that cannot be sharded, beside others. Frozen ones may be anything."""
+        refuse_sharded(params)
+        check_params(params, others)
+        check_shardable(params, others, self._group)
+        check_no_shared_memory([p for p in (*others, *params) if takes_part(p)])
+
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
-        """Makes new parameters equal on all ranks and shards the trainable ones."""
+        """Makes new parameters equal on all ranks, but for frozen ones whose bytes cannot be sent, and shards the
+        trainable ones."""
         if "param_names" not in self.param_groups[-1]:  # of all groups or of none
             refuse_permuted(params, self._group)
-        broadcast(params, self._group)
+        sent = broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
+        self._never_equal |= {id(p) for i, p in enumerate(params) if i not in sent}
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
 
     @property
@@ -257,8 +269,7 @@ class ShardedLion(Optimizer):
         if self._averaged is not None:
             self._averaged.again()
         self._ids = []
-        self.state.clear()
-        self.state.update(shard_entries(shards, self._rank))
+        put_entries(self.state, shards, self._rank)
 
     def _make_part(self, shard: Shard) -> _Part:
         layout, update = shard.layout, LionUpdate(self._use_triton)
@@ -277,7 +288,7 @@ class ShardedLion(Optimizer):
 
     def _unfrozen(self) -> list[int]:
         """Indices into ``_frozen`` of parameters that no longer are."""
-        return [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
+        return [i for i, p in enumerate(self._frozen) if takes_part(p)]
 
     def _adopt_unfrozen(self) -> None:
         """Shards parameters that were frozen when they were given and no longer are."""
@@ -286,10 +297,13 @@ class ShardedLion(Optimizer):
             self._adopt(unfrozen, "ShardedLion.step() after unfreezing parameters")
 
     def _adopt(self, unfrozen: list[int], call: str) -> None:
+        new = [self._frozen[i] for i in unfrozen]
         with Agreement(self._group, call) as agreement:
+            self._check_params(new, [p for shard in self._shards for p in shard.params])
             agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
         if unfrozen:
-            self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
+            broadcast([p for p in new if id(p) in self._never_equal], self._group)
+            self._set_shards(self._shards + self._make_shards(new, {}))
             self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
 
     def init_state(self) -> None:
@@ -368,8 +382,7 @@ class ShardedLion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = [hyper_parameters(group) for group in self.param_groups]
-        for i, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
-            self._decay_warning.check(i, group, hyper)
+        self._rounding.check(self.param_groups, hypers)
         self._membership.check()
         self._adopt_unfrozen()
         if self._clipping is not None and not self._clipping.fits():
@@ -641,14 +654,15 @@ class ShardedLion(Optimizer):
         self._comparison.check(all=True)
         self._group_numbers()
         packed = with_named_dtypes(super().state_dict())
-        return {**packed, "state": {i: dict(entry) for i, entry in sorted(packed["state"].items())}}
+        return {**packed, "state": ordered(packed["state"])}
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """The whole state as `Lion.state_dict` would give it; a collective call.
 
         Momenta are gathered and copied to the CPU one parameter at a time, as plain contiguous tensors
-        in the parameters' shapes. `Lion` and `ShardedLion`, of any world size, load it.
+        in the parameters' shapes. `Lion` and `ShardedLion`, of any world size, load it. What others keep in ``state``
+        is each rank's own, its tensors copied to the CPU.
 
         Args:
             rank0_only: only the group's first rank keeps it in memory; the others get {}.
@@ -666,41 +680,42 @@ class ShardedLion(Optimizer):
         if not keep:
             return {}
         packed = with_named_dtypes(super().state_dict())
-        ids = [id(p) for group in self.param_groups for p in group["params"]]
-        return {**packed, "state": {i: {"exp_avg": gathered[p]} for i, p in enumerate(ids) if p in gathered}}
+        return {**packed, "state": whole(packed["state"], self.param_groups, gathered)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, keeping this rank's slices; a collective call. Either a whole one, of `full_state_dict` or
         of `Lion`, the same on every rank; or one of `state_dict`, which torch.distributed.checkpoint has filled.
 
-        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``. Post hooks
-        (``register_load_state_dict_post_hook``) run once the state is loaded on every rank, momenta and all, and not
-        if it is refused on any; what they write stays.
+        Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``. Parameters are matched
+        by name where both sides have names, and what others keep in the state is loaded, as by `Lion.load_state_dict`.
+        Post hooks (``register_load_state_dict_post_hook``) run once the state is loaded on every rank, momenta and all,
+        and not if it is refused on any; what they write stays.
 
         Raises:
-            ValueError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
+            ValueError, TypeError, RuntimeError: on every rank, if it fits this optimizer badly on any of them;
                 nothing has been changed. On every rank too, if a hook raises on one: after a post hook the state is
                 loaded.
         """
-        incoming = IncomingState(self.param_groups)
-        previous = self.param_groups
+        incoming = IncomingState(self.param_groups, self.defaults, self.state)
+        previous = self.param_groups, self.state
         handle = self.register_load_state_dict_pre_hook(incoming.take)
         try:
             with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
+                check_is_dict(state_dict)
                 super().load_state_dict(state_dict)
+                self._check_can_be_sharded(incoming.momenta.keys())
                 incoming.check_cut(self.param_groups, self._shards, self._rank)
                 agreement.says(describe_groups(self.param_groups))
                 agreement.says(incoming.describe())
             if self._signs:
                 self._check_bits()
         except Exception:
-            self.param_groups = previous
+            self.param_groups, self.state = previous
             raise
         finally:
             handle.remove()
             incoming.give_back_post_hooks(self)
-            self.state.update(shard_entries(self._shards, self._rank))  # which torch has replaced
 
         if incoming.fits(self._shards):
             self._set_shards(self._shards)
@@ -717,10 +732,24 @@ class ShardedLion(Optimizer):
             for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
                 hook(self)
 
+    def _check_can_be_sharded(self, wanted: Collection[int]) -> None:
+        """Raises ValueError where one of the parameters with these ids is frozen and cannot be sharded as it is."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        able = comparable(params, self._group)
+        for i, p in enumerate(params):
+            if id(p) in wanted and i not in able:
+                raise ValueError(
+                    f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
+                    f"and not dense or on another device (strides {p.stride()}, {p.device}), so ShardedLion cannot "
+                    "shard it: make it contiguous, or leave its entry out of the state_dict"
+                )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups
         super().__setstate__(state)
         complete_loaded_groups(self.param_groups, previous, self.defaults)
+        for entry in self.state.values():
+            unwrap(entry)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

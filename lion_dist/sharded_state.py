@@ -6,7 +6,7 @@ Whole: plain tensors on the CPU, gathered. In boxes: `BoxTensor`s, views of this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,33 +14,90 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .param_groups import Group, check_and_wrap_state
+from .param_groups import Group
 from .sharding.box_tensor import BoxTensor
 from .sharding.shard import Shard
+from .state_dicts import check_and_wrap_state, map_tensors
+
+_EXP_AVG = "exp_avg"
 
 
-class ShardEntry(Mapping[str, Tensor]):
-    """What ``optimizer.state`` has for one parameter: {"exp_avg": BoxTensor}."""
+class ShardEntry(MutableMapping[str, Any]):
+    """What ``optimizer.state`` has for one parameter: {"exp_avg": BoxTensor}, and whatever others put beside it.
 
-    def __init__(self, shard: Shard, param: int, rank: int) -> None:
+    ``exp_avg`` is a view of the shard: assigned to it, a BoxTensor of the same cut, or a whole tensor of the
+    parameter's shape, is copied into the shard. It cannot be deleted.
+    """
+
+    def __init__(self, shard: Shard, param: int, rank: int, others: Mapping[str, Any]) -> None:
         self._place = shard, param, rank
+        self.others = dict(others)
 
-    def __getitem__(self, key: str) -> Tensor:
-        if key != "exp_avg":
-            raise KeyError(key)
+    def _exp_avg(self) -> BoxTensor:
         shard, param, rank = self._place
         return shard.boxes(param, rank)
 
+    def __getitem__(self, key: str) -> Any:
+        return self._exp_avg() if key == _EXP_AVG else self.others[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != _EXP_AVG:
+            self.others[key] = value
+            return
+        own = self._exp_avg()
+        if not isinstance(value, Tensor) or value.shape != own.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"exp_avg must be a tensor of shape {tuple(own.shape)}, as its parameter is, got {got}")
+        with torch.no_grad():
+            own.copy_(value)
+
+    def __delitem__(self, key: str) -> None:
+        if key == _EXP_AVG:
+            raise TypeError("exp_avg is part of ShardedLion's shard, and cannot be deleted: assign zeros to it instead")
+        del self.others[key]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(("exp_avg",))
+        return iter((_EXP_AVG, *self.others))
 
     def __len__(self) -> int:
-        return 1
+        return 1 + len(self.others)
 
 
-def shard_entries(shards: Sequence[Shard], rank: int) -> dict[Tensor, Any]:
-    """An entry for every parameter that is sharded."""
-    return {p: ShardEntry(shard, i, rank) for shard in shards for i, p in enumerate(shard.params)}
+def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> None:
+    """Puts an entry for every parameter that is sharded into ``state``, first and in the shards' order. What others
+    keep there stays."""
+    before = dict(state)
+    state.clear()
+    for shard in shards:
+        for i, p in enumerate(shard.params):
+            entry = before.pop(p, {})
+            others = entry.others if isinstance(entry, ShardEntry) else entry
+            state[p] = ShardEntry(shard, i, rank, others)
+    state.update(before)
+
+
+def ordered(packed: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The state of a packed state_dict: plain dicts, those of parameters first and by their numbers."""
+    numbered = sorted(i for i in packed if isinstance(i, int))
+    return {
+        i: dict(packed[i]) if isinstance(packed[i], ShardEntry) else packed[i]
+        for i in (*numbered, *(i for i in packed if not isinstance(i, int)))
+    }
+
+
+def whole(packed: Mapping[Any, Any], groups: Sequence[Group], momenta: Mapping[int, Tensor]) -> dict[Any, Any]:
+    """`ordered` with whole momenta, given by ``id`` of the parameter. What others keep beside them is this rank's, its
+    tensors copied to the CPU."""
+    state = ordered(packed)
+    for i, p in enumerate(p for group in groups for p in group["params"]):
+        if i in state:
+            others = {key: map_tensors(_on_cpu, value) for key, value in state[i].items() if key != _EXP_AVG}
+            state[i] = {_EXP_AVG: momenta[id(p)], **others} if id(p) in momenta else others
+    return state
+
+
+def _on_cpu(t: Tensor, _: Any) -> Tensor:
+    return t.detach().to("cpu", copy=True)
 
 
 def whole_momenta(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) -> dict[int, Tensor]:
@@ -61,26 +118,27 @@ class IncomingState:
         dtypes: that they are to have, likewise; once `check_cut` has been called.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[Group], defaults: Group, state: Mapping[Any, Any]) -> None:
+        self._groups, self._defaults, self._state = groups, defaults, state
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.momenta: dict[int, Tensor] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self._post_hooks: dict[int, Callable[[Optimizer], None]] = {}
 
     def take(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        """A pre-hook of torch's load_state_dict, to be the last of them. Raises ValueError for a state that does not
-        fit the groups. Takes the optimizer's post hooks away, because torch would run them before the momenta are
-        loaded: see `give_back_post_hooks`."""
+        """A pre-hook of torch's load_state_dict, to be the last of them, which leaves torch what is not Lion's. Raises
+        ValueError or TypeError for a state that does not fit the groups. Takes the optimizer's post hooks away, because
+        torch would run them before the momenta are loaded: see `give_back_post_hooks`."""
         hooks = optimizer._optimizer_load_state_dict_post_hooks
         self._post_hooks.update(hooks)
         hooks.clear()
-        checked = check_and_wrap_state(given, self._groups)
+        checked = check_and_wrap_state(given, self._groups, self._defaults, self._state, (BoxTensor,))
         ids = [i for group in checked["param_groups"] for i in group["params"]]
         for i, p in zip(ids, self._params, strict=True):
-            if checked["state"].get(i):
-                self.momenta[id(p)] = checked["state"][i]["exp_avg"].tensor
-        return {**checked, "state": {}}
+            momentum = checked["state"].get(i, {}).pop(_EXP_AVG, None)
+            if momentum is not None:
+                self.momenta[id(p)] = momentum.value
+        return checked
 
     def give_back_post_hooks(self, optimizer: Optimizer) -> None:
         """Registers the hooks that `take` took away again, under their old handles and in their old order."""

@@ -330,9 +330,14 @@ def group_timeout(group: dist.ProcessGroup) -> timedelta:
     return max(timeouts, default=c10d.default_pg_timeout)
 
 
+def device_types(group: dist.ProcessGroup) -> set[str]:
+    """The types of devices whose tensors the group's backends carry."""
+    return {torch.device(d).type for d in group._device_types}
+
+
 def check_device(device: torch.device, group: dist.ProcessGroup) -> None:
     """Raises where the group's backend cannot carry tensors of this device."""
-    types = {torch.device(d).type for d in group._device_types}
+    types = device_types(group)
     if device.type not in types:
         raise ValueError(
             f"parameters are on {device}, but the process group ({dist.get_backend(group)}) carries tensors on "

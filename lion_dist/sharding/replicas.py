@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..memory_order import flat
-from .collectives import all_gather_in_place, broadcast_from_first, explaining
+from ..frozen import is_plain, takes_part
+from ..memory_order import flat_bytes
+from .collectives import all_gather_in_place, broadcast_from_first, device_types, explaining
 
 _CHUNK = 1 << 22  # elements
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def comparable(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
+    """Indices of the parameters whose replicas can be compared and made alike over the group: all that take part, and
+    of the frozen ones those that are plain and on the same device."""
+    types = device_types(group)
+    plain = [i for i, p in enumerate(params) if takes_part(p) or (is_plain(p) and p.device.type in types)]
+    ordered = sorted(plain, key=lambda i: not takes_part(params[i]))
+    return [i for i in plain if params[i].device == params[ordered[0]].device]
+
+
 def checksum(t: Tensor) -> Tensor:
-    """Of the bits of a dense tensor, in memory order: int64, shape (). One changed bit changes it, as do elements
-    that change places."""
-    bits = flat(t).view(_BITS[t.element_size()])
+    """Of the bits of a dense tensor of any dtype, in memory order: int64, shape (). One changed bit changes it, as do
+    elements that change places."""
+    bits = flat_bytes(t).view(_BITS[min(t.element_size(), 8)])
     weights = 2 * torch.arange(min(_CHUNK, bits.numel()), device=t.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=t.device)
     for chunk in bits.split(_CHUNK):
@@ -42,13 +52,14 @@ def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
 
 
 def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[int, list[int]]]:
-    """Parameters, by number, that are not the same on all ranks, and the ranks where they are not as on the first.
-    A collective call; the host waits."""
-    if not params:
+    """Parameters, by number, that are not the same on all ranks, and the ranks where they are not as on the first;
+    of those that are `comparable`. A collective call; the host waits."""
+    numbers = comparable(params, group)
+    if not numbers:
         return []
-    sums = _checksums(params, group)
-    unlike = (sums != sums[0]).t().tolist()
-    return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in enumerate(unlike) if any(ranks)]
+    sums = _checksums([params[i] for i in numbers], group)
+    unlike = zip(numbers, (sums != sums[0]).t().tolist(), strict=True)
+    return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in unlike if any(ranks)]
 
 
 def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -63,8 +74,10 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     Raises:
         ValueError: on every rank.
     """
-    if not params or dist.get_world_size(group) == 1:
+    numbers = comparable(params, group)
+    if not numbers or dist.get_world_size(group) == 1:
         return
+    params = [params[i] for i in numbers]
     first, *others = _checksums(params, group).tolist()
     for rank, sums in enumerate(others, 1):
         unlike = [i for i, (a, b) in enumerate(zip(first, sums, strict=True)) if a != b]
@@ -77,7 +90,9 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
             if (kinds[i], sums[i]) in there and (kinds[i], first[i]) in here
         ]
         if moved:
-            some = ", ".join(f"as its parameter {i} what is parameter {j} there" for i, j in moved[:3])
+            some = ", ".join(
+                f"as its parameter {numbers[i]} what is parameter {numbers[j]} there" for i, j in moved[:3]
+            )
             raise ValueError(
                 f"rank {rank} of the group has the parameters of the first rank in another order: {some}"
                 f"{', ...' if len(moved) > 3 else ''} ({len(moved)} in all). They would have overwritten one another; "
@@ -86,11 +101,17 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
             )
 
 
-def broadcast(params: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Overwrites dense parameters with those of the group's first rank, and tells autograd."""
-    given = list(params)
-    broadcast_from_first([flat(p) for p in given if p.numel()], group)
-    torch.autograd.graph.increment_version(given)
+def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
+    """Overwrites parameters that are `comparable` with those of the group's first rank, and tells autograd.
+
+    Returns:
+        Indices of those parameters.
+    """
+    numbers = comparable(params, group)
+    sent = [params[i] for i in numbers]
+    broadcast_from_first([flat_bytes(p) for p in sent if p.numel()], group)
+    torch.autograd.graph.increment_version(sent)
+    return numbers
 
 
 class Comparison:

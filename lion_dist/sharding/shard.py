@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..frozen import takes_part
 from ..memory_order import flat, is_dense, laid_out_like
 from .box_tensor import BoxTensor
 from .boxes import Box
@@ -21,10 +22,12 @@ SHARD_NUMEL = 1 << 29
 
 
 def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Raises where parameters cannot be sharded over the group, beside ``others`` that are already."""
+    """Raises where parameters that take part cannot be sharded over the group, beside ``others``."""
+    device = next((p.device for p in (*others, *params) if takes_part(p)), None)
     for i, p in enumerate(params):
+        if not takes_part(p):
+            continue
         check_device(p.device, group)
-        device = (others or params)[0].device
         if p.device != device:
             raise ValueError(
                 f"parameter {i} of the group is on {p.device}, others on {device}: a rank's must share one"

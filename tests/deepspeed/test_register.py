@@ -209,7 +209,7 @@ def test_arguments_of_a_config() -> None:
         warnings.simplefilter("error")
         given = {"lr": 3e-4, "betas": [0.95, 0.98], "weight_decay": 0.1, "maximize": False, "use_triton": None}
         assert arguments(given) == given
-        assert arguments({"momentum_dtype": "bfloat16"}) == {"momentum_dtype": torch.bfloat16}
+        assert arguments({"momentum_dtype": "bfloat16"}) == {"momentum_dtype": "bfloat16"}
         assert arguments({"adam_w_mode": True, "amsgrad": False, "fp32_optimizer_states": True}) == {}
     optimizer = DeepSpeedLion([torch.nn.Parameter(torch.ones(3))], **arguments({}))
     group = optimizer.param_groups[0]
@@ -239,7 +239,7 @@ def test_adams_betas_are_named() -> None:
         ({"amsgrad": True}, '"amsgrad": true is not possible: Lion has no second moment'),
         ({"fp32_optimizer_states": False}, "momentum_dtype"),
         ({"momentum": 0.9, "lr": 0.1}, '"Lion" has no parameter momentum; it has lr, betas'),
-        ({"momentum_dtype": "int8"}, '"momentum_dtype" must be one of float32'),
+        ({"momentum_dtype": "int8"}, "momentum_dtype must be None, float32, bfloat16 or float16, got 'int8'"),
     ],
 )
 def test_what_lion_cannot_do_is_refused_by_name(params: dict[str, Any], message: str) -> None:
@@ -279,6 +279,23 @@ def test_states_of_deepspeeds_own_lions_are_taken(extra: dict[str, Any]) -> None
     again = DeepSpeedLion([torch.nn.Parameter(torch.zeros(5))])
     again.load_state_dict(fresh.state_dict())
     assert_same_bits(next(iter(again.state.values()))["exp_avg"], entry["exp_avg"])
+
+
+def test_what_others_keep_in_the_state_is_kept() -> None:
+    """Beside the entries that look like Adam's; and keys that are no parameters."""
+    optimizer = stepped(DeepSpeedLion)
+    (entry,) = optimizer.state.values()
+    entry["slow"] = torch.arange(5.0)
+    optimizer.state["count"] = 3
+    saved = optimizer.state_dict()
+    assert list(saved["state"][0]) == ["step", "exp_avg", "exp_avg_sq", "slow"]
+    fresh = DeepSpeedLion([torch.nn.Parameter(torch.zeros(5))], lr=0.3)
+    fresh.load_state_dict(saved)
+    fresh.step()
+    loaded = fresh.state[fresh.param_groups[0]["params"][0]]
+    assert list(loaded) == ["exp_avg", "slow"]
+    assert_same_bits(loaded["slow"], torch.arange(5.0))
+    assert fresh.state["count"] == 3
 
 
 def test_adams_states_are_refused_unchanged() -> None:

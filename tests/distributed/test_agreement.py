@@ -55,8 +55,8 @@ def body_constructor(rank: int, world_size: int) -> None:
     check(r"momentum_dtype", ValueError, ValueError, (good, {}), (good, {"momentum_dtype": torch.bfloat16}))
     check(r"lr must be", ValueError, RuntimeError, (good, {}), (good, {"lr": -1.0}))
     check(r"twice", ValueError, RuntimeError, (good, {}), ([*good, good[0]], {}))
-    integers = [torch.ones(3, dtype=torch.int64, device=device)]
-    check(r"torch.int64", TypeError, RuntimeError, (good, {}), (integers, {}))
+    doubles = [nn.Parameter(torch.ones(3, dtype=torch.float64, device=device))]
+    check(r"torch.float64", TypeError, RuntimeError, (good, {}), (doubles, {}))
     check(r"stage must be", ValueError, RuntimeError, (good, {}), (good, {"stage": 3}))
     # The group still works, and a second optimizer on the same parameters too.
     optimizer = ShardedLion(good, stage=1)

@@ -1,0 +1,127 @@
+"""Warnings of hyper-parameters that round away to nothing in the dtype of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .frozen import is_plain, takes_part
+from .fsdp import local
+from .memory_order import flat
+from .param_groups import Group, to_float, warn
+from .update.reference import STORAGE_DTYPES, HyperParameters
+
+_DTYPE = attrgetter("dtype")
+_HALVES = (torch.bfloat16, torch.float16)
+_SAMPLE = 1 << 16  # weights, of all parameters together
+
+
+class RoundingWarnings:
+    """Warns once where weight decay, lr * weight_decay of a weight a step, rounds to nothing, and once where the update
+    itself does: where lr is below half a unit in the last place of most 16-bit weights.
+
+    During warm-up either is negligible; what counts is the lr that the schedule works towards.
+    """
+
+    def __init__(self) -> None:
+        self._decay_done = False
+        self._decays: dict[int, tuple[float, float]] = {}
+        self._update_done = False
+        self._looked: set[int] = set()  # groups whose weights have been compared with their lr
+        self._reads = 2  # steps in which lr tensors on a GPU may still be read, for which the host waits
+
+    def check(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
+        """Called before each step. In the first in which the lr of a group is not 0 it looks at the group's weights,
+        for which the host waits; in no later one."""
+        if not self._decay_done:
+            for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
+                self._check_decay(i, group, hyper)
+        if not self._update_done and len(self._looked) < len(groups):
+            self._check_update(groups, hypers)
+
+    def _check_decay(self, index: int, group: Group, hyper: HyperParameters) -> None:
+        if self._decay_done or hyper.weight_decay == 0 or _on_gpu(hyper.lr):
+            return
+        lr = _aim(group, hyper)
+        if lr == 0 or self._decays.get(index) == (lr, hyper.weight_decay):
+            return
+        self._decays[index] = (lr, hyper.weight_decay)
+        decay = lr * hyper.weight_decay
+        for dtype in set(map(_DTYPE, group["params"])) & set(STORAGE_DTYPES):
+            # Half the distance from a weight to its neighbour is at least eps/4 of the weight.
+            vanishes = decay <= torch.finfo(dtype).eps / 4
+            if vanishes and any(p.dtype == dtype and takes_part(p) for p in group["params"]):
+                self._decay_done = True
+                precision = "float32 weights (autocast keeps compute in 16 bits), or " if dtype in _HALVES else ""
+                warn(
+                    f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {dtype} weights, so "
+                    f"weight decay rounds to nothing. Use {precision}a larger weight_decay (Lion wants 3 to 10 times "
+                    "AdamW's)."
+                )
+                return
+
+    def _check_update(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
+        weights: list[tuple[float, Tensor]] = []
+        waited = False
+        for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
+            if i in self._looked or not group["params"]:
+                continue
+            if _on_gpu(hyper.lr):
+                if not self._reads:
+                    continue
+                waited = True
+            lr = _aim(group, hyper)
+            if lr > 0:
+                self._looked.add(i)
+                halves = (local(p) for p in group["params"] if p.dtype in _HALVES and takes_part(p))
+                weights += [(lr, w) for w in halves if is_plain(w) and w.numel()]
+        self._reads -= waited
+        if not weights:
+            return
+        share = _share_that_stays(weights)
+        if share > 0.5:
+            self._update_done = True
+            largest, dtypes = max(lr for lr, _ in weights), sorted({str(w.dtype) for _, w in weights})
+            warn(
+                f"lr = {largest:.3g} is below half a unit in the last place of {share:.0%} of the "
+                f"{' and '.join(dtypes)} weights, so that their update rounds to nothing and they do not move. Use "
+                "float32 weights (autocast keeps compute in 16 bits), or a larger lr."
+            )
+
+
+def _on_gpu(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
+def _aim(group: Group, hyper: HyperParameters) -> float:
+    """The largest lr that is known of a group's schedule: this step's, and what torch's schedulers note."""
+    return max(float(hyper.lr), _noted(group.get("initial_lr")), _noted(group.get("max_lr")))
+
+
+def _noted(lr: Any) -> float:
+    if lr is None:
+        return 0.0
+    try:
+        return to_float(lr, "lr")
+    except (TypeError, ValueError):  # somebody else's key
+        return 0.0
+
+
+@torch.no_grad()
+def _share_that_stays(weights: Sequence[tuple[float, Tensor]]) -> float:
+    """The share of weights, from 0 to 1 and by a sample, that neither +lr nor -lr moves to another value."""
+    total = sum(w.numel() for _, w in weights)
+    stay: dict[torch.device, list[Tensor]] = {}
+    looked_at = 0
+    for lr, w in weights:
+        count = -(-w.numel() * _SAMPLE // max(total, _SAMPLE))
+        sample = flat(w)[:: max(1, w.numel() // count)]
+        exact = sample.float()
+        stays = ((exact - lr).to(w.dtype) == sample) & ((exact + lr).to(w.dtype) == sample)
+        stay.setdefault(w.device, []).append(stays.sum())
+        looked_at += sample.numel()
+    return sum(float(torch.stack(counts).sum()) for counts in stay.values()) / looked_at
