@@ -4,15 +4,17 @@
     results = run_ranks(body, world_size=3, tmp_path=tmp_path, args=(...))
 
 Each rank is a process of its own (from a fork server that has torch imported already, so a rank starts
-in a fraction of a second), with one CPU thread, a rendezvous through a file in tmp_path and a short
-collective time-out. A deadline dumps every rank's stack and kills what is left. If any rank fails, the
-test fails with every rank's traceback.
+in a fraction of a second), with one CPU thread and a rendezvous through a file in tmp_path. If any rank fails, the
+test fails with every rank's traceback. A deadline dumps every rank's stack and kills what is left. It finds hangs and
+nothing else, so it is many times what a loaded machine needs, and shorter than pytest's own (pyproject.toml), which
+shows no rank's stack.
 
-Backend: NCCL where there are GPUs, else gloo. Ranks that are more than the GPUs share them: NCCL takes each
-for a host of its own, and they talk over sockets. It averages by multiplying with 1 / world_size first, which is
-exact for powers of two alone: as these tests compare bits, other numbers of ranks meet on gloo. Under
-``torchrun -m pytest`` the function runs on the ranks that torchrun made, if they are as many as the test wants;
-else the test is skipped.
+Backend: NCCL where there is a GPU for each rank, else gloo. On gloo ranks see no GPU at all. Only tests of what a GPU
+alone can show (``share_gpus``) have several ranks on one: NCCL takes each for a host of its own, and they talk over
+sockets. A GPU serves the processes on it in turn, so that one collective then takes tens of milliseconds, and more
+where other tests use the same GPU. NCCL averages by multiplying with 1 / world_size first, which is exact for powers
+of two alone: as these tests compare bits, other numbers of ranks meet on gloo. Under ``torchrun -m pytest`` the
+function runs on the ranks that torchrun made, if they are as many as the test wants; else the test is skipped.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -34,20 +37,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-DEADLINE_S = 120.0
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+DEADLINE_S = 400.0
+COLLECTIVE_TIMEOUT = timedelta(seconds=180)
 
 _context = multiprocessing.get_context("forkserver")
-# Dynamo takes a second and a half to import, and every optimizer of torch does.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "lion_dist", "lion_dist.checkpoint", "tests.harness"])
-
-
-_on_cpu = False  # of this rank; see run_ranks
+# Dynamo takes a second and a half to import, and every optimizer of torch does; the example draws a curve.
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "lion_dist", "lion_dist.checkpoint", "matplotlib.pyplot", "tests.harness"]
+)
 
 
 def device_of(rank: int, world_size: int) -> torch.device:
-    """Where a rank's tensors live: a GPU, shared where there are fewer than ranks, else the CPU."""
-    if torch.cuda.is_available() and not _on_cpu:
+    """Where a rank's tensors live: on a GPU if it sees one, else on the CPU."""
+    if torch.cuda.is_available():
         return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
 
@@ -66,9 +68,10 @@ def _rank_main(
     body: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple, timeout: timedelta,
     deadline: float, on_cpu: bool,
 ) -> None:  # fmt: skip
-    global _on_cpu
-    _on_cpu = on_cpu
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has asked for devices in this process yet
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork server has imported; collections need not walk through it
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.enable(stack)  # a rank that dies of a signal tells where
         faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
@@ -99,20 +102,21 @@ def run_ranks(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     deadline: float = DEADLINE_S,
     on_cpu: bool = False,
+    share_gpus: bool = False,
 ) -> list[Any]:
     """What ``body(rank, world_size, *args)`` returned, by rank (picklable; no GPU tensors).
 
     Args:
         body: a module-level function.
         timeout: of the process group's collectives.
-        deadline: seconds after which ranks are killed and their stacks shown.
+        deadline: seconds after which ranks are killed and their stacks shown, where DEADLINE_S is not enough.
         on_cpu: on gloo even where there are GPUs: for ranks that outlive a failed collective, which NCCL's do not.
+        share_gpus: on NCCL wherever there is a GPU.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_under_torchrun(body, world_size, args, timeout)
-    on_cpu = on_cpu or world_size.bit_count() > 1
-    if not on_cpu and torch.cuda.is_available():
-        deadline *= 3  # ranks, and tests beside them, take turns on the GPUs
+    enough = torch.cuda.device_count() >= (1 if share_gpus else world_size)
+    on_cpu = on_cpu or world_size.bit_count() > 1 or not enough
     folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
     folder.mkdir()
     ranks = processes(

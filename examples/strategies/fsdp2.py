@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from model import Block
@@ -15,9 +16,9 @@ from strategies.single import Groups
 
 
 class FSDP2(FSDP):
-    def mesh(self, device_type: str) -> DeviceMesh | None:
-        """The ranks that share the parameters out; None: all."""
-        return None
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks that share the parameters out: all. (fully_shard's own mesh is one of GPUs where there are any.)"""
+        return init_device_mesh(device_type, (dist.get_world_size(),))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         mesh = self.mesh(next(model.parameters()).device.type)

@@ -7,6 +7,7 @@ without elements (stage 3 cannot gather them).
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -46,6 +47,8 @@ def start_deepspeed(rank: int, world_size: int) -> Any:
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost", MASTER_PORT="0")
     if device_of(rank, world_size).type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # It compiles a function of Muon's as it is imported, and for that imports the compiler, for a second and a half.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -56,6 +59,7 @@ def start_deepspeed(rank: int, world_size: int) -> Any:
     __compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for half a minute, to copy a few numbers
     # On the CPU DeepSpeed asks whether fp16 is fast there.
     type(get_accelerator()).is_fp16_supported = lambda self: True
+    gc.freeze()  # it collects garbage often, and need not walk through all modules
     return deepspeed
 
 

@@ -21,7 +21,7 @@ from .common import engine_of, make_config, micro_steps, needs_cpu_lion, start_d
 
 pytest.importorskip("deepspeed")
 
-STEPS, LR = 50, 1e-2
+STEPS, LR = 20, 1e-2
 USED = 7  # of 37 rows
 
 

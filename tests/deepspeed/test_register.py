@@ -415,7 +415,7 @@ def body_engines(rank: int, world_size: int) -> None:
             masters = [p.detach() for group in engine.optimizer.fp32_groups for p in group]
             trained = [p.to(now[name].dtype).float() for name, p in start.items() if name != "frozen"]
             for master, p in zip(masters, trained, strict=True):
-                assert_same_bits(master, p, f"{dtype}, master weights")
+                assert_same_bits(master.cpu(), p, f"{dtype}, master weights")
             for entry in engine.basic_optimizer.state.values():
                 assert_same_bits(entry["exp_avg"], torch.zeros_like(entry["exp_avg"]), f"{dtype}, momentum")
             assert [group["lr"] for group in engine.basic_optimizer.param_groups] == [0.1]
@@ -430,7 +430,7 @@ def body_engines(rank: int, world_size: int) -> None:
     engine.optimizer.step()
     masters = [p.detach() for group in engine.optimizer.fp32_groups for p in group]
     for master, (name, p) in zip(masters, [s for s in start.items() if s[0] != "frozen"], strict=True):
-        assert_same_bits(master, p.float() * (1 - 0.1 * 0.5), name)  # one step of decay, not two
+        assert_same_bits(master.cpu(), p.float() * (1 - 0.1 * 0.5), name)  # one step of decay, not two
 
     adam = {**make_config(1), "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     with engine_of(deepspeed, Model(rank, world_size), adam) as engine:

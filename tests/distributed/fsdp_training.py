@@ -106,10 +106,10 @@ def train(way: Way, place: Place, steps: range, model: nn.Module, optimizer: Lio
 
 
 def check_way(what: str, way: Way, place: Place) -> None:
-    """After 10 steps all is as in the twin."""
+    """After 6 steps, of which two use what the others do not, all is as in the twin."""
     try:
         model, optimizer, twin = way.start(place)
-        train(way, place, range(10), model, optimizer, twin)
+        train(way, place, range(6), model, optimizer, twin)
         assert_same_as(twin, model, optimizer, what)
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
@@ -183,6 +183,8 @@ def check_loss_scale(way: Way, place: Place, scaler: Any) -> None:
 
 def check_one_launch(way: Way, place: Place) -> None:
     """All parameters of one dtype, whatever their groups, in one launch of the fused kernel a step."""
+    if place.device.type == "cpu" and not dispatch.interpreting():
+        return  # there is a GPU, and tests/gpu counts launches
     launched, launch = [], dispatch.triton_step.lion_step
     model, optimizer, twin = way.start(place, use_triton=True)
     ours: list[bool] = []  # while this optimizer steps, not the twin's

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lion_dist import Lion, ShardedLion, checkpoint
 from tests.distributed.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, STRATEGIES, Run, assert_same
-from tests.harness import run_ranks
+from tests.harness import DEADLINE_S, run_ranks
 
 SEED = 3
 
@@ -84,7 +84,7 @@ LOADS = {1: ("stage2",), 2: ("stage1", "fsdp2"), 3: ("signs", "fsdp1"), 4: ("ddp
 
 
 def over_world_sizes(
-    saves: dict[int, tuple[str, ...]], loads: dict[int, tuple[str, ...]], tmp_path: Path, deadline: float
+    saves: dict[int, tuple[str, ...]], loads: dict[int, tuple[str, ...]], tmp_path: Path, deadline: float = DEADLINE_S
 ) -> list[str]:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -98,7 +98,7 @@ def over_world_sizes(
 
 
 def test_pairs_over_world_sizes(tmp_path: Path) -> None:
-    table = over_world_sizes(SAVES, LOADS, tmp_path, deadline=120)
+    table = over_world_sizes(SAVES, LOADS, tmp_path)
     assert len(table) == sum(map(len, SAVES.values())) * sum(map(len, LOADS.values()))
 
 

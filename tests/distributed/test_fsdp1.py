@@ -137,7 +137,7 @@ def body_life(rank: int, world_size: int) -> None:
     if world_size == 2:
         check_growth(FSDP1(way()), place)
         check_no_recompilation(FSDP1(way()), place)
-    check_compiled(wrap, place)
+        check_compiled(wrap, place)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

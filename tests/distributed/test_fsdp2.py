@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -42,7 +43,14 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNTIED = {"tied": False}  # torch loads no whole weight with two names into DTensors
 
 
+def all_ranks() -> DeviceMesh:
+    """fully_shard's own default is a mesh of the device that torch was built for, whether ranks see one or not."""
+    ranks = dist.get_world_size()
+    return init_device_mesh(device_of(dist.get_rank(), ranks).type, (ranks,))
+
+
 def shard(model: Any, **options: Any) -> nn.Module:
+    options.setdefault("mesh", all_ranks())
     for module in model.modules():
         if isinstance(module, (Unit, nn.Linear)):
             fully_shard(module, **options)
@@ -60,8 +68,9 @@ def checkpointed(model: FsdpToy) -> nn.Module:
 
 def some_plain(model: FsdpToy) -> nn.Module:
     """The root is not sharded: what it holds itself is replicated, and its gradients averaged by hand."""
+    mesh = all_ranks()
     for module in model.units.values():
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     for p in (model.embedding, model.scale):
         p.register_post_accumulate_grad_hook(
             lambda p: torch.distributed.all_reduce(p.grad, torch.distributed.ReduceOp.AVG)
@@ -153,7 +162,7 @@ def body_life(rank: int, world_size: int) -> None:
     if world_size == 2:
         check_growth(Way(way()), place)
         check_no_recompilation(Way(way()), place)
-    check_compiled(shard, place)
+        check_compiled(shard, place)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

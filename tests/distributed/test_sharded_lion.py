@@ -107,7 +107,7 @@ def test_equals_lion(world_size: int, dtypes: tuple, clip: bool, tmp_path: Path)
 
 
 def test_equals_lion_through_triton(tmp_path: Path) -> None:
-    run_ranks(body_equals_lion, 2, tmp_path, ((torch.float32, torch.float16), False, True))
+    run_ranks(body_equals_lion, 2, tmp_path, ((torch.float32, torch.float16), False, True), share_gpus=True)
 
 
 def body_clip_mixed(rank: int, world_size: int) -> None:

@@ -139,7 +139,7 @@ def body_through_triton(rank: int, world_size: int) -> None:
 
 
 def test_through_triton(tmp_path: Path) -> None:
-    run_ranks(body_through_triton, 2, tmp_path)
+    run_ranks(body_through_triton, 2, tmp_path, share_gpus=True)
 
 
 def body_clipped(rank: int, world_size: int) -> None:

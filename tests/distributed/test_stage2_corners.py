@@ -265,7 +265,7 @@ def body_unfrozen_on_some(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("body", [body_own_collectives, body_dead_first, body_reentrant, body_unfrozen_on_some])
 def test_ranks_that_differ(body: Callable[[int, int], None], tmp_path: Path) -> None:
-    run_ranks(body, 3, tmp_path, timeout=SHORT, deadline=60)
+    run_ranks(body, 3, tmp_path, timeout=SHORT)
 
 
 def body_zeroed_by_model(rank: int, world_size: int) -> None:
@@ -295,7 +295,7 @@ def body_zeroed_by_model(rank: int, world_size: int) -> None:
 
 
 def test_zeroed_by_model(tmp_path: Path) -> None:
-    run_ranks(body_zeroed_by_model, 2, tmp_path, timeout=SHORT, deadline=60)
+    run_ranks(body_zeroed_by_model, 2, tmp_path, timeout=SHORT)
 
 
 def body_reentrant_logging(rank: int, world_size: int) -> None:
@@ -315,7 +315,7 @@ def body_reentrant_logging(rank: int, world_size: int) -> None:
 
 @spawn_only
 def test_own_collectives_beside_reentrant_checkpoints(tmp_path: Path) -> None:
-    run_ranks(body_reentrant_logging, 2, tmp_path, timeout=SHORT, deadline=20)
+    run_ranks(body_reentrant_logging, 2, tmp_path, timeout=SHORT)
 
 
 def body_reentrant_alone(rank: int, world_size: int) -> None:
@@ -336,7 +336,7 @@ def body_reentrant_alone(rank: int, world_size: int) -> None:
 
 @spawn_only
 def test_reentrant_checkpoints_on_some_ranks_only(tmp_path: Path) -> None:
-    run_ranks(body_reentrant_alone, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+    run_ranks(body_reentrant_alone, 3, tmp_path, timeout=SHORT, on_cpu=True)
 
 
 def body_reentrant_raises(rank: int, world_size: int, where: str) -> None:
@@ -379,7 +379,7 @@ def body_reentrant_raises(rank: int, world_size: int, where: str) -> None:
 @spawn_only
 @pytest.mark.parametrize("where", ["inner pass", "recomputation", "recomputation, after the outer pass"])
 def test_exception_with_reentrant_checkpoints(where: str, tmp_path: Path) -> None:
-    run_ranks(body_reentrant_raises, 2, tmp_path, (where,), timeout=SHORT, deadline=40, on_cpu=True)
+    run_ranks(body_reentrant_raises, 2, tmp_path, (where,), timeout=SHORT, on_cpu=True)
 
 
 # Parameters that come, go and change --------------------------------------------------------------------------

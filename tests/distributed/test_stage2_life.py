@@ -263,7 +263,7 @@ def body_between(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_collectives_between_backward_and_step(world_size: int, tmp_path: Path) -> None:
-    run_ranks(body_between, world_size, tmp_path, timeout=SHORT, deadline=60)
+    run_ranks(body_between, world_size, tmp_path, timeout=SHORT)
 
 
 def body_buffers(rank: int, world_size: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lion_dist import checkpoint
 from tests.examples.runs import LAST_LINE, await_checkpoint, errors_of, run_well, start, step_of, workers
 from tests.examples.test_train import assert_same_checkpoint, on_proc
-from tests.harness import spawn_only
+from tests.harness import DEADLINE_S, spawn_only
 
 RUNS, KILLS, RANKS = 4, 5, 2  # 20 kills
 # A checkpoint every other step, so that about half of the time goes into saving.
@@ -26,7 +26,7 @@ def unfinished(out: Path) -> bool:
 
 
 def await_save(process: subprocess.Popen[str], out: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + DEADLINE_S
     while not unfinished(out):
         assert process.poll() is None, errors_of(out).read_text()
         assert time.monotonic() < end
@@ -44,7 +44,7 @@ def run_killed(out: Path, moments: random.Random) -> int:
     try:
         for kill in range(KILLS):
             before = step_done(out)
-            await_checkpoint(process, out, after=before)
+            await_checkpoint(lambda: process.poll() is None, out, after=before)
             if kill % 2:
                 await_save(process, out)
                 time.sleep(moments.uniform(0, 0.002))
@@ -52,7 +52,7 @@ def run_killed(out: Path, moments: random.Random) -> int:
                 time.sleep(moments.uniform(0, 0.1))
             os.kill(moments.choice(workers(process.pid)), signal.SIGKILL)
             in_save += unfinished(out)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
     assert process.returncode == 0, errors_of(out).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ from lion_dist.update import reference
 from lion_dist.update.reference import NAN_BITS, HyperParameters
 from lion_dist.update.segments import TILE
 from tests.bits import assert_same_bits, bits
+from tests.harness import run_ranks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+# Ranks share a GPU where there are fewer.
+run_on_gpus = partial(run_ranks, share_gpus=True)
 
 GPU = torch.device("cuda", 0)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -9,9 +9,9 @@ from benchmarks.step_alone import TwoSets, local_parts, measure_alone, params_of
 from tests.distributed import test_fsdp1, test_fsdp2
 from tests.distributed.fsdp_toy import assert_same_as
 from tests.distributed.fsdp_training import Place, Way, backward
-from tests.harness import device_of, run_ranks
+from tests.harness import device_of
 
-from .common import needs_gpu, no_host_synchronisation
+from .common import needs_gpu, no_host_synchronisation, run_on_gpus
 
 pytestmark = needs_gpu
 
@@ -42,7 +42,7 @@ def body_no_waiting(rank: int, world_size: int) -> None:
 
 
 def test_step_never_waits_for_the_device(tmp_path: Path) -> None:
-    run_ranks(body_no_waiting, 2, tmp_path)
+    run_on_gpus(body_no_waiting, 2, tmp_path)
 
 
 def body_one_launch(rank: int, world_size: int) -> None:
@@ -65,4 +65,4 @@ def body_one_launch(rank: int, world_size: int) -> None:
 
 def test_one_launch_a_step(tmp_path: Path) -> None:
     """Whatever the groups; and the benchmark of a step by itself finds the same."""
-    run_ranks(body_one_launch, 2, tmp_path)
+    run_on_gpus(body_one_launch, 2, tmp_path)

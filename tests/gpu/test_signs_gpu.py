@@ -25,9 +25,9 @@ from tests.distributed.test_signs import BF16 as ALL_BF16
 from tests.distributed.test_signs import FP32 as ALL_FP32
 from tests.distributed.test_signs import equals
 from tests.distributed.test_signs_agree import Trained, other_lr
-from tests.harness import device_of, run_ranks
+from tests.harness import device_of
 
-from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step
+from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
 from .test_step_gpu import MIXES, SHIFTS, name
 
 SALT = 1 << 62 | 777
@@ -194,7 +194,7 @@ def body_200_steps(rank: int, world_size: int) -> None:
 
 @needs_gpu
 def test_200_steps_equal_params_and_lion(tmp_path: Path) -> None:
-    run_ranks(body_200_steps, 2, tmp_path)
+    run_on_gpus(body_200_steps, 2, tmp_path)
 
 
 class Life:
@@ -259,7 +259,7 @@ def no_waiting(rank: int, world_size: int, sync: str) -> None:
 
 @needs_gpu
 def test_no_host_synchronisation(tmp_path: Path) -> None:
-    run_ranks(body_no_host_synchronisation, 2, tmp_path)
+    run_on_gpus(body_no_host_synchronisation, 2, tmp_path)
 
 
 def body_no_growth(rank: int, world_size: int) -> None:
@@ -288,7 +288,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
 
 @needs_gpu
 def test_no_growth_of_memory(tmp_path: Path) -> None:
-    run_ranks(body_no_growth, 2, tmp_path)
+    run_on_gpus(body_no_growth, 2, tmp_path)
 
 
 def body_caught(rank: int, world_size: int, stage: int, sync: str) -> list[str]:
@@ -324,7 +324,7 @@ def body_caught(rank: int, world_size: int, stage: int, sync: str) -> list[str]:
 @needs_gpu
 @pytest.mark.parametrize(("stage", "sync"), [(1, "signs"), (2, "signs"), (2, "params")])
 def test_another_lr_is_caught(stage: int, sync: str, tmp_path: Path) -> None:
-    first, second = run_ranks(body_caught, 2, tmp_path, (stage, sync))
+    first, second = run_on_gpus(body_caught, 2, tmp_path, (stage, sync))
     assert len(first) == len(second)
     for message in first + second:
         assert message.startswith("ranks [1] of the group")
@@ -355,6 +355,6 @@ def body_uneven_hosts(rank: int, world_size: int) -> int:
 @needs_gpu
 def test_all_ranks_raise_in_the_same_step(tmp_path: Path) -> None:
     """Or one has collectives under way that the other takes no part in, and what follows meets the wrong ones."""
-    first, second = run_ranks(body_uneven_hosts, 2, tmp_path, timeout=timedelta(seconds=20), deadline=60)
+    first, second = run_on_gpus(body_uneven_hosts, 2, tmp_path, timeout=timedelta(seconds=20))
     assert first == second
     assert first >= 0

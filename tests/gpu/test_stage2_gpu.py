@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lion_dist import ShardedLion
-from tests.harness import device_of, run_ranks
+from tests.harness import device_of
 
-from .common import needs_gpu
+from .common import needs_gpu, run_on_gpus
 
 pytestmark = needs_gpu
 
@@ -60,7 +60,7 @@ def body_no_host_synchronisation(rank: int, world_size: int, clip: bool) -> None
 
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
 def test_no_host_synchronisation(clip: bool, tmp_path: Path) -> None:
-    run_ranks(body_no_host_synchronisation, 2, tmp_path, (clip,))
+    run_on_gpus(body_no_host_synchronisation, 2, tmp_path, (clip,))
 
 
 def body_no_growth(rank: int, world_size: int) -> None:
@@ -91,7 +91,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
 
 
 def test_no_growth_of_memory(tmp_path: Path) -> None:
-    run_ranks(body_no_growth, 2, tmp_path)
+    run_on_gpus(body_no_growth, 2, tmp_path)
 
 
 def body_gradients_leave(rank: int, world_size: int) -> None:
@@ -118,4 +118,4 @@ def body_gradients_leave(rank: int, world_size: int) -> None:
 
 
 def test_gradients_leave_in_the_backward(tmp_path: Path) -> None:
-    run_ranks(body_gradients_leave, 2, tmp_path)
+    run_on_gpus(body_gradients_leave, 2, tmp_path)
