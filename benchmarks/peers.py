@@ -167,12 +167,15 @@ def fsdp1_flashlion(model: LanguageModel, options: Namespace) -> Trainer:
 def shard_fsdp2(model: LanguageModel, reshard: bool, bf16: bool = False) -> None:
     """`reshard`: parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3.
     `bf16`: they are gathered, and gradients reduced, in bfloat16."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # fully_shard's own mesh is one of the device that torch was built for, even where the model is on the CPU.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if bf16 else MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard, mp_policy=policy)
-    fully_shard(model, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:

@@ -26,7 +26,7 @@ from tests.distributed.toy import SHAPES, Toy, coefficient
 from tests.harness import device_of, run_ranks
 
 BF16 = (torch.bfloat16,)
-STEPS = 20
+STEPS = 12
 TRAINABLE = [name for name in SHAPES if name != "frozen"]
 # Bytes a bucket: everything in one; a few parameters; every parameter in a bucket of its own.
 ONE, FEW, TINY = 64.0, 30_000 / 2**20, 1 / 2**20

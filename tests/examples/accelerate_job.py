@@ -26,6 +26,7 @@ def local(t: Any) -> torch.Tensor:
 def main() -> None:
     if not torch.cuda.is_available():
         PartialState(cpu=True)
+        torch._C._get_accelerator = lambda *_: torch.device("cpu")  # else what torch was built for, there or not
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     options = parse()
     accelerator, model, optimizer = train(options)

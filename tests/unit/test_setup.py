@@ -1,4 +1,4 @@
-"""launch/setup: which pins reach pip, also where it builds packages. Python and pip are a script that notes its calls."""
+"""launch/setup: which pins reach pip, also where it builds packages. A script stands for Python and notes its calls."""
 
 from __future__ import annotations
 
