@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from tests.harness import device_of, run_ranks
+from tests.marks import skip_module_without
 
 from .common import start_deepspeed
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 STEPS = 4
 CLIPS = {

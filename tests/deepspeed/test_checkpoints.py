@@ -15,10 +15,11 @@ from torch import Tensor
 import lion_dist
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
+from tests.marks import skip_module_without
 
 from .common import DTYPES, Model, PlainLion, averaged, engine_of, make_config, micro_steps, start_deepspeed, weights
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 RANKS = 2  # that save
 BEFORE, AFTER = 6, 5

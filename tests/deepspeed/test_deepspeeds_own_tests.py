@@ -32,10 +32,11 @@ from lion_dist.update.dispatch import hyper_table
 from lion_dist.update.reference import HyperParameters, lion_rule, scalars
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
+from tests.marks import skip_module_without
 
 from .common import Model, engine_of, make_config, needs_cpu_lion, start_deepspeed
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 SIZES = (64, 22, 128, 1024, 1048576)
 STEPS, LR, BETAS = 10, 1e-3, (0.9, 0.999)  # the defaults of DeepSpeed's own

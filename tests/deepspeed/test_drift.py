@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import lion_dist
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
+from tests.marks import skip_module_without
 
 from .common import engine_of, make_config, micro_steps, needs_cpu_lion, start_deepspeed, weights
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 STEPS, LR = 20, 1e-2
 USED = 7  # of 37 rows

@@ -12,12 +12,11 @@ import torch
 import lion_dist
 from lion_dist.deepspeed import arguments
 from tests.harness import run_ranks
+from tests.marks import skip_module_without
 
 from .common import make_config, start_deepspeed
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
+skip_module_without("deepspeed", "accelerate", "transformers")
 
 ROOT = Path(__file__).parents[2]
 

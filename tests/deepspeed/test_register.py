@@ -23,11 +23,11 @@ from lion_dist.deepspeed import DeepSpeedLion, arguments, register, registered, 
 from lion_dist.update.dispatch import LionUpdate
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
-from tests.marks import needs_interpreter
+from tests.marks import needs_interpreter, skip_module_without
 
 from .common import Model, engine_of, make_config, start_deepspeed, weights
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 BF16 = torch.bfloat16
 

@@ -16,6 +16,7 @@ import lion_dist
 from lion_dist import Lion
 from tests.bits import assert_same_bits
 from tests.harness import run_ranks
+from tests.marks import skip_module_without
 
 from .common import (
     DTYPES,
@@ -30,7 +31,7 @@ from .common import (
     weights,
 )
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 STEPS = 10
 DEFAULTS = {"lr": 1e-2, "betas": (0.9, 0.99)}

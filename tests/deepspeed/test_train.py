@@ -15,10 +15,11 @@ from lion_dist import checkpoint
 from tests.bits import assert_same_bits
 from tests.examples.runs import LAST_LINE, ROOT, TINY
 from tests.harness import device_of, run_ranks
+from tests.marks import skip_module_without
 
 from .common import start_deepspeed
 
-pytest.importorskip("deepspeed")
+skip_module_without("deepspeed")
 
 
 def argv(out: Path, *options: str) -> list[str]:

@@ -225,7 +225,7 @@ def check_growth(way: Way, place: Place) -> None:
         optimizer.step()
         optimizer.zero_grad()
     after = held()
-    assert after == before, f"(tensors, bytes) {before} before, {after} after"
+    assert all(a <= b for a, b in zip(after, before, strict=True)), f"(tensors, bytes) {before} before, {after} after"
 
 
 def compilations() -> int:

@@ -53,7 +53,8 @@ def body_fsdp2(rank: int, world_size: int) -> None:
         fully_shard(model, mesh=mesh)
         return model, Lion(model.named_parameters(), lr=lr)
 
-    for base in (torch.uint8, torch.float64):
+    integers = (torch.uint8,) if torch.__version__ >= "2.13" else ()  # fully_shard of torch 2.11 takes none
+    for base in (*integers, torch.float64):
         model, optimizer = made("ab", torch.float32, base, 0.25)
         trained(model, optimizer)
         assert [p for p in model.parameters() if optimizer.state.get(p)] == [model.a.weight, model.b.weight]
