@@ -65,8 +65,8 @@ def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def _momentum(g, m, hyper, grad_scale, M: tl.constexpr):
-    """reference.momentum_rule: c and the new momentum, both float32, and where both are finite, the momentum as M too.
-    Elsewhere NaN must be stored."""
+    """reference.momentum_rule: c and the new momentum, both float32, and whether both are finite, the momentum also
+    as M. Where they are not, NaN must be stored."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
@@ -77,7 +77,7 @@ def _momentum(g, m, hyper, grad_scale, M: tl.constexpr):
     m = m.to(tl.float32)
     c = beta1_64.to(tl.float32) * m + (1.0 - beta1_64).to(tl.float32) * g
     m = beta2_64.to(tl.float32) * m + (1.0 - beta2_64).to(tl.float32) * g
-    # One comparison each, since a magnitude costs no instruction: memory leaves time for about a dozen an element.
+    # One comparison each: taking a magnitude is part of it.
     if tl.float32 == M:
         finite = (tl.abs(c) < _INFINITY) & (tl.abs(m) < _INFINITY)
     elif tl.bfloat16 == M:

@@ -28,6 +28,7 @@ from lion_dist.update.dispatch import CHUNK, COMPILE_FROM, LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import Columns, SegmentTable
 from tests.bits import assert_same_bits
+from tests.harness import DEADLINE_S
 from tests.marks import needs_interpreter
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
@@ -227,7 +228,7 @@ else:
 
 
 def test_without_triton() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
 
 
