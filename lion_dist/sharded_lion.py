@@ -277,6 +277,24 @@ class ShardedLion(Optimizer):
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))
             self._frozen = [p for i, p in enumerate(self._frozen) if i not in unfrozen]
 
+    def init_state(self) -> None:
+        """Shards the momenta, zeros, of parameters that have been unfrozen since the last step, as the next step would;
+        a collective call."""
+        self._membership.check()
+        self._adopt_unfrozen()
+
+    def _shard_frozen(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> None:
+        """Makes momenta of parameters that are still frozen; a collective call, with the same ones on every rank.
+        ``dtypes``: of the momenta, by id of the parameter."""
+        taken = set(map(id, params))
+        self._set_shards(self._shards + self._make_shards(params, dtypes))
+        self._frozen = [p for p in self._frozen if id(p) not in taken]
+
+    def _take_back(self, shards: Sequence[Shard], frozen: list[Tensor]) -> None:
+        """Undoes `_shard_frozen`."""
+        self._set_shards(list(shards))
+        self._frozen = frozen
+
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Overwrites tensors that are no parameters (``model.buffers()``) with those of the group's first rank,
