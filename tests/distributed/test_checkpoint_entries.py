@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,30 @@ STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2")
 
 def entries_of(run: Run) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     return [(p, entry) for p, entry in run.optimizer.state.items() if isinstance(p, torch.Tensor)]
+
+
+def check_sharded_lion(folder: Path) -> None:
+    """Its entries either take others' beside the momentum, and bring them along; or a load says that they do not."""
+    run = Run("signs", SEED, dist.group.WORLD).train(range(FIRST))
+    before = run.whole()
+    if not all(isinstance(entry, MutableMapping) for _, entry in entries_of(run)):
+        with pytest.raises(ValueError, match=r"has entries .*'slow'.*ShardedLion's state can hold exp_avg alone"):
+            checkpoint.load(folder / "single", run.wrapped, run.optimizer, schedulers=run.scheduler)
+        assert_same(run.whole(), before, "refused by ShardedLion")
+        return
+    for strategy in ("single", "signs"):
+        checkpoint.load(folder / strategy, run.wrapped, run.optimizer, schedulers=run.scheduler)
+        assert run.optimizer.state["rounds"] == 4
+        assert sorted(entry["count"] for _, entry in entries_of(run)) == list(range(7))
+        for p, entry in entries_of(run):
+            assert_same_bits(entry["slow"], p.detach() * 3, "ShardedLion")
+            assert_same_bits(entry["wide"], p.detach().double(), "ShardedLion")
+            assert entry["step"] == 2.5
+        if strategy == "single":
+            checkpoint.save(folder / "signs", run.wrapped, run.optimizer, schedulers=run.scheduler)
+        other = Run("ddp", SEED + 1, dist.group.WORLD)
+        checkpoint.load(folder / "signs", other.wrapped, other.optimizer, schedulers=other.scheduler)
+        assert all(torch.equal(entry["slow"], p * 3) for p, entry in entries_of(other))
 
 
 def body_entries(rank: int, world_size: int, folder: Path) -> None:
@@ -79,13 +104,8 @@ def body_entries(rank: int, world_size: int, folder: Path) -> None:
                 for key in ("wide", "slow", "part", "count", "step"):
                     del entry[key]
         assert_same(fresh.whole(), run.whole(), f"{strategy}: with frozen parameters")
-        # A ShardedLion's entries are momenta alone, and say so.
         if strategy == "ddp":
-            sharded = Run("signs", SEED, dist.group.WORLD).train(range(FIRST))
-            before = sharded.whole()
-            with pytest.raises(ValueError, match=r"has entries .*'slow'.*ShardedLion's state can hold exp_avg alone"):
-                checkpoint.load(folder / "single", sharded.wrapped, sharded.optimizer, schedulers=sharded.scheduler)
-            assert_same(sharded.whole(), before, "refused by ShardedLion")
+            check_sharded_lion(folder)
         # What cannot be saved, on one rank alone.
         p, entry = next(iter(entries_of(run)))
         if rank == 1 or strategy == "single":
