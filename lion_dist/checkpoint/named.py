@@ -42,8 +42,8 @@ MAX_BESIDE = 256  # entries of optimizer.state whose keys are no parameters
 OF_THE_GROUP = ("params", "param_names")  # keys that say which parameters, not how they are stepped
 # Entries of other optimizers' states. Whoever has one of them was not stepped by Lion.
 _OTHERS = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta", "grad_avg", "sum",
-    "prev", "step_size", "d", "old_dirs", "old_stps",
+    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "exp_avg_sq_row", "momentum_buffer", "square_avg",
+    "acc_delta", "state1",
 })  # fmt: skip
 
 
@@ -216,6 +216,7 @@ def state_of(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[dict
             raise TypeError(f"optimizer.state has {len(entry)} entries for {name}; a checkpoint holds {MAX_ENTRIES}")
         for key, value in entry.items():
             where = STATE + name + "." + _text(key, f"the state of {name}")
+            check_entry(name, key)
             if isinstance(value, Tensor) and (whole := logical.like(p, value)) is not None:
                 tensors[where] = whole
             else:
@@ -270,7 +271,7 @@ def check_entry(name: str, key: str) -> None:
     """Raises ValueError for an entry that says that the state is another optimizer's."""
     if key in _OTHERS:
         raise ValueError(
-            f"the state of {name} in the checkpoint has an entry {key!r}, so it is another optimizer's and not Lion's: "
+            f"the state of {name} has an entry {key!r}, so it is another optimizer's and not Lion's: "
             "lion_dist.checkpoint.convert has what can be converted"
         )
 

@@ -433,13 +433,22 @@ def test_too_many_entries_are_refused(tmp_path: Path) -> None:
 def test_states_of_other_optimizers_are_refused(others: str, tmp_path: Path) -> None:
     path = tmp_path / "step-1"
     model, optimizer = trained(1.0)
-    optimizer.state[model.bias][others] = torch.zeros_like(model.bias)
+    optimizer.state[model.bias]["slow"] = torch.zeros_like(model.bias)
     checkpoint.save(path, model, optimizer)
+
+    def adams(raw: dict[str, Any]) -> None:
+        raw["tensors"][f"optim.state.bias.{others}"] = raw["tensors"].pop("optim.state.bias.slow")
+
+    rewrite(path, adams)
+    message = f"the state of bias has an entry '{others}', so it is another optimizer's"
     model, optimizer = trained(-1.0)
     before = Before(model, optimizer)
-    with pytest.raises(ValueError, match=f"the state of bias .* has an entry '{others}', so it is another optimizer's"):
+    with pytest.raises(ValueError, match=message):
         checkpoint.load(path, model, optimizer)
     before()
+    optimizer.state[model.bias][others] = torch.zeros_like(model.bias)
+    with pytest.raises(ValueError, match=message):  # and no checkpoint is saved that nothing would load
+        checkpoint.save(tmp_path / "step-2", model, optimizer)
 
 
 def test_entries_without_a_momentum_are_refused(tmp_path: Path) -> None:
