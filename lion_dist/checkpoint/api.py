@@ -117,7 +117,7 @@ def _begin(
         _check(model, optimizer)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}, keep_last {keep_last}"])
-    _init_state(optimizer)
+    _init_state("save", path, optimizer, ranks)
     outgoing: list[Outgoing] = []
 
     def hold() -> Held:
@@ -144,11 +144,14 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
         parameters(optimizer, Names.read(model))
 
 
-def _init_state(optimizer: Optimizer | None) -> None:
-    """Makes the state of parameters that were unfrozen since the last step. A collective call of a ShardedLion's own
-    group, so not within any other."""
-    if isinstance(optimizer, (Lion, ShardedLion)):
-        optimizer.init_state()
+def _init_state(call: str, path: Key, optimizer: Optimizer | None, ranks: Ranks) -> None:
+    """Makes the state that the next step would make, of parameters that were unfrozen since the last one."""
+
+    def init() -> None:
+        if isinstance(optimizer, (Lion, ShardedLion)):
+            optimizer.init_state()  # of a ShardedLion a collective call of its own group, so not within an Agreement
+
+    _together(call, path, lambda: ranks.steps.all_gather("init state", init))
 
 
 def _as_list(schedulers: Any) -> list[Any]:
@@ -211,7 +214,7 @@ def load(
         undo.callback(reader.close)
         if isinstance(optimizer, Lion):  # whose state may be made only now
             remember(undo, optimizer)
-        _init_state(optimizer)
+        _init_state("load", path, optimizer, ranks)
         if isinstance(optimizer, ShardedLion):  # which keeps the shards that it has now
             remember(undo, optimizer)
         extra = _load(reader, model, optimizer, _as_list(schedulers), cast, ranks, undo, path)

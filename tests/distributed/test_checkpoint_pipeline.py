@@ -262,6 +262,10 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     refused(r"the ranks have \[0, 1\] schedulers", model, optimizer, [LambdaLR(optimizer, lambda step: 1.0)] * rank)
     unsavable = [LambdaLR(optimizer, float if rank else lambda step: 1.0)]  # a type has attributes that no JSON has
     refused(r"scheduler\.0\.lr_lambdas\[0\].* is a .*, which a checkpoint cannot hold", model, optimizer, unsavable)
+    if rank:  # its state cannot be made
+        params[0].grad = torch.zeros(3, 2).to_sparse()
+    refused(r"sparse.* \(on ranks \[1\]\)", model, Lion(params))
+    params[0].grad = None
     state: dict[Any, Any] = optimizer.state[params[0]]
     if rank:
         state["other"] = object()
