@@ -248,6 +248,18 @@ class ShardedLion(Optimizer):
         self._never_equal |= {id(p) for i, p in enumerate(params) if i not in sent}
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
 
+    def _shard_frozen(self, params: Sequence[Tensor], dtypes: dict[int, torch.dtype]) -> None:
+        """Makes momenta of parameters that are still frozen; a collective call, with the same ones on every rank.
+        ``dtypes``: of the momenta, by id of the parameter."""
+        taken = set(map(id, params))
+        self._set_shards(self._shards + self._make_shards(params, dtypes))
+        self._frozen = [p for p in self._frozen if id(p) not in taken]
+
+    def _take_back(self, shards: Sequence[Shard], frozen: list[Tensor]) -> None:
+        """Undoes `_shard_frozen`."""
+        self._set_shards(list(shards))
+        self._frozen = frozen
+
     @property
     def _shards(self) -> list[Shard]:
         return [part.shard for part in self._parts]

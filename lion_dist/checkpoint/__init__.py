@@ -8,6 +8,10 @@ State is held by name and in the parameters' own shapes: `Lion` on one device, u
 order in which it is used:
 
     named.py      model and optimizer as tensors by name
+    outgoing.py   what a rank saves of them, and
+    union.py      what the ranks have together
+    incoming.py   what a rank loads, and
+    undo.py       what is put back if that fails
     saving.py     plan, stage, write
     manifest.py   what a checkpoint says it holds
     writer.py     Writer, and

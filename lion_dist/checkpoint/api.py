@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,16 +17,21 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.optim import Optimizer
 
 from ..fsdp import reshard
+from ..lion import Lion
 from ..sharded_lion import ShardedLion
 from .folders import Key, local_path
-from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
+from .incoming import EXTRA, Incoming, check_claimed
 from .manifest import Manifest
-from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
+from .named import Names, check_optimizer, parameters, unwrapped
+from .outgoing import Outgoing
 from .plain import from_plain
 from .ranks import Ranks, as_error
 from .reader import Reader
 from .saving import PendingSave, Saving
+from .undo import remember
+from .union import Held, unite
 
+T = TypeVar("T")
 _running: PendingSave | None = None
 
 
@@ -44,15 +50,18 @@ def save(
 
     Args:
         path: the checkpoint's folder, on a file system that all ranks share. It must not exist.
-        model: as it is trained, wrapped in DDP or FSDP or not at all. Buffers are those of the first rank.
-        optimizer: `Lion` or `ShardedLion`, of parameters of the model; None: only the model is saved.
+        model: as it is trained, wrapped in DDP or FSDP or not at all, or this rank's part of it, such as a stage of a
+            pipeline, with the names of the whole. Buffers are those of the first rank that has them.
+        optimizer: `Lion` or `ShardedLion`, of parameters of the model; None: only the model is saved. Entries that
+            others keep in its state are saved too.
         schedulers: one, or several in a tuple or list: whatever has a state_dict of plain values.
-        extra: plain values (numbers, strings, lists, tuples, dicts, small tensors) that `load` returns, those of the
-            first rank: the step, a place in the data.
+        extra: plain values (numbers, strings, bytes, paths, lists, tuples, dicts, small tensors and NumPy arrays) that
+            `load` returns, those of the first rank: the step, a place in the data.
         keep_last: removes, once the new one is there, the checkpoints in the same folder whose names differ from its
             in the number at the end, but this many: those of the largest numbers (step-300 and step-200, not step-100;
             best-7 stays). None: keeps all.
-        process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks.
+        process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks. Where each stage of a
+            pipeline has a ShardedLion of its own, give the group of all stages.
 
     Random number generators are saved too: torch's on the CPU and the current GPU and Python's, of every rank.
 
@@ -98,44 +107,55 @@ def _begin(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Saving, Ranks]:
     global _running
+    optimizer = unwrapped(optimizer)
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.save()") as agreement:
         folder = local_path(path)
         previous, _running = _running, None
         if previous is not None:
             previous.settle()
-        state = _to_save(model, optimizer, _as_list(schedulers), extra, ranks)
+        _check(model, optimizer)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}, keep_last {keep_last}"])
-    return Saving(folder, state, ranks, keep_last), ranks
+    _init_state("save", path, optimizer, ranks)
+    outgoing: list[Outgoing] = []
+
+    def hold() -> Held:
+        outgoing.append(Outgoing(model, optimizer, _as_list(schedulers), extra, ranks))
+        return outgoing[0].held
+
+    share = _together("save", path, lambda: ranks.steps.reduce_scatter("gather names", hold, unite))
+    return Saving(folder, outgoing[0].state(share), ranks, keep_last), ranks
+
+
+def _together(call: str, path: Key, step: Callable[[], T]) -> T:
+    """Runs a collective step. Where it fails on any rank, every rank raises the same."""
+    try:
+        return step()
+    except CheckpointException as error:
+        raise as_error(error, f"lion_dist.checkpoint.{call}({os.fspath(path)!r})") from None
+
+
+def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Raises TypeError or ValueError for what is wrong before anything is compared."""
+    reshard(model)
+    check_optimizer(optimizer)
+    if optimizer is not None:
+        parameters(optimizer, Names.read(model))
+
+
+def _init_state(call: str, path: Key, optimizer: Optimizer | None, ranks: Ranks) -> None:
+    """Makes the state that the next step would make, of parameters that were unfrozen since the last one."""
+
+    def init() -> None:
+        if isinstance(optimizer, (Lion, ShardedLion)):
+            optimizer.init_state()  # of a ShardedLion a collective call of its own group, so not within an Agreement
+
+    _together(call, path, lambda: ranks.steps.all_gather("init state", init))
 
 
 def _as_list(schedulers: Any) -> list[Any]:
     return list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
-
-
-def _to_save(
-    model: nn.Module, optimizer: Optimizer | None, schedulers: Sequence[Any], extra: Any, ranks: Ranks
-) -> dict[str, Any]:
-    """By key; what every rank gives alike is written by one of them."""
-    reshard(model)
-    names, logical = Names.read(model), Logical(model)
-    first = ranks.rank == 0
-    state: dict[str, Any] = {
-        key: t for key, t, is_buffer in model_tensors(model, names, logical) if first or not is_buffer
-    }
-    if optimizer is not None:
-        if isinstance(optimizer, ShardedLion):
-            optimizer.state_dict()  # raises where the last steps were not the same on all ranks
-        state.update(momenta(optimizer, names, logical))
-    if first:
-        for i, group in enumerate(groups_by_name(optimizer, names) if optimizer is not None else []):
-            state.update({f"{GROUPS}{i}.{key}": value for key, value in group.items()})
-        for i, scheduler in enumerate(schedulers):
-            state[f"{SCHEDULER}{i}"] = scheduler.state_dict()
-        state[EXTRA], state[RANKS] = extra, ranks.size
-    state.update(generators(ranks.rank))
-    return state
 
 
 def read_extra(path: Key) -> Any:
@@ -157,10 +177,16 @@ def load(
     process_group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Loads what `save` saved, under any strategy and number of ranks, into the tensors that are there; a collective
-    call. All of it is read and verified first: where anything is wrong on any rank, nothing has been changed.
+    call. All of it is read and verified first, and whatever may fail is tried: where anything is wrong on any rank,
+    nothing has been changed. (If files that have just been verified can no longer be read, the error says so, and what
+    has been changed. If the optimizer has hooks on load_state_dict, a copy of this rank's part is kept until they have
+    run, and put back if one raises.)
 
-    What the checkpoint has and what the model, the optimizer and the schedulers have must be the same: names, shapes,
-    dtypes, parameter groups (in any order). The groups' values, such as lr, are those of the checkpoint.
+    What the checkpoint has and what the models, the optimizers and the schedulers of all ranks together have must be
+    the same: names, shapes, dtypes, parameter groups (in any order; see `named.match_groups`). The groups' values, such
+    as lr, are those of the checkpoint. The momentum of a parameter that is frozen here is loaded if there is one. The
+    momentum of a parameter that is trained here and was frozen when the checkpoint was saved starts at zero, with a
+    warning.
 
     Args:
         optimizer: None: the weights alone are loaded, and what else there is in the checkpoint is left.
@@ -176,24 +202,80 @@ def load(
         FileNotFoundError: there is no checkpoint at ``path``.
         ValueError, TypeError: on every rank, where it is damaged or does not fit on any.
     """
+    optimizer = unwrapped(optimizer)
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.load()") as agreement:
         reader = Reader(path, cast=cast)
-        reshard(model)
-        incoming = Incoming(reader, model, optimizer, _as_list(schedulers), cast, ranks)
+        reader.manifest  # noqa: B018  reads and checks it
+        _check(model, optimizer)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}", f"manifest {reader.digest}"])
+    with ExitStack() as undo:
+        undo.callback(reader.close)
+        if isinstance(optimizer, Lion):  # whose state may be made only now
+            remember(undo, optimizer)
+        _init_state("load", path, optimizer, ranks)
+        if isinstance(optimizer, ShardedLion):  # which keeps the shards that it has now
+            remember(undo, optimizer)
+        extra = _load(reader, model, optimizer, _as_list(schedulers), cast, ranks, undo, path)
+        undo.pop_all()
+        reader.close()
+    return extra
+
+
+def _load(
+    reader: Reader,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    schedulers: Sequence[Any],
+    cast: bool,
+    ranks: Ranks,
+    undo: ExitStack,
+    path: Key,
+) -> Any:
+    """In steps, each of which every rank has done before any begins the next. ``undo`` puts back all that they have
+    changed but the tensors, which are read last."""
+    found: list[Incoming] = []
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def compare() -> tuple[set[str], bool]:
+        found.append(Incoming(reader, model, optimizer, schedulers, cast, ranks))
+        return found[0].unclaimed, found[0].hooked
+
+    def claimed(of_ranks: list[tuple[set[str], bool]]) -> bool:
+        check_claimed([unclaimed for unclaimed, _ in of_ranks])
+        return any(hooked for _, hooked in of_ranks)
 
     def plan() -> LoadPlan:
         planner.set_up_planner(incoming.tensors, reader.read_metadata(), ranks.rank == 0)
         return reader.prepare_local_plan(planner.create_local_plan())  # verifies what this rank will read
 
-    try:
-        final = ranks.steps.reduce_scatter("plan", plan, planner.create_global_plan)
-        with torch.no_grad():
-            ranks.steps.all_gather("read", lambda: reader.read_data(final, planner).wait())
-    except CheckpointException as error:
-        raise as_error(error, f"lion_dist.checkpoint.load({os.fspath(path)!r})") from None
-    incoming.apply()
+    def tell(step: Callable[[], Any], how: str) -> None:
+        """What is wrong only now has changed the tensors, unless there is a copy of them to put back."""
+        try:
+            step()
+        except Exception as error:
+            if hooked:
+                raise
+            raise (ValueError if isinstance(error, (OSError, ValueError)) else RuntimeError)(
+                f"{error}. The checkpoint was whole when it was verified just before. Weights and momenta are {how} "
+                "those of the checkpoint now, and all else is as it was: load a checkpoint before going on"
+            ) from error
+
+    def read() -> None:
+        tell(lambda: reader.read_data(final, planner).wait(), "in part")
+
+    def apply() -> None:
+        tell(incoming.apply, "all")
+
+    steps = ranks.steps
+    hooked = _together("load", path, lambda: steps.all_reduce("compare", compare, claimed))
+    incoming = found[0]
+    with torch.no_grad():
+        _together("load", path, lambda: steps.all_gather("make room", lambda: incoming.make_room(undo)))
+        final = _together("load", path, lambda: steps.reduce_scatter("plan", plan, planner.create_global_plan))
+        _together("load", path, lambda: steps.all_gather("try out", lambda: incoming.try_out(undo, hooked)))
+        _together("load", path, lambda: steps.all_gather("read", read))
+    _together("load", path, lambda: steps.all_gather("apply", apply))
+    incoming.finish()
     return incoming.extra

@@ -2,29 +2,22 @@
 
 lion-pytorch needs no conversion: `Lion.load_state_dict` and `ShardedLion.load_state_dict` take its state_dict as it is.
 Whatever comes out of the functions here goes into these two, too; hyper-parameters are the saved ones only where the
-other optimizer is a Lion. Files are read with ``weights_only=True``.
+other optimizer is a Lion. Files are read with ``weights_only=True``. (Checkpoints of torch.distributed.checkpoint's own
+storage are pickled: whoever trusts them loads them by torch's own functions, as the README shows.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from .folders import Key
-from .foreign import TorchReader
-from .incoming import same_keys
-from .named import EXP_AVG, MODEL, MOMENTUM, Logical, Names, model_tensors, momenta
-from .ranks import Ranks, as_error
+from .named import Names
 
 StateDict = dict[str, Any]
 
@@ -130,77 +123,3 @@ def from_deepspeed_universal(folder: Key, model: nn.Module, optimizer: Optimizer
         groups.append({**values, "params": list(range(number, number + count))})
         number += count
     return {"state": state, "param_groups": groups}
-
-
-_ADAMS_OWN = (".step", ".exp_avg_sq", ".max_exp_avg_sq")
-
-
-def _check_torchs(
-    there: dict[str, Any], targets: dict[str, Tensor], keys: Sequence[str], aliases: set[str], cast: bool
-) -> None:
-    """Raises ValueError unless the checkpoint has these tensors, and no others of this model and optimizer."""
-    parts = (keys[0] + ".", *(f"{key}.state." for key in keys[1:]))
-    held = {k for k, of in there.items() if k.startswith(parts) and isinstance(of, TensorStorageMetadata)}
-    same_keys({k for k in held if not k.endswith(_ADAMS_OWN)} - aliases, targets.keys() - aliases)
-    for key, t in targets.items():
-        found = there[key]
-        if tuple(found.size) != tuple(t.shape):
-            raise ValueError(f"{key} has shape {tuple(found.size)} in the checkpoint and {tuple(t.shape)} here")
-        if found.properties.dtype != t.dtype and not cast:
-            raise ValueError(
-                f"{key} is {found.properties.dtype} in the checkpoint and {t.dtype} here: pass cast=True if it is to "
-                "be converted"
-            )
-
-
-def load_torch(
-    path: Key,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    *,
-    keys: tuple[str, str] = ("model", "optim"),
-    cast: bool = False,
-    process_group: dist.ProcessGroup | None = None,
-) -> None:
-    """Loads weights and momenta (of Lion, or Adam's ``exp_avg``) from a checkpoint of torch's own storage, saved as
-    ``dcp.save({"model": get_model_state_dict(...), "optim": get_optimizer_state_dict(...)})``; a collective call.
-    Hyper-parameters stay those of the optimizer. See `foreign.TorchReader` for what is refused.
-
-    All of this rank's part is read into memory of its own first, since such files have no checksums; nothing is changed
-    if they cannot be read.
-
-    Args:
-        keys: under which model and optimizer were saved.
-        cast: convert tensors that were saved in another dtype.
-
-    Raises:
-        FileNotFoundError, ValueError, RuntimeError: on every rank, where it does not fit on any.
-    """
-    ranks = Ranks.of(optimizer, process_group)
-    with ranks.agreeing("lion_dist.checkpoint.convert.load_torch()"):
-        names, logical = Names.read(model), Logical(model)
-        targets = {f"{keys[0]}.{k.removeprefix(MODEL)}": t for k, t, _ in model_tensors(model, names, logical)}
-        if optimizer is not None:
-            for key, t in momenta(optimizer, names, logical).items():
-                targets[f"{keys[1]}.state.{key.removeprefix(MOMENTUM).removesuffix(EXP_AVG)}{EXP_AVG}"] = t
-        there = TorchReader(path).read_metadata().state_dict_metadata
-        for alias, name in names.aliases.items():  # torch's optimizer state has the first name that it meets
-            key, saved_as = (f"{keys[1]}.state.{n}{EXP_AVG}" for n in (name, alias))
-            if key in targets and key not in there and saved_as in there:
-                targets[saved_as] = targets.pop(key)
-        aliases = {f"{keys[0]}.{alias}" for alias in names.aliases}
-        _check_torchs(there, targets, keys[:1] if optimizer is None else keys, aliases, cast)
-        fresh = {key: torch.empty_like(t) for key, t in targets.items()}
-    try:
-        dcp_load(
-            fresh,
-            storage_reader=TorchReader(path),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
-    except CheckpointException as error:
-        raise as_error(error, f"lion_dist.checkpoint.convert.load_torch({str(path)!r})") from None
-    with torch.no_grad():
-        for key, t in targets.items():
-            t.copy_(fresh[key])

@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..sharding.boxes import Box, check_cover
-from .plain import DTYPES
+from .plain import DTYPES, MAX_DEPTH, too_deep
 
 FORMAT = "lion_dist.checkpoint"
 VERSION = 1
@@ -34,6 +34,10 @@ NAME = "manifest.json"
 DIGEST = "manifest.sha256"
 BLOCK_BYTES = 8 << 20  # a multiple of every dtype's size
 MAX_MANIFEST_BYTES = 1 << 30
+MAX_DIGEST_BYTES = 4096
+MAX_DIMS = 64  # torch's own limit
+_MAX_NAME = 4096
+_MAX_DIGITS = 1300  # of a whole number: more than plain.MAX_BITS
 _DATA = re.compile(r"data-[0-9]{5}\.bin")
 
 
@@ -66,7 +70,7 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Manifest:
 
     def check(self) -> None:
         """Raises ValueError unless every tensor is covered once, and every byte of the files belongs to one chunk."""
+        for name in (*self.tensors, *self.objects):
+            check_name(name)
         runs: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.files}
         for name, held in self.tensors.items():
             try:
@@ -97,7 +103,7 @@ class Manifest:
                 if len(chunk.checksums) != -(-nbytes // self.block_bytes):
                     raise ValueError(f"{name} has {len(chunk.checksums)} checksums for {nbytes} bytes")
                 if chunk.file not in runs:
-                    raise ValueError(f"{name} is said to lie in {chunk.file!r}, which is not among the files")
+                    raise ValueError(f"{name} is said to lie in {chunk.file[:80]!r}, which is not among the files")
                 runs[chunk.file].append((chunk.start, chunk.start + nbytes, name))
         for file, claimed in runs.items():
             end = 0
@@ -116,23 +122,32 @@ class Manifest:
             ValueError: saying what is wrong.
         """
         try:
-            raw = json.loads(text, object_pairs_hook=_once)
-        except RecursionError:
+            raw = json.loads(
+                text.decode(), object_pairs_hook=_once, parse_int=_int, parse_float=_float, parse_constant=_float
+            )
+        except (RecursionError, MemoryError):
             raise ValueError("it is nested too deeply") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ValueError(f'it has no "format": "{FORMAT}"')
         if raw.get("version") != VERSION:
-            raise ValueError(f"it is of version {raw.get('version')!r}; this lion_dist reads version {VERSION}")
+            found = repr(raw.get("version"))[:40]
+            raise ValueError(f"it is of version {found}; this lion_dist reads version {VERSION}")
         block_bytes = _number(raw.get("block_bytes"), "block_bytes")
         if not 64 <= block_bytes <= 1 << 30 or block_bytes % 64:
             raise ValueError(f"block_bytes is {block_bytes}; expected a multiple of 64 up to 2**30")
         files = {}
         for name, size in _dict(raw.get("files"), "files").items():
             if not _DATA.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a data file, such as {data_name(0)}")
+                raise ValueError(f"{name[:80]!r} is not the name of a data file, such as {data_name(0)}")
             files[name] = _number(size, name)
-        tensors = {name: _held(name, held) for name, held in _dict(raw.get("tensors"), "tensors").items()}
-        manifest = Manifest(files, tensors, _dict(raw.get("objects"), "objects"), block_bytes)
+        tensors = {check_name(name): _held(name, held) for name, held in _dict(raw.get("tensors"), "tensors").items()}
+        objects = _dict(raw.get("objects"), "objects")
+        for name, value in objects.items():
+            if check_name(name) in tensors:
+                raise ValueError(f"{name} is said to be a tensor and a value")
+            if too_deep(value):
+                raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep")
+        manifest = Manifest(files, tensors, objects, block_bytes)
         manifest.check()
         return manifest
 
@@ -146,7 +161,7 @@ class Manifest:
         """
         try:
             text = read_small(folder / NAME)
-            digest = read_small(folder / DIGEST).split()[:1]
+            digest = read_small(folder / DIGEST, MAX_DIGEST_BYTES).split()[:1]
             if digest != [hashlib.sha256(text).hexdigest().encode()]:
                 raise ValueError(f"its sha256 is not the one in {DIGEST}")
             manifest = Manifest.parse(text)
@@ -158,8 +173,8 @@ class Manifest:
             missing = Path(error.filename).name
             if missing == NAME and (folder / ".metadata").exists():
                 raise ValueError(
-                    f"{folder} is a checkpoint of torch.distributed.checkpoint's own storage, which is pickled: see "
-                    "lion_dist.checkpoint.convert"
+                    f"{folder} is a checkpoint of torch.distributed.checkpoint's own storage, which is pickled: if you "
+                    "trust whoever wrote it, load it by torch.distributed.checkpoint.load() (the README shows how)"
                 ) from None
             raise FileNotFoundError(f"{folder} is not a whole checkpoint of lion_dist: there is no {missing}") from None
         except (ValueError, OSError) as error:
@@ -170,8 +185,13 @@ class Manifest:
 class RegularFile:
     """A file opened for reading; links, devices and pipes are refused. ``fd``: its descriptor; ``size``: in bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+    def __init__(self, path: Path, folder: int | None = None) -> None:
+        """
+        Args:
+            folder: the descriptor of the folder that a relative path begins at; None: the working directory.
+        """
+        flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+        self.fd = os.open(path, flags, dir_fd=folder)
         found = os.fstat(self.fd)
         self.size = found.st_size
         if not stat.S_ISREG(found.st_mode):
@@ -187,14 +207,38 @@ def size_of(path: Path) -> int:
         return file.size
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, limit: int = MAX_MANIFEST_BYTES) -> bytes:
     with closing(RegularFile(path)) as file:
-        if file.size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"{path.name} has {file.size} bytes; expected at most {MAX_MANIFEST_BYTES}")
+        if file.size > limit:
+            raise ValueError(f"{path.name} has {file.size} bytes; expected at most {limit}")
         parts = []
-        while part := os.read(file.fd, 1 << 24):
+        while part := os.read(file.fd, min(file.size + 1, 1 << 24)):
             parts.append(part)
         return b"".join(parts)
+
+
+def check_name(name: str) -> str:
+    """The name of a tensor or value, which may be shown on terminals.
+
+    Raises:
+        ValueError: it has characters that terminals act upon, or is too long.
+    """
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise ValueError(f"{name[:80]!r} cannot be a name: expected up to {_MAX_NAME} printable characters")
+    return name
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; expected at most {_MAX_DIGITS}")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is no number of this format")
+    return number
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,13 +268,15 @@ def _numbers(value: Any, what: str) -> tuple[int, ...]:
 
 def _held(name: str, raw: Any) -> Held:
     held = _dict(raw, name)
-    if held.get("dtype") not in DTYPES:
-        raise ValueError(f"{name} is of dtype {str(held.get('dtype'))[:40]!r}, which is none of torch's")
+    dtype = held.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name} is of dtype {str(dtype)[:40]!r}, which is none of torch's")
     if not isinstance(held.get("chunks"), list):
         raise ValueError(f"{name} has no list of chunks")
-    return Held(
-        held["dtype"], _numbers(held.get("shape"), f"the shape of {name}"), tuple(_chunks(name, held["chunks"]))
-    )
+    shape = _numbers(held.get("shape"), f"the shape of {name}")
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{name} has {len(shape)} dimensions; expected at most {MAX_DIMS}")
+    return Held(dtype, shape, tuple(_chunks(name, held["chunks"])))
 
 
 def _chunks(name: str, raw: list[Any]) -> Iterator[Chunk]:

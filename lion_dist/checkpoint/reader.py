@@ -4,14 +4,19 @@
 
 Each rank first reads and verifies all that it will need while it plans, and torch lets no rank go on to load before
 every rank has planned: so whatever is damaged, nothing has been changed. (Only of dtypes that differ, which torch's
-plan does not tell of, a rank learns as it loads; lion_dist.checkpoint.load compares them before.)
+plan does not tell of, a rank learns as it loads; lion_dist.checkpoint.load compares them before.) The files stay open
+in between: a checkpoint that is renamed or removed meanwhile is read to its end.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import resource
+import weakref
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -30,10 +35,48 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ..sharding.boxes import Box
-from .blocks import Buffers, as_tensor, checksum, copy_in, finished, in_threads, read_block, synchronize
+from .blocks import Buffers, as_tensor, copy_in, finished, in_threads, read_block, synchronize
 from .folders import Key, local_path
-from .manifest import BLOCK_BYTES, DIGEST, Manifest, RegularFile, read_small
+from .manifest import BLOCK_BYTES, DIGEST, MAX_DIGEST_BYTES, Chunk, Manifest, RegularFile, read_small
 from .plain import DTYPES, from_plain
+
+
+class DataFiles:
+    """The data files of a checkpoint, opened when they are first asked for and kept open.
+
+    Files beyond a quarter of what the process may have open are opened anew for each block. They are found through the
+    folder itself, which is kept open too: it may be renamed meanwhile, but not removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._open: dict[str, RegularFile] = {}
+        self._most = _most_open()
+        self._lock = Lock()
+        self.close = weakref.finalize(self, _close, self._folder, self._open)
+
+    def read(self, name: str, position: int, buffer: memoryview) -> None:
+        """Fills the buffer with a file's bytes; raises OSError or ValueError."""
+        with self._lock:
+            file = self._open.get(name) or RegularFile(Path(name), self._folder)
+            kept = name in self._open or len(self._open) < self._most
+            if kept:
+                self._open[name] = file
+        try:
+            read_block(file.fd, position, buffer)
+        finally:
+            if not kept:
+                file.close()
+
+
+def _most_open() -> int:
+    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+
+def _close(folder: int, files: dict[str, RegularFile]) -> None:
+    os.close(folder)
+    for file in files.values():
+        file.close()
 
 
 class Reader(StorageReader):
@@ -52,6 +95,13 @@ class Reader(StorageReader):
         if checkpoint_id is not None:
             self._path = local_path(checkpoint_id)
         self._manifest: Manifest | None = None
+        self._files: DataFiles | None = None
+
+    def close(self) -> None:
+        """Closes the data files. They are opened again when they are needed."""
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Key) -> bool:
@@ -60,7 +110,7 @@ class Reader(StorageReader):
     @property
     def digest(self) -> str:
         """Of the manifest, which ranks can compare."""
-        return read_small(self._path / DIGEST).decode(errors="replace")
+        return repr(read_small(self._path / DIGEST, MAX_DIGEST_BYTES))
 
     @property
     def manifest(self) -> Manifest:
@@ -90,13 +140,8 @@ class Reader(StorageReader):
         return plans
 
     def verify(self, blocks: _Blocks, progress: Callable[[int], None] | None = None) -> None:
-        """Raises ValueError if blocks are not what was saved. Nothing is kept in memory."""
-
-        def look(_: _Block, buffer: memoryview) -> None:
-            if progress:
-                progress(len(buffer))
-
-        self._read(blocks, look)
+        """Raises ValueError if blocks are not what was saved. Nothing is kept in memory, and the files stay open."""
+        self._read(blocks, None, progress)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         targets: dict[int, Tensor] = {}
@@ -131,49 +176,65 @@ class Reader(StorageReader):
                     copy_in(targets[i], wanted, held.chunks[block[1]].sizes, start, values)
 
         self._read(blocks, copy)
+        self.close()
         synchronize(list(targets.values()))
         for i, target in targets.items():
             planner.commit_tensor(plan.items[i], target)
         return finished(None)
 
-    def _read(self, blocks: _Blocks, use: Callable[[_Block, memoryview], None]) -> None:
-        """Calls ``use``, from several threads, for every block with its bytes, once they are known to be right."""
-        size = self.manifest.block_bytes
-        buffers, lock = Buffers(size), Lock()
-        opened: dict[str, RegularFile] = {}
+    def _read(
+        self,
+        blocks: _Blocks,
+        use: Callable[[_Block, memoryview], None] | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Reads and verifies blocks in several threads. Calls ``use`` for every block with its bytes, once they are
+        known to be right; where it is None, the bytes are let go of piece by piece."""
+        files = self._files = self._files or DataFiles(self._path)
+        largest = max((self._place(block)[2] for block in blocks), default=0)
+        # A manifest may speak of larger blocks than its tensors have.
+        buffers = Buffers(largest if use is not None else min(largest, BLOCK_BYTES))
 
         def read(block: _Block) -> None:
-            name, number, index = block
-            held = self.manifest.tensors[name]
-            chunk = held.chunks[number]
-            nbytes = chunk.box.numel * DTYPES[held.dtype].itemsize
-            buffer = buffers.get(min(size, nbytes - index * size))
-            with lock:
-                if chunk.file not in opened:
-                    opened[chunk.file] = RegularFile(self._path / chunk.file)
-            try:
-                read_block(opened[chunk.file].fd, chunk.start + index * size, buffer)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{self._path / chunk.file} cannot be read: {error}") from error
-            if checksum(buffer) != chunk.checksums[index]:
+            chunk, start, nbytes = self._place(block)
+            at, total, whole = 0, 0, memoryview(b"")
+            while at < nbytes:
+                whole = buffers.get(nbytes if use is not None else min(BLOCK_BYTES, nbytes - at))
+                try:
+                    files.read(chunk.file, start + at, whole)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{self._path / chunk.file} cannot be read: {error}") from error
+                total = zlib.crc32(whole, total)
+                at += len(whole)
+                if progress:
+                    progress(len(whole))
+            if total != chunk.checksums[block[2]]:
                 raise ValueError(
-                    f"{self._path / chunk.file} is damaged: the bytes from {chunk.start + index * size}, of {name}, "
-                    "are not those that were saved. Load another checkpoint"
+                    f"{self._path / chunk.file} is damaged: the bytes from {start}, of {block[0]}, are not those that "
+                    "were saved. Load another checkpoint"
                 )
-            use(block, buffer)
+            if use is not None:
+                use(block, whole)
 
-        try:
-            in_threads(read, blocks)
-        finally:
-            for file in opened.values():
-                file.close()
+        in_threads(read, blocks)
+
+    def _place(self, block: _Block) -> tuple[Chunk, int, int]:
+        """The chunk of a block, where the block begins in the chunk's file, and its length in bytes."""
+        name, number, index = block
+        held, size = self.manifest.tensors[name], self.manifest.block_bytes
+        chunk = held.chunks[number]
+        nbytes = chunk.box.numel * DTYPES[held.dtype].itemsize
+        return chunk, chunk.start + index * size, min(size, nbytes - index * size)
 
     def fetch(self, name: str) -> Tensor:
         """A small tensor, whole and verified."""
         held = self.manifest.tensors[name]
         if held.nbytes > BLOCK_BYTES:
             raise ValueError(f"{name} has {held.nbytes} bytes; expected a small tensor")
-        found = torch.empty(held.shape, dtype=DTYPES[held.dtype])
+        try:
+            found = torch.empty(held.shape, dtype=DTYPES[held.dtype])
+        except RuntimeError as error:  # extents too large for torch, of which one is 0
+            raise ValueError(f"{name} cannot be a tensor of shape {held.shape}: {error}") from error
 
         def copy(block: _Block, buffer: memoryview) -> None:
             box = held.chunks[block[1]].box
@@ -181,17 +242,16 @@ class Reader(StorageReader):
             copy_in(found[box.slices()], Box((0,) * len(box.sizes), box.sizes), box.sizes,
                     block[2] * self.manifest.block_bytes // found.itemsize, values)  # fmt: skip
 
-        self._read({block: [] for block in self.every_block() if block[0] == name}, copy)
+        self._read(self._blocks_of(name), copy)
         return found
 
     def every_block(self) -> _Blocks:
         """All of the checkpoint."""
-        return {
-            (name, number, index): []
-            for name, held in self.manifest.tensors.items()
-            for number, chunk in enumerate(held.chunks)
-            for index in range(len(chunk.checksums))
-        }
+        return {block: of for name in self.manifest.tensors for block, of in self._blocks_of(name).items()}
+
+    def _blocks_of(self, name: str) -> _Blocks:
+        chunks = enumerate(self.manifest.tensors[name].chunks)
+        return {(name, number, index): [] for number, chunk in chunks for index in range(len(chunk.checksums))}
 
 
 _Block = tuple[str, int, int]  # a tensor's name, the number of a chunk of it, and of a block of that

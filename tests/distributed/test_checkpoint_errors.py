@@ -82,8 +82,14 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     refused("is no group of the checkpoint", "other groups", model=other, optimizer=all_in_one, path=good)
     other = CheckpointToy(0)
     other.block.one.requires_grad_(False)
-    thawed = r"1 tensors that the model or optimizer has not: optim\.state\.block\.one\.exp_avg"
-    refused(thawed, "frozen", model=other, optimizer=Lion(groups(other)), path=good)
+    frozen = Lion(groups(other))  # loads a momentum that was trained, though it is frozen here
+    checkpoint.load(good, other, frozen, schedulers=torch.optim.lr_scheduler.LambdaLR(frozen, lambda step: 1.0))
+    assert frozen.state[other.block.one]["exp_avg"].any()
+    del other.block._parameters["one"]
+    refused(r"model\.block\.one", "a parameter less", model=other, optimizer=Lion(groups(other)), path=good)
+    other = CheckpointToy(0)
+    fewer = Lion([{**group, "params": group["params"][:1]} for group in groups(other)])
+    refused(r"embedding|gain|block|low", "an optimizer of fewer", model=other, optimizer=fewer, path=good)
     refused("1 schedulers, and 0 were given", "no scheduler", schedulers=(), path=good)
     refused("1 schedulers, and 2 were given", "two schedulers", schedulers=[run.scheduler] * 2, path=good)
     refused("no manifest", "no checkpoint", path=folder / "absent")

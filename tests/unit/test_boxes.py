@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import random
+import time
+from itertools import pairwise, permutations
 from math import prod
 
 import pytest
@@ -67,6 +69,56 @@ def test_cover_takes_cuts_and_refuses_less_and_more(shape: tuple[int, ...]) -> N
                     check_cover(shape, boxes[:i] + boxes[i + 1 :])
                 with pytest.raises(ValueError, match="elements of"):
                     check_cover(shape, [*boxes, box])
+
+
+def random_boxes(draw: random.Random, shape: tuple[int, ...], offsets: tuple[int, ...]) -> list[Box]:
+    """A box of this shape, parted at random again and again."""
+    d = draw.randrange(len(shape))
+    if shape[d] < 2 or draw.random() < 0.2:
+        return [Box(offsets, shape)]
+    at = draw.randrange(1, shape[d])
+    rest = (*offsets[:d], offsets[d] + at, *offsets[d + 1 :])
+    return [
+        *random_boxes(draw, (*shape[:d], at, *shape[d + 1 :]), offsets),
+        *random_boxes(draw, (*shape[:d], shape[d] - at, *shape[d + 1 :]), rest),
+    ]
+
+
+def test_cover_is_what_counting_says() -> None:
+    draw, refused = random.Random(0), 0
+    for _ in range(400):
+        shape = tuple(draw.randrange(1, 6) for _ in range(draw.randrange(1, 5)))
+        boxes = random_boxes(draw, shape, (0,) * len(shape))
+        check_cover(shape, boxes)
+        for _ in range(draw.randrange(3)):  # of the same sizes elsewhere, so that the volume stays right
+            i = draw.randrange(len(boxes))
+            offsets = tuple(draw.randrange(n - size + 1) for n, size in zip(shape, boxes[i].sizes, strict=True))
+            boxes[i] = Box(offsets, boxes[i].sizes)
+        counts = torch.zeros(shape, dtype=torch.int64)
+        for box in boxes:
+            counts[box.slices()] += 1
+        if (counts == 1).all():
+            check_cover(shape, boxes)
+        else:
+            refused += 1
+            with pytest.raises(ValueError, match=r"overlap: some elements of shape .* lie in several"):
+                check_cover(shape, boxes)
+    assert 100 < refused < 300
+
+
+def test_cover_of_many_ranks_takes_no_time() -> None:
+    """1024 ranks, each with a part of every kind; and boxes that a sweep along any dimension would compare in pairs."""
+    shape, n = (4096, 11008), 4000
+    cuts = [prod(shape) * r // 1024 + r % 7 for r in range(1024)] + [prod(shape)]
+    ranks = [box for start, stop in pairwise([0, *cuts[1:]]) for box in cut(shape, start, stop)]
+    stairs = [b for i in range(n) for b in (Box((0, i), (i + 1, 1)), Box((i + 1, i), (2 * n - i - 1, 1)))]
+    begin = time.monotonic()
+    check_cover(shape, ranks)
+    check_cover((2 * n, n), stairs)
+    assert time.monotonic() - begin < 5  # 0.1 s
+    stairs[-1] = Box((0, n - 1), stairs[-1].sizes)
+    with pytest.raises(ValueError, match="overlap"):
+        check_cover((2 * n, n), stairs)
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from lion_dist import Lion
 from lion_dist.checkpoint import convert
-from lion_dist.checkpoint.foreign import TorchReader
 from tests.bits import assert_same_bits
 from tests.unit.test_checkpoint_storage import Bomb
 
@@ -143,138 +138,3 @@ def test_deepspeed_universal(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no exp_avg\.pt of 0\.weight"):
         convert.from_deepspeed_universal(tmp_path, model, optimizer)
-
-
-# torch's own storage --------------------------------------------------------------------------------
-
-
-def saved_by_torch(path: Path, make: Any) -> tuple[nn.Module, Any]:
-    model = model_of(0)
-    optimizer = make(groups(model), lr=1e-2)
-    train(model, optimizer)
-    state = {
-        "model": get_model_state_dict(model),
-        "optim": get_optimizer_state_dict(model, optimizer),
-        "extra": {"step": 3},
-    }
-    dcp.save(state, checkpoint_id=path)
-    return model, optimizer
-
-
-@pytest.mark.parametrize("make", [Lion, torch.optim.AdamW])
-def test_torchs_checkpoints(make: Any, tmp_path: Path) -> None:
-    theirs_model, theirs = saved_by_torch(tmp_path / "c", make)
-    model = model_of(1)
-    optimizer = Lion(groups(model), lr=0.5)
-    convert.load_torch(tmp_path / "c", model, optimizer)
-    assert_all_same(momenta(optimizer), momenta(theirs))
-    assert_all_same([p.detach() for p in model.parameters()], [p.detach() for p in theirs_model.parameters()])
-    assert optimizer.param_groups[0]["lr"] == 0.5
-    # In user code, values and all.
-    state: dict[str, Any] = {"optim": get_optimizer_state_dict(model, optimizer), "extra": {"step": 0}}
-    if make is Lion:
-        dcp.load(state, storage_reader=TorchReader(tmp_path / "c"))
-        assert state["extra"] == {"step": 3}
-        assert state["optim"]["param_groups"][0]["lr"] == 1e-2
-
-
-def test_torchs_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
-    saved_by_torch(tmp_path / "c", Lion)
-    model = model_of(1)
-    fewer, wider, narrower = (
-        nn.Sequential(*list(model)[:-1]),
-        nn.Sequential(*model, nn.Linear(2, 2)),
-        model_of(1).half(),
-    )
-    for other, message in (
-        (fewer, "checkpoint has .* tensors that the model or optimizer has not"),
-        (wider, "model or optimizer has .* tensors that the checkpoint has not"),
-        (narrower, "is torch.float32 in the checkpoint and torch.float16 here: pass cast=True"),
-    ):
-        before = [p.detach().clone() for p in other.parameters()]
-        with pytest.raises(ValueError, match=message):
-            convert.load_torch(tmp_path / "c", other)
-        assert_all_same([p.detach() for p in other.parameters()], before)
-    convert.load_torch(tmp_path / "c", narrower, cast=True)
-    convert.load_torch(tmp_path / "c", model)
-    assert_all_same([p.detach() for p in narrower.parameters()], [p.detach().half() for p in model.parameters()])
-
-
-def halve(metadata: Any) -> None:
-    chunk = metadata.state_dict_metadata["model.0.weight"].chunks[0]
-    chunk.sizes = torch.Size([1, 5])
-
-
-def outside(metadata: Any) -> None:
-    for info in metadata.storage_data.values():
-        info.relative_path = "../" + info.relative_path
-
-
-def edited(edit: Any) -> Any:
-    def attack(path: Path) -> None:
-        metadata = pickle.loads((path / ".metadata").read_bytes())
-        edit(metadata)
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-    return attack
-
-
-def bomb_at(name: str) -> Any:
-    return lambda path: (path / name).write_bytes(pickle.dumps(Bomb()))
-
-
-def bomb_for_fallback(path: Path) -> None:
-    (path / ".metadata").unlink()
-    (path / "__0.metadata").write_bytes(pickle.dumps(Bomb()))
-
-
-def lose_the_end(path: Path) -> None:
-    """After the others have been read."""
-    file = path / "__0_0.distcp"
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    tensors = [
-        v
-        for k, v in metadata.storage_data.items()
-        if isinstance(metadata.state_dict_metadata[k.fqn], TensorStorageMetadata)
-    ]
-    last = max(tensors, key=lambda info: info.offset)
-    with file.open("r+b") as data:
-        data.seek(last.offset)
-        data.write(bytes(last.length))
-
-
-TORCH_ATTACKS = {
-    "metadata": (bomb_at(".metadata"), r"wants .*mkdir"),
-    "metadata of one rank": (bomb_for_fallback, r"there is no \.metadata"),
-    "inside the metadata": (edited(lambda m: setattr(m, "planner_data", Bomb())), r"wants .*mkdir"),
-    "data": (bomb_at("__0_0.distcp"), "."),
-    "half of a tensor": (edited(halve), "is not whole"),
-    "outside of the folder": (edited(outside), "outside of its folder"),
-    "truncated": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "."),
-    "the last tensor alone": (lose_the_end, "."),
-}
-
-
-@pytest.mark.parametrize("name", TORCH_ATTACKS)
-def test_torchs_hostile_checkpoints(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LION_DIST_TEST_BOMB", str(tmp_path / "exploded"))
-    saved_by_torch(tmp_path / "c", Lion)
-    attack, message = TORCH_ATTACKS[name]
-    attack(tmp_path / "c")
-    model = model_of(1)
-    optimizer = Lion(groups(model), lr=0.5)
-    train(model, optimizer)
-    before = [p.detach().clone() for p in model.parameters()] + momenta(optimizer)
-    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=message):
-        convert.load_torch(tmp_path / "c", model, optimizer)
-    assert_all_same([p.detach() for p in model.parameters()] + momenta(optimizer), before)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_torchs_values_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LION_DIST_TEST_BOMB", str(tmp_path / "exploded"))
-    dcp.save({"a": torch.zeros(3), "step": Bomb()}, checkpoint_id=tmp_path / "c")
-    state = {"a": torch.ones(3), "step": 0}
-    with pytest.raises(BaseException, match="step is no plain value"):
-        dcp.load(state, storage_reader=TorchReader(tmp_path / "c"))
-    assert not (tmp_path / "exploded").exists()

@@ -7,12 +7,17 @@ import json
 import math
 import os
 import pickle
+import sys
+import time
+import tracemalloc
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, Writer, blocks, folders, writer
+from lion_dist.checkpoint import Reader, Writer, blocks, folders, plain, writer
 from lion_dist.checkpoint.__main__ import main
 from lion_dist.checkpoint.plain import from_plain, to_plain
 from tests.bits import assert_same_bits
@@ -41,14 +46,68 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     "value",
     [
         None, True, -3, 2**70, 0.1, math.inf, "x", [], [1, [2]], (1, (2, "a")), {}, {"a": {"b": 1}}, {3: 4, "x": (5,)},
-        {"$a": 1}, torch.bfloat16, {"lr": [torch.float16]}, Counter({3: 1, 7: 2}),
+        {"$a": 1}, torch.bfloat16, {"lr": [torch.float16]}, Counter({3: 1, 7: 2}), b"", bytes(range(256)),
+        Path("runs/1"), {"b": (b"x", [Path("/")])}, 2**4000, -(2**4000), {(1, (2, "x")): 1, 2.5: {}, None: ()},
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:40],
 )  # fmt: skip
 def test_plain_values_come_back(value: Any) -> None:
     back = from_plain(json.loads(json.dumps(to_plain(value, "it"), allow_nan=False)))
     assert back == value
     assert type(back) is type(value)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_numpys_generators_go_on(tmp_path: Path) -> None:
+    """By way of a file; each kind of NumPy's, and arrays by themselves."""
+    kinds = (numpy.random.PCG64, numpy.random.MT19937, numpy.random.Philox, numpy.random.SFC64)
+    generators = [numpy.random.Generator(kind(7)) for kind in kinds]
+    numpy.random.seed(3)
+    arrays = [numpy.arange(6, dtype=name).reshape(2, 3) for name in sorted(plain.ARRAY_DTYPES - {"bool"})]
+    arrays += [numpy.array([True, False]), numpy.array([1.5, numpy.inf, -0.0], dtype="f2"), numpy.zeros((0, 3))]
+    for generator in generators:
+        generator.standard_normal(5)
+    extra = {
+        "legacy": numpy.random.get_state(), "arrays": arrays, "number": numpy.float32(0.1), "flag": numpy.bool_(True),
+        "new": [generator.bit_generator.state for generator in generators], "path": tmp_path, "key": b"\x00\xff",
+    }  # fmt: skip
+    checkpoint.save(tmp_path / "c", nn.Linear(2, 2), extra=extra)
+    expected = [numpy.random.random(), *(generator.random() for generator in generators)]
+    for found in (checkpoint.load(tmp_path / "c", nn.Linear(2, 2)), checkpoint.read_extra(tmp_path / "c")):
+        numpy.random.set_state(found["legacy"])
+        for generator, kind, state in zip(generators, kinds, found["new"], strict=True):
+            generator.bit_generator.state = kind().state  # another
+            generator.bit_generator.state = state
+        assert [numpy.random.random(), *(generator.random() for generator in generators)] == expected
+        for got, array in zip(found["arrays"], arrays, strict=True):
+            assert (got.dtype, got.shape, got.tobytes()) == (array.dtype, array.shape, array.tobytes())
+        assert (found["path"], found["key"], found["flag"]) == (tmp_path, b"\x00\xff", True)
+        assert numpy.float32(found["number"]) == numpy.float32(0.1)
+
+
+def test_values_that_no_load_would_take_are_refused_when_they_are_saved() -> None:
+    with pytest.raises(TypeError, match="nested more than 100 deep"):
+        to_plain(nested(200), "extra")
+    with pytest.raises(TypeError, match="extra is a number of 5001 bits"):
+        to_plain(1 << 5000, "extra")
+    value: Any = "x"
+    for i in range(99):  # the deepest that are saved come back
+        value = {i: value} if i % 2 else (value,)
+    assert from_plain(json.loads(json.dumps(to_plain(value, "extra")))) == value
+
+
+def test_arrays_without_numpy_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = to_plain(numpy.zeros(3), "it")
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ValueError, match=r"cannot be read: (ModuleNotFound|Import)Error"):
+        from_plain(saved)
+    assert from_plain(to_plain({"a": [1]}, "it")) == {"a": [1]}
 
 
 def test_plain_nan_and_tensors_come_back() -> None:
@@ -59,9 +118,13 @@ def test_plain_nan_and_tensors_come_back() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), b"x", {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(9000), defaultdict(int), MappingProxyType({})],
-    ids=type,
-)
+    [
+        object(), {1, 2}, lambda: 0, nn.Linear(1, 1), torch.zeros(9000), defaultdict(int), MappingProxyType({}),
+        bytes((1 << 20) + 1), memoryview(b"x"), numpy.zeros(9000), numpy.array([None]), numpy.array(["x"]),
+        numpy.zeros(2, dtype="m8[s]"), numpy.longdouble(1), numpy.datetime64(1, "s"), numpy.zeros(1, dtype="c8"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
 def test_other_values_are_refused_by_name(value: Any) -> None:
     with pytest.raises(TypeError, match=r"extra\.a\[1\] is a .* cannot hold"):
         to_plain({"a": [0, value]}, "extra")
@@ -74,11 +137,19 @@ def test_other_values_are_refused_by_name(value: Any) -> None:
         {"$tensor": {"dtype": "float32", "shape": [2**40], "values": [0]}}, {"$dict": [[[], 1]]},
         {"$dict": [[1, 2, 3]]},
         {"$tensor": {"dtype": "float32", "shape": [1], "values": ["x"]}},
+        {"$tensor": {"dtype": "int64", "shape": [1], "values": [1.5]}}, {"$tensor": [1]}, {"$float": "1e5"},
+        {"$tensor": {"dtype": "float32", "shape": [-1], "values": [0.5]}}, {"$bytes": "x"}, {"$bytes": [1]},
+        {"$tensor": {"dtype": "float32", "shape": [1, 1], "values": [[0.5]]}}, {"$path": 1}, {"$dtype": ["float32"]},
+        {"$tensor": {"dtype": "uint8", "shape": [1], "values": [256]}}, {"$path": []}, {"$counter": [1]},
+        {"$array": {"dtype": "object", "shape": [1], "values": [1]}}, {"$array": {"dtype": "uint8", "shape": [1],
+        "values": [300]}}, {"$array": {"dtype": ["uint8"], "shape": [], "values": [1]}}, {"$array": {}},
+        {"$array": {"dtype": "uint8", "shape": [], "values": [1], "kind": "x"}}, {"$tuple": nested(300)},
+        {"$dict": [[k * (2**61 - 1), 0] for k in range(200)]}, {"$dict": [[{"$tuple": [[]]}, 1]]},
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )  # fmt: skip
 def test_hostile_values_are_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"cannot be read|is nothing that"):
+    with pytest.raises(ValueError, match=r"cannot be read|is nothing that|nested more than"):
         from_plain([value])
 
 
@@ -187,21 +258,6 @@ def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path: Path)
         checkpoint.latest(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
         checkpoint.load(path, model, optimizer)
-
-
-class WithExtra(nn.Linear):
-    def get_extra_state(self) -> float:
-        return 7.0
-
-    def set_extra_state(self, state: float) -> None:
-        pass
-
-
-def test_state_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(WithExtra(2, 2))
-    with pytest.raises(TypeError, match="0, a WithExtra, has an extra state"):
-        checkpoint.save(tmp_path / "step-1", model)
-    assert not any(tmp_path.iterdir())
 
 
 def test_an_lr_tensor_stays_one(tmp_path: Path) -> None:
@@ -341,6 +397,21 @@ def manifest_edit(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return lambda path: rewrite(path, edit)
 
 
+def put_anywhere(text: bytes, key: str = '"extra"') -> Callable[[Path], None]:
+    """Text that json.dumps would not write, as a value."""
+
+    def put(path: Path) -> None:
+        whole = (path / "manifest.json").read_bytes()
+        assert key.encode() + b":1" in whole
+        rewrite(path, str, whole.replace(key.encode() + b":1", key.encode() + b":" + text))
+
+    return put
+
+
+def say(edit: dict[str, Any]) -> Callable[[Path], None]:
+    return manifest_edit(lambda raw: raw["objects"].update(edit))
+
+
 # What is done to a checkpoint, and what is to be said of it.
 ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped first byte": (lambda p: flip(data(p), 0), "is damaged"),
@@ -389,6 +460,35 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
                         "in no parameter group"),
     "bad lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": -1.0})), "lr must be"),
     "object for lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": {"$x": 1}})), "noth"),
+    "not UTF-8": (lambda p: rewrite(p, str, b"\xff\xfe{}"), "cannot be loaded"),
+    "NaN": (put_anywhere(b"NaN"), "NaN is no number of this format"),
+    "infinite float": (put_anywhere(b"1e999"), "1e999 is no number"),
+    "number of 1e6 digits": (put_anywhere(b"9" * 1_000_000), "1000000 digits"),
+    "value nested deeply": (put_anywhere(b"[" * 400 + b"]" * 400), "nested more than 100 deep"),
+    "value of dicts nested deeply": (put_anywhere(b'{"a":' * 500 + b"1" + b"}" * 500), "nested"),
+    "value for a tensor": (say({"model.weight": 1}), "a tensor and a value"),
+    "name that clears the screen": (say({"\x1b[2Jmodel": 1}), r"'\\x1b\[2Jmodel' cannot be a name"),
+    "tensor that turns text round": (manifest_edit(lambda raw: raw["tensors"].update({"\u202e": bias(raw)})), "a name"),
+    "long name": (say({"n" * 5000: 1}), "cannot be a name"),
+    "file with an escape": (manifest_edit(lambda raw: rename_data(raw, "\x1b[31m")), r"'\\x1b\[31m' is not the name"),
+    "chunk with an escape": (manifest_edit(lambda raw: weight(raw)["chunks"][0].update(file="\x1b]")), r"'\\x1b\]'"),
+    "version with an escape": (manifest_edit(lambda raw: raw.update(version="\x1b[31m")), r"version '\\x1b"),
+    "dtype is a list": (manifest_edit(lambda raw: weight(raw).update(dtype=["float32"])), "none of torch's"),
+    "many dimensions": (manifest_edit(lambda raw: weight(raw).update(shape=[1] * 100_000)), "100000 dimensions"),
+    "large block": (manifest_edit(lambda raw: raw.update(block_bytes=1 << 31)), "block_bytes"),
+    "long digest": (lambda p: (p / "manifest.sha256").write_bytes(b" " * 5000), "at most 4096"),
+    "huge lr": (say({"optim.param_groups.0.lr": 10**400}), "too large|finite"),
+    "values as a tuple": (manifest_edit(lambda raw: raw.update(objects={"$tuple": [1]})), "in no parameter group"),
+    "numbers of groups": (say({"optim.param_groups.00.lr": 1}), "names no value of a parameter group"),
+    "other digits": (say({"optim.param_groups.\u0663.lr": 1}), "names no value of a parameter group"),
+    "a scheduler too many": (say({"scheduler.7": {}}), "numbered from 0"),
+    "a scheduler": (say({"scheduler.0": {}}), "1 schedulers, and 0 were given"),
+    "state of another": (say({"optim.state.weight.exp_avg_sq": 1}), "another optimizer's"),
+    "state of a stranger": (say({"optim.state.other.exp_avg": 1}), r"optim\.state\.other\.exp_avg"),
+    "many entries": (say({f"optim.state.weight.{i}": i for i in range(99)}), "has 100 entries"),
+    "many entries beside": (say({f"optim.beside.{i}": i for i in range(999)}), "more than 256 entries"),
+    "a group twice": (say({f"optim.param_groups.1.{key}": value for key, value in
+                           {"params": ["weight"], "lr": 1.0}.items()}), "is in the parameter groups 0 and 1"),
     "other generators": (manifest_edit(lambda raw: raw["objects"].update({"rng.0.python": {"$tuple": [1]}})), "gener"),
 }  # fmt: skip
 
@@ -423,7 +523,108 @@ def test_attacks_are_refused_and_change_nothing(name: str, tmp_path: Path, monke
 # Whole checkpoints, but not of this model.
 FIT_FOR_ANOTHER = {
     "other shape", "other dtype", "group of others", "bad lr", "object for lr", "other generators", "no objects",
+    "huge lr", "values as a tuple", "numbers of groups", "other digits", "a scheduler too many",
+    "a scheduler", "state of another", "state of a stranger", "many entries", "many entries beside", "a group twice",
 }  # fmt: skip
+
+
+def stairs(columns: int) -> tuple[dict[str, Any], int]:
+    """A manifest that makes a sweep along either dimension compare all boxes with all, and the bytes of its file:
+    column i of a tensor of shape (2 * columns, columns) is parted below its row i."""
+    chunks, at = [], 0
+    for i in range(columns):
+        for start, stop in ((0, i + 1), (i + 1, 2 * columns)):
+            chunks.append({
+                "offsets": [start, i], "sizes": [stop - start, 1], "file": "data-00000.bin", "start": at,
+                "checksums": [zlib.crc32(bytes(stop - start))],
+            })  # fmt: skip
+            at += stop - start
+    tensors = {"model.weight": {"dtype": "uint8", "shape": [2 * columns, columns], "chunks": chunks}}
+    return {
+        "format": "lion_dist.checkpoint", "version": 1, "block_bytes": 1 << 30, "files": {"data-00000.bin": at},
+        "objects": {}, "tensors": tensors,
+    }, at  # fmt: skip
+
+
+def test_a_small_manifest_takes_no_long_time(tmp_path: Path) -> None:
+    raw, nbytes = stairs(4000)  # 0.9 MB; comparing all with all would take minutes
+    tmp_path.joinpath("data-00000.bin").write_bytes(b"")
+    os.truncate(tmp_path / "data-00000.bin", nbytes)
+    (tmp_path / "manifest.json").write_text("{}")
+    rewrite(tmp_path, lambda _: None, json.dumps(raw).encode())
+    begin = time.monotonic()
+    Reader(tmp_path).manifest  # noqa: B018
+    assert time.monotonic() - begin < 20  # it takes 0.3 s
+    # And it is still looked at: one box that lies on another.
+    chunk = raw["tensors"]["model.weight"]["chunks"][-1]
+    chunk["offsets"][1] -= 1
+    rewrite(tmp_path, lambda _: None, json.dumps(raw).encode())
+    with pytest.raises(ValueError, match="8000 boxes overlap"):
+        Reader(tmp_path).manifest  # noqa: B018
+
+
+def test_the_size_of_blocks_costs_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks larger than the data, and data of which one block is large but holds nothing on the disk."""
+    model, optimizer = toy()
+    checkpoint.save(tmp_path / "c", model, optimizer)
+    rewrite(tmp_path / "c", lambda raw: raw.update(block_bytes=1 << 30))
+    tracemalloc.start()
+    try:
+        other, loaded = toy()
+        checkpoint.load(tmp_path / "c", other, loaded)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        assert_same_bits(other.weight.detach(), model.weight.detach())
+        large = 100 << 20
+
+        def grow(raw: dict[str, Any]) -> None:
+            at = raw["files"]["data-00000.bin"]
+            total, zeros = 0, bytes(1 << 20)
+            for _ in range(large >> 20):
+                total = zlib.crc32(zeros, total)
+            chunk = {"offsets": [0], "sizes": [large], "file": "data-00000.bin", "start": at, "checksums": [total]}
+            raw["tensors"]["model.more"] = {"dtype": "uint8", "shape": [large], "chunks": [chunk]}
+            raw["files"]["data-00000.bin"] = at + large
+
+        rewrite(tmp_path / "c", grow)
+        os.truncate(data(tmp_path / "c"), data(tmp_path / "c").stat().st_size + large)
+        tracemalloc.reset_peak()
+        assert main([str(tmp_path / "c")]) == 0
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20  # four threads, 8 MiB each
+    finally:
+        tracemalloc.stop()
+    flip(data(tmp_path / "c"), -1)
+    assert main([str(tmp_path / "c")]) == 1
+
+
+def test_what_is_shown_of_a_checkpoint_acts_upon_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\u202e\x9b31m"
+    model, optimizer = toy()
+    optimizer.param_groups[0]["name"] = evil
+    checkpoint.save(tmp_path / "c", model, optimizer, extra={evil: evil})
+    assert main([str(tmp_path / "c")]) == 0
+    assert checkpoint.read_extra(tmp_path / "c") == {evil: evil}
+    for edit in (
+        {evil: 1},
+        {"optim.param_groups.0.params": [evil]},
+        {"optim.param_groups.0.betas": evil},
+        {"optim.param_groups.0.lr": evil},
+        {"scheduler.0": evil},
+        {"optim.state." + evil: 1},
+        {"extra": {"$" + evil: 1}},
+    ):
+        rewrite(tmp_path / "c", lambda raw, edit=edit: raw["objects"].update(edit))  # type: ignore[misc]
+        with pytest.raises((ValueError, TypeError)) as error:
+            checkpoint.load(tmp_path / "c", model, optimizer)
+        assert str(error.value).isprintable()
+        main([str(tmp_path / "c")])
+        rewrite(tmp_path / "c", lambda raw, edit=edit: [raw["objects"].pop(key) for key in edit])  # type: ignore[misc]
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).replace("\n", "").isprintable()
+    model.register_buffer("a\x1b", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"'model\.a\\x1b' cannot be a name"):
+        checkpoint.save(tmp_path / "d", model, optimizer)
 
 
 def test_a_bomb_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

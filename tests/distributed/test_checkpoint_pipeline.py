@@ -1,0 +1,416 @@
+"""Checkpoints of models of which the ranks hold different parts, as the stages of a pipeline do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import LambdaLR
+
+from lion_dist import Lion, ShardedLion, checkpoint
+from lion_dist.fsdp import local
+from tests.bits import assert_same_bits
+from tests.harness import run_ranks
+
+LAYERS = 4
+
+
+class Layer(nn.Module):
+    """The last has no bias, and so no parameter without decay but its gain."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5 + i, 6 + i, bias=i < LAYERS - 1)
+        self.norm = nn.BatchNorm1d(6 + i)
+
+
+def stage(layers: Sequence[int], seed: int = 0, *, tied: bool | None = None) -> nn.ModuleDict:
+    """Layers of the whole model by the names that they have in it. The first and the last share a weight: one parameter
+    of two names where both are here, else each a parameter of its own."""
+    model = Stage()
+    for i in layers:
+        torch.manual_seed(100 * seed + i)
+        model[f"layer{i}"] = Layer(i)
+    torch.manual_seed(100 * seed + 99)
+    shared = torch.randn(7, 3)
+    if 0 in layers:
+        model["embed"] = Weight(shared.clone())
+    if LAYERS - 1 in layers:
+        model["head"] = Weight(shared.clone())
+    if 0 in layers and LAYERS - 1 in layers and tied is not False:
+        model["head"].w = model["embed"].w
+    return model
+
+
+class Stage(nn.ModuleDict):
+    def forward(self) -> None:  # FSDP1 warns of containers without one
+        pass
+
+
+class Weight(nn.Module):
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Those for decay and those for none, and no empty ones: so a stage may have one or two."""
+    params = dict(model.named_parameters())
+    matrices = [p for p in params.values() if p.dim() > 1]
+    gains = [p for n, p in params.items() if p.dim() < 2 and "layer2" not in n]
+    rest = [p for n, p in params.items() if p.dim() < 2 and "layer2" in n]
+    found = [{"params": gains, "lr": 3e-3}, {"params": rest, "lr": 7e-3}, {"params": matrices, "weight_decay": 0.3}]
+    return [group for group in found if group["params"]]
+
+
+def train(model: nn.Module, optimizer: Any, scheduler: LambdaLR, steps: range) -> None:
+    """Each parameter's gradient is a function of its name and the step, so that any cut trains alike."""
+    for step in steps:
+        for name, p in model.named_parameters():
+            name = "embed.w" if name == "head.w" else name
+            torch.manual_seed(step * 1000 + sum((i + 1) * ord(c) for i, c in enumerate(name)))
+            p.grad = torch.randint(-8, 9, p.shape) / 4
+        for name, b in model.named_buffers():
+            if b.is_floating_point():
+                b += len(name) + step
+        optimizer.step()
+        scheduler.step()
+
+
+def make(
+    layers: Sequence[int], seed: int = 0, group: dist.ProcessGroup | None = None
+) -> tuple[nn.Module, Any, LambdaLR]:
+    model = stage(layers, seed)
+    kwargs: dict[str, Any] = {"lr": 1e-2}
+    if group is None:
+        optimizer: Any = Lion(groups(model), **kwargs)
+    else:
+        optimizer = ShardedLion(groups(model), **kwargs, stage=1, process_group=group)
+    return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {f"w {n}": t.detach().clone() for n, t in model.state_dict(keep_vars=True).items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    state = optimizer.full_state_dict() if isinstance(optimizer, ShardedLion) else optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entry in state["state"].items():
+        found[f"m {names[id(params[i])]}"] = entry["exp_avg"].clone()
+    for group in optimizer.param_groups:
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names", "init_lr")}
+        found.update({f"g {names[id(p)]}": values for p in group["params"]})
+    return found
+
+
+def assert_part(got: dict[str, Any], whole: dict[str, Any], what: str) -> None:
+    for name, value in got.items():
+        expected = whole[name] if name in whole else whole[name.replace("head", "embed")]
+        if isinstance(value, Tensor):
+            assert_same_bits(value, expected, f"{what}: {name}")
+        else:
+            assert value == expected, f"{what}: {name}"
+
+
+def body_pipeline(rank: int, world_size: int, folder: Path) -> None:
+    """Two stages of two replicas each; Lion in all, or a ShardedLion for each stage."""
+    stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = stages[rank // 2]
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    whole, optimizer, scheduler = make(range(LAYERS))
+    train(whole, optimizer, scheduler, range(3))
+    then = everything(whole, optimizer)
+    if rank == 0:
+        checkpoint.save(folder / "whole", whole, optimizer, schedulers=scheduler, extra=1, process_group=alone)
+    train(whole, optimizer, scheduler, range(3, 5))
+    later = everything(whole, optimizer)
+    cuts = {"half": ([0, 1], [2, 3]), "mixed": ([0, 2], [3, 1])}
+    sharded = {"half": False, "mixed": True}
+    for name, cut in cuts.items():
+        model, optimizer, scheduler = make(cut[rank // 2], group=mine if sharded[name] else None)
+        train(model, optimizer, scheduler, range(3))
+        with torch.no_grad():
+            for b in model.buffers():
+                b += rank % 2  # replicas of a stage: the first one's count
+        checkpoint.save(folder / name, model, optimizer, schedulers=scheduler, extra=1, process_group=dist.group.WORLD)
+    dist.barrier()
+    for source in ("whole", *cuts):
+        for name, cut in cuts.items():
+            what = f"{source} -> {name}, rank {rank}"
+            model, optimizer, scheduler = make(cut[rank // 2], 1, mine if sharded[name] else None)
+            train(model, optimizer, scheduler, range(20, 21))
+            extra = checkpoint.load(
+                folder / source, model, optimizer, schedulers=scheduler, process_group=dist.group.WORLD
+            )
+            assert extra == 1
+            assert_part(everything(model, optimizer), then, what)
+            train(model, optimizer, scheduler, range(3, 5))
+            assert_part(everything(model, optimizer), later, f"{what}, later")
+        if rank:
+            continue
+        # The whole model in one process; and its weights alone.
+        model, optimizer, scheduler = make(range(LAYERS), 1)
+        checkpoint.load(folder / source, model, optimizer, schedulers=scheduler, process_group=alone)
+        assert everything(model, optimizer).keys() == then.keys()
+        assert_part(everything(model, optimizer), then, f"{source} -> whole")
+        train(model, optimizer, scheduler, range(3, 5))
+        assert_part(everything(model, optimizer), later, f"{source} -> whole, later")
+        model = stage(range(LAYERS), 2)
+        checkpoint.load(folder / source, model, process_group=alone)
+        assert_part({f"w {n}": t for n, t in model.state_dict().items()}, then, f"{source} -> weights")
+    # A stage by itself has not all of it.
+    model, optimizer, scheduler = make([0, 1], 1)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=r"the checkpoint has \d+ tensors that the model or optimizer has not"):
+        checkpoint.load(folder / "half", model, optimizer, schedulers=scheduler, process_group=dist.group.WORLD)
+    assert_part(everything(model, optimizer), before, "refused")
+    assert scheduler.last_epoch == 0
+
+
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    run_ranks(body_pipeline, 4, tmp_path, (tmp_path,), on_cpu=True)
+
+
+def body_sharded_stages(rank: int, world_size: int, folder: Path) -> None:
+    """Two stages, each of them FSDP over two ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"]
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+
+    def make(kind: str, layers: Sequence[int], seed: int) -> tuple[nn.Module, Lion]:
+        model: nn.Module = stage(layers, seed)
+        if kind == "fsdp2":
+            fully_shard(model, mesh=mesh)
+        else:
+            of_fsdp1: dict[str, Any] = {"process_group": mesh.get_group(), "device_id": torch.device("cpu")}
+            model = FSDP(model, use_orig_params=True, **of_fsdp1)
+        optimizer = Lion(model.parameters())
+        optimizer.init_state()
+        return model, optimizer
+
+    for kind in ("fsdp1", "fsdp2"):
+        model, optimizer = make(kind, ([0, 1], [2, 3])[rank // 2], 0)
+        for p, entry in optimizer.state.items():
+            entry["exp_avg"].copy_(p.detach() * 2)
+        checkpoint.save(folder / kind, model, optimizer)
+        dist.barrier()
+    expected = dict(stage(range(LAYERS)).named_parameters())
+    for kind in ("fsdp1", "fsdp2"):
+        for source in ("fsdp1", "fsdp2"):
+            model, optimizer = make(kind, ([0], [1, 2, 3])[rank // 2], 1)
+            checkpoint.load(folder / source, model, optimizer)
+            for p, entry in optimizer.state.items():
+                assert_same_bits(local(entry["exp_avg"]), local(p).detach() * 2, f"{source} -> {kind}")
+            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            for name, p in weights.items():
+                if name in expected:
+                    assert_same_bits(p, expected[name].detach(), f"{source} -> {kind}: {name}")
+        whole = stage(range(LAYERS), 1)
+        one = Lion(whole.parameters())
+        checkpoint.load(folder / kind, whole, one, process_group=alone)
+        for name, p in whole.named_parameters():
+            assert_same_bits(p.detach(), expected[name].detach(), name)
+            assert_same_bits(one.state[p]["exp_avg"], p.detach() * 2, name)
+    # Stages whose layers have the same names, so that their parts would be taken for replicas of each other.
+    torch.manual_seed(rank // 2)
+    model = fully_shard(nn.Linear(6, 6), mesh=mesh)
+    with pytest.raises(ValueError, match=r"model\.\w+ has other values on rank 2 than on rank 0"):
+        checkpoint.save(folder / "never", model)
+    dist.barrier()
+
+
+def test_stages_that_are_sharded(tmp_path: Path) -> None:
+    run_ranks(body_sharded_stages, 4, tmp_path, (tmp_path,), on_cpu=True)
+
+
+def body_refused(rank: int, world_size: int, folder: Path) -> None:
+    def refused(message: str, model: nn.Module, optimizer: Any = None, schedulers: Any = ()) -> None:
+        path = folder / "never"
+        with pytest.raises((ValueError, TypeError), match=message):  # on both ranks
+            checkpoint.save(path, model, optimizer, schedulers=schedulers)
+        dist.barrier()
+        assert not path.exists()
+
+    torch.manual_seed(rank)
+    # Stages that count their layers from 0: of other shapes, or of other values.
+    refused(
+        r"model\.0\.weight has shape and dtype \(\(3, 2\).* on rank 0 and \(\(3, 3\)",
+        nn.Sequential(nn.Linear(2 + rank, 3)),
+    )
+    refused(r"model\.0\.weight has other values on rank 1 than on rank 0.*whole model", nn.Sequential(nn.Linear(2, 3)))
+    refused("has shape and dtype", nn.Sequential(nn.Linear(2, 3).to(torch.float32 if rank else torch.bfloat16)))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    params = list(model.parameters())
+    refused(
+        r"parameter group 0 of rank 1 and a group of rank 0 both hold 0\.weight, but not the same parameters",
+        model,
+        Lion(params if rank else [{"params": params[:2]}, {"params": params[2:]}]),
+    )
+    refused(
+        r"'lr' of the parameter group with 0\.weight is 0\.\d on rank 0 and", model, Lion(params, lr=0.1 + rank / 2)
+    )
+    optimizer = Lion(params)
+    refused(r"the ranks have \[0, 1\] schedulers", model, optimizer, [LambdaLR(optimizer, lambda step: 1.0)] * rank)
+    unsavable = [LambdaLR(optimizer, float if rank else lambda step: 1.0)]  # a type has attributes that no JSON has
+    refused(r"scheduler\.0\.lr_lambdas\[0\].* is a .*, which a checkpoint cannot hold", model, optimizer, unsavable)
+    if rank:  # its state cannot be made
+        params[0].grad = torch.zeros(3, 2).to_sparse()
+    refused(r"sparse.* \(on ranks \[1\]\)", model, Lion(params))
+    params[0].grad = None
+    state: dict[Any, Any] = optimizer.state[params[0]]
+    if rank:
+        state["other"] = object()
+    refused(r"optim\.state\.0\.weight\.other is a object, which a checkpoint cannot hold", model, optimizer)
+    # FSDP's parts and pipeline stages alike: what differs in its momentum alone.
+    optimizer = Lion(params)
+    optimizer.init_state()
+    optimizer.state[params[1]]["exp_avg"].fill_(rank)
+    refused(r"optim\.state\.0\.bias\.exp_avg has other values on rank 1", model, optimizer)
+
+
+def test_what_no_checkpoint_can_hold_is_refused_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(body_refused, 2, tmp_path, (tmp_path,), on_cpu=True)
+
+
+# Frozen and unfrozen --------------------------------------------------------------------------------
+
+
+def body_frozen(rank: int, world_size: int, folder: Path) -> None:
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+
+    def build(kind: type, frozen: bool, seed: int = 0) -> tuple[nn.Module, Any, dist.ProcessGroup | None]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
+        model[0].requires_grad_(not frozen)
+        sharded = {"stage": 1} if kind is ShardedLion else {}
+        return model, kind(model.named_parameters(), **sharded), None if kind is ShardedLion else alone
+
+    def step(model: nn.Module, optimizer: Any, count: int = 1) -> None:
+        for i in range(count):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0 + i) if p.requires_grad else None
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def momenta(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+        full = optimizer.full_state_dict() if isinstance(optimizer, ShardedLion) else optimizer.state_dict()
+        names = [n for n, _ in model.named_parameters()]
+        return {names[i]: entry["exp_avg"].clone() for i, entry in full["state"].items()}
+
+    def save(name: str, model: nn.Module, optimizer: Any, group: Any) -> None:
+        if rank == 0 or group is None:
+            checkpoint.save(folder / f"{name}-{type(optimizer).__name__}", model, optimizer, process_group=group)
+        dist.barrier()
+
+    for kind in (Lion, ShardedLion):
+        model, optimizer, group = build(kind, frozen=True)
+        step(model, optimizer)
+        save("frozen", model, optimizer, group)
+        model[0].requires_grad_(True)
+        save("unfrozen", model, optimizer, group)  # before the next step
+        step(model, optimizer, 2)
+        trained = momenta(model, optimizer)
+        assert all(m.any() for m in trained.values())
+        model[0].requires_grad_(False)
+        save("trained", model, optimizer, group)
+
+    for source in (Lion, ShardedLion):
+        for kind in (Lion, ShardedLion):
+            what = f"{source.__name__} -> {kind.__name__}"
+            # Trained, frozen and resumed: the momentum is kept, and goes on from there once it is unfrozen again.
+            model, optimizer, group = build(kind, frozen=True, seed=1)
+            checkpoint.load(folder / f"trained-{source.__name__}", model, optimizer, process_group=group)
+            for name, m in momenta(model, optimizer).items():
+                assert_same_bits(m, trained[name], f"{what}: {name}")
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            step(model, optimizer)
+            assert_same_bits(model[0].weight.detach(), before["0.weight"], what)
+            assert not torch.equal(model[1].weight, before["1.weight"])
+            model[0].requires_grad_(True)
+            step(model, optimizer)
+            assert not torch.equal(model[0].weight, before["0.weight"])
+            expected = trained["0.weight"] * optimizer.param_groups[0]["betas"][1]
+            assert (momenta(model, optimizer)["0.weight"] > expected).all()
+            # And it is saved again, though it is frozen.
+            model[0].requires_grad_(False)
+            if rank == 0 or group is None:
+                checkpoint.save(folder / f"again-{what}", model, optimizer, process_group=group)
+            dist.barrier()
+            # Unfrozen and saved before the next step: there is a momentum, zeros.
+            model, optimizer, group = build(kind, frozen=False, seed=1)
+            step(model, optimizer)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                checkpoint.load(folder / f"unfrozen-{source.__name__}", model, optimizer, process_group=group)
+            assert not momenta(model, optimizer)["0.weight"].any()
+            assert momenta(model, optimizer)["1.weight"].any()
+            # Frozen when it was saved, and trained here: zeros, and a warning that says so.
+            model, optimizer, group = build(kind, frozen=False, seed=1)
+            step(model, optimizer)
+            with pytest.warns(
+                UserWarning, match=r"2 parameters .* were frozen .* \(0\.weight, 0\.bias\).*start at zero"
+            ):
+                checkpoint.load(folder / f"frozen-{source.__name__}", model, optimizer, process_group=group)
+            optimizer.init_state()
+            assert not momenta(model, optimizer)["0.weight"].any()
+            assert momenta(model, optimizer)["1.weight"].any()
+            step(model, optimizer)
+            # The same by state_dicts, which both classes take.
+            for frozen in (True, False):
+                model, optimizer, group = build(kind, frozen=frozen, seed=1)
+                step(model, optimizer)
+                whole = {"state": {i: {"exp_avg": trained[n]} for i, (n, _) in enumerate(model.named_parameters())}}
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({**whole, "param_groups": groups})
+                assert momenta(model, optimizer).keys() == trained.keys()
+                assert_same_bits(momenta(model, optimizer)["0.weight"], trained["0.weight"], what)
+                del whole["state"][0]
+                optimizer.load_state_dict({**whole, "param_groups": groups})
+                model[0].requires_grad_(True)
+                optimizer.init_state()
+                assert not momenta(model, optimizer)["0.weight"].any()
+            # Frozen in both: as it was.
+            model, optimizer, group = build(kind, frozen=True, seed=1)
+            checkpoint.load(folder / f"frozen-{source.__name__}", model, optimizer, process_group=group)
+            assert momenta(model, optimizer).keys() == {"1.weight", "1.bias"}
+            # A load that fails on one rank leaves no momentum of a frozen parameter behind.
+            scheduler = Picky(optimizer, fails=rank == 1 or group is not None)
+            if rank == 0 or group is None:
+                other = LambdaLR(build(Lion, False)[1], lambda step: 1.0)
+                model_there, optimizer_there, _ = build(kind, frozen=False)
+                checkpoint.save(
+                    folder / f"picky-{what}", model_there, optimizer_there, schedulers=other, process_group=group
+                )
+            dist.barrier()
+            with pytest.raises(ValueError, match="of another length"):
+                checkpoint.load(folder / f"picky-{what}", model, optimizer, schedulers=scheduler, process_group=group)
+            assert momenta(model, optimizer).keys() == {"1.weight", "1.bias"}, what
+            assert scheduler.last_epoch == 0
+            step(model, optimizer)
+
+
+class Picky(LambdaLR):
+    def __init__(self, optimizer: Any, *, fails: bool) -> None:
+        super().__init__(optimizer, lambda step: 1.0)
+        self.fails = fails
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "fails"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = -7
+        if self.fails:
+            raise ValueError("the schedule is of another length")
+
+
+def test_frozen_and_unfrozen_parameters(tmp_path: Path) -> None:
+    run_ranks(body_frozen, 2, tmp_path, (tmp_path,), on_cpu=True)
