@@ -31,8 +31,8 @@ from .update.reference import STORAGE_DTYPES
 # Entries of other optimizers' states: a momentum that Lion would misread, or leave out, is beside each.
 OTHERS = frozenset({
     "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "exp_avg_var", "exp_avg_fast", "exp_avg_slow",
-    "exp_avg_sq_row", "exp_avg_sq_col", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "hessian",
-    "mu_product", "row_var", "col_var", "variance", "prev", "state1", "state2",
+    "exp_avg_sq_row", "exp_avg_sq_col", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "hessian",
+    "mu_product", "row_var", "col_var", "variance", "state1", "state2",
 })  # fmt: skip
 
 # Parts of a name that wrappers of a model put into it.

@@ -31,6 +31,7 @@ from ..fsdp import is_dtensor, local
 from ..lion import Lion
 from ..sharded_lion import ShardedLion
 from ..sharding.box_tensor import BoxTensor
+from ..state_dicts import OTHERS
 from .manifest import BLOCK_BYTES
 from .plain import to_plain
 
@@ -40,11 +41,6 @@ _EXTRA_STATE = "_extra_state"
 MAX_ENTRIES = 16  # of a parameter in optimizer.state; it bounds what a load may allocate, as does `entry_limit`
 MAX_BESIDE = 256  # entries of optimizer.state whose keys are no parameters
 OF_THE_GROUP = ("params", "param_names")  # keys that say which parameters, not how they are stepped
-# Entries of other optimizers' states. Whoever has one of them was not stepped by Lion.
-_OTHERS = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "exp_avg_sq_row", "momentum_buffer", "square_avg",
-    "acc_delta", "state1",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,7 @@ def split_key(rest: str, names: dict[str, Any]) -> tuple[str, str] | None:
 
 def check_entry(name: str, key: str) -> None:
     """Raises ValueError for an entry that says that the state is another optimizer's."""
-    if key in _OTHERS:
+    if key in OTHERS:
         raise ValueError(
             f"the state of {name} has an entry {key!r}, so it is another optimizer's and not Lion's: "
             "lion_dist.checkpoint.convert has what can be converted"
