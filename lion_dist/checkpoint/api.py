@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..fsdp import reshard
 from ..sharded_lion import ShardedLion
-from .folders import Key, local_path
+from .folders import RUN, Key, continue_run, local_path, run_of
 from .incoming import EXTRA, RANKS, SCHEDULER, Incoming, generators
 from .manifest import Manifest
 from .named import GROUPS, Logical, Names, groups_by_name, model_tensors, momenta
@@ -49,12 +49,18 @@ def save(
         schedulers: one, or several in a tuple or list: whatever has a state_dict of plain values.
         extra: plain values (numbers, strings, lists, tuples, dicts, small tensors) that `load` returns, those of the
             first rank: the step, a place in the data.
-        keep_last: removes, once the new one is there, the checkpoints in the same folder whose names differ from its
-            in the number at the end, but this many: those of the largest numbers (step-300 and step-200, not step-100;
-            best-7 stays). None: keeps all.
+        keep_last: removes, once the new one is there, the checkpoints of the same run in the same folder whose names
+            differ from its in the number at the end, but this many: those of the largest numbers (step-300 and
+            step-200, not step-100; best-7 stays). None: keeps all. A run is what this optimizer (without one: this
+            model) has saved there under such names, and what was there when it was loaded from there, before a restart:
+            other jobs' checkpoints stay, as do those of versions that recorded no run. One that somebody reads stays
+            until the next save.
         process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks.
 
     Random number generators are saved too: torch's on the CPU and the current GPU and Python's, of every rank.
+
+    Jobs that know nothing of each other may save into one folder at the same time. Of two that save to one path one
+    raises.
 
     Raises:
         FileExistsError: there is something at ``path``.
@@ -75,16 +81,18 @@ def async_save(
     process_group: dist.ProcessGroup | None = None,
 ) -> PendingSave:
     """`save`, in a thread beside the training. Returns once each rank has copied what it will write to its CPU's
-    memory, so that parameters may be stepped; a collective call, as is the first one's making of a gloo group.
+    memory, so that parameters may be stepped; a collective call, as is the first one's making of a gloo group, with the
+    time-out of the ranks' own.
 
     One at a time: a save before it is waited for, and if it failed and its ``result()`` has not said so, it is said
-    here. Call ``result()`` on the last one
-    before the process group is destroyed.
+    here. A failure is logged at ERROR on the logger "lion_dist" when it happens. Call ``result()`` on the last one
+    before the process group is destroyed. The end of the program waits for a save as long as it gets on: see
+    `PendingSave`.
     """
-    saving, ranks = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group)
+    saving, beside = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group, beside=True)
     saving.stage()
     global _running
-    _running = PendingSave(saving, ranks.on_gloo())
+    _running = PendingSave(saving, beside)
     return _running
 
 
@@ -96,7 +104,10 @@ def _begin(
     extra: Any,
     keep_last: int | None,
     process_group: dist.ProcessGroup | None,
+    *,
+    beside: bool = False,
 ) -> tuple[Saving, Ranks]:
+    """The save, and the ranks on the group that is to write it: one of its own ``beside`` the training."""
     global _running
     ranks = Ranks.of(optimizer, process_group)
     with ranks.agreeing("lion_dist.checkpoint.save()") as agreement:
@@ -107,7 +118,9 @@ def _begin(
         state = _to_save(model, optimizer, _as_list(schedulers), extra, ranks)
         if agreement is not None:
             agreement.says([f"path {os.fspath(path)!r}, keep_last {keep_last}"])
-    return Saving(folder, state, ranks, keep_last), ranks
+    writing = ranks.on_gloo() if beside else ranks
+    run = run_of(model if optimizer is None else optimizer, folder)
+    return Saving(folder, state, ranks, keep_last, run), writing
 
 
 def _as_list(schedulers: Any) -> list[Any]:
@@ -196,4 +209,6 @@ def load(
     except CheckpointException as error:
         raise as_error(error, f"lion_dist.checkpoint.load({os.fspath(path)!r})") from None
     incoming.apply()
+    run = reader.manifest.objects.get(RUN)
+    continue_run(model if optimizer is None else optimizer, local_path(path), run)
     return incoming.extra

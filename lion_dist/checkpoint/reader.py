@@ -31,7 +31,7 @@ from torch.futures import Future
 
 from ..sharding.boxes import Box
 from .blocks import Buffers, as_tensor, checksum, copy_in, finished, in_threads, read_block, synchronize
-from .folders import Key, local_path
+from .folders import Key, local_path, reading
 from .manifest import BLOCK_BYTES, DIGEST, Manifest, RegularFile, read_small
 from .plain import DTYPES, from_plain
 
@@ -65,6 +65,7 @@ class Reader(StorageReader):
     @property
     def manifest(self) -> Manifest:
         if self._manifest is None:
+            self._lock = reading(self._path)  # for as long as this reader lives
             self._manifest = Manifest.read(self._path)
         return self._manifest
 
