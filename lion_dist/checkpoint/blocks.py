@@ -6,6 +6,7 @@ The bytes of a tensor are those of its elements in row-major order, whatever its
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 import zlib
@@ -51,7 +52,12 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
     for helper in started:
         helper.join()
     if errors:
-        raise errors[0]
+        error = errors[0]
+        errors.clear()  # `run` refers to them, and they to it: nothing would be freed before a garbage collection
+        try:
+            raise error
+        finally:
+            del error
 
 
 def synchronize(tensors: list[Tensor]) -> None:
@@ -76,7 +82,8 @@ class Buffers:
 
     def get(self, nbytes: int) -> memoryview:
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = bytearray(self._block_bytes)
+            # Not from the heap, which would keep a block for every thread that there has ever been.
+            self._own.buffer = mmap.mmap(-1, self._block_bytes)
         return memoryview(self._own.buffer)[:nbytes]
 
 

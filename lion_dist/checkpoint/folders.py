@@ -150,12 +150,12 @@ class Unfinished:
             FileExistsError: there is something at ``path``. A checkpoint is never overwritten: while its files were
                 replaced, it would be neither the old one nor the new.
         """
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
         _make_durably(path.parent)
         for left in _leftovers(path.parent):
             if left.name == path.name:
                 _remove_dead(left.folder)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
         for _ in range(100):
             folder = _other_name(path, _token(run))
             folder.mkdir()

@@ -164,9 +164,9 @@ class Writer(StorageWriter):
             folders.write_durably(self.unfinished.folder / DIGEST, digest)
             self.unfinished.commit()
             # Still under the lock: what is there now must be what was written here.
-            self._check_sizes(self._path, {**manifest.files, NAME: len(text)})
             if read_small(self._path / DIGEST) != digest:
                 raise OSError(f"{self._path} has been replaced since it was saved, by another process. Save again")
+            self._check_sizes(self._path, manifest.files)
         except BaseException as error:
             self.abandon()
             if isinstance(error, FileNotFoundError) and error.filename is not None:
