@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..fsdp import reshard
 from ..lion import Lion
 from ..sharded_lion import ShardedLion
-from .folders import Key, local_path
+from .folders import RUN, Key, continue_run, local_path, run_of
 from .incoming import EXTRA, Incoming, check_claimed
 from .manifest import Manifest
 from .named import Names, check_optimizer, parameters, unwrapped
@@ -57,13 +57,19 @@ def save(
         schedulers: one, or several in a tuple or list: whatever has a state_dict of plain values.
         extra: plain values (numbers, strings, bytes, paths, lists, tuples, dicts, small tensors and NumPy arrays) that
             `load` returns, those of the first rank: the step, a place in the data.
-        keep_last: removes, once the new one is there, the checkpoints in the same folder whose names differ from its
-            in the number at the end, but this many: those of the largest numbers (step-300 and step-200, not step-100;
-            best-7 stays). None: keeps all.
+        keep_last: removes, once the new one is there, the checkpoints of the same run in the same folder whose names
+            differ from its in the number at the end, but this many: those of the largest numbers (step-300 and
+            step-200, not step-100; best-7 stays). None: keeps all. A run is what this optimizer (without one: this
+            model) has saved there under such names, and what was there when it was loaded from there, before a restart:
+            other jobs' checkpoints stay, as do those of versions that recorded no run. One that somebody reads stays
+            until the next save.
         process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks. Where each stage of a
             pipeline has a ShardedLion of its own, give the group of all stages.
 
     Random number generators are saved too: torch's on the CPU and the current GPU and Python's, of every rank.
+
+    Jobs that know nothing of each other may save into one folder at the same time. Of two that save to one path one
+    raises.
 
     Raises:
         FileExistsError: there is something at ``path``.
@@ -84,16 +90,18 @@ def async_save(
     process_group: dist.ProcessGroup | None = None,
 ) -> PendingSave:
     """`save`, in a thread beside the training. Returns once each rank has copied what it will write to its CPU's
-    memory, so that parameters may be stepped; a collective call, as is the first one's making of a gloo group.
+    memory, so that parameters may be stepped; a collective call, as is the first one's making of a gloo group, with the
+    time-out of the ranks' own.
 
     One at a time: a save before it is waited for, and if it failed and its ``result()`` has not said so, it is said
-    here. Call ``result()`` on the last one
-    before the process group is destroyed.
+    here. A failure is logged at ERROR on the logger "lion_dist" when it happens. Call ``result()`` on the last one
+    before the process group is destroyed. The end of the program waits for a save as long as it gets on: see
+    `PendingSave`.
     """
-    saving, ranks = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group)
+    saving, beside = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group, beside=True)
     saving.stage()
     global _running
-    _running = PendingSave(saving, ranks.on_gloo())
+    _running = PendingSave(saving, beside)
     return _running
 
 
@@ -105,7 +113,10 @@ def _begin(
     extra: Any,
     keep_last: int | None,
     process_group: dist.ProcessGroup | None,
+    *,
+    beside: bool = False,
 ) -> tuple[Saving, Ranks]:
+    """The save, and the ranks on the group that is to write it: one of its own ``beside`` the training."""
     global _running
     optimizer = unwrapped(optimizer)
     ranks = Ranks.of(optimizer, process_group)
@@ -125,7 +136,9 @@ def _begin(
         return outgoing[0].held
 
     share = _together("save", path, lambda: ranks.steps.reduce_scatter("gather names", hold, unite))
-    return Saving(folder, outgoing[0].state(share), ranks, keep_last), ranks
+    writing = ranks.on_gloo() if beside else ranks
+    run = run_of(model if optimizer is None else optimizer, folder)
+    return Saving(folder, outgoing[0].state(share), ranks, keep_last, run), writing
 
 
 def _together(call: str, path: Key, step: Callable[[], T]) -> T:
@@ -278,4 +291,6 @@ def _load(
         _together("load", path, lambda: steps.all_gather("read", read))
     _together("load", path, lambda: steps.all_gather("apply", apply))
     incoming.finish()
+    run = reader.manifest.objects.get(RUN)
+    continue_run(model if optimizer is None else optimizer, local_path(path), run)
     return incoming.extra

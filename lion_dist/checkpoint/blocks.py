@@ -5,11 +5,13 @@ The bytes of a tensor are those of its elements in row-major order, whatever its
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from threading import local
+from threading import Lock, local
 from typing import TypeVar
 
 import torch
@@ -24,15 +26,38 @@ T = TypeVar("T")
 
 
 def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """Does the work for every item; raises the first error, once what has begun is finished."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="lion_dist.checkpoint") as pool:
-        futures = [pool.submit(work, item) for item in items]
+    """Does the work for every item, in this thread and some others; raises the first error, once what has begun is
+    finished. (No ThreadPoolExecutor: none may be used once the interpreter has begun to end, and its end waits for
+    theirs, however long they hang.)"""
+    left, taking, errors = list(items)[::-1], Lock(), list[BaseException]()
+
+    def run() -> None:
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            while not errors:
+                with taking:
+                    if not left:
+                        return
+                    item = left.pop()
+                work(item)
+        except BaseException as error:
+            errors.append(error)
+
+    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(THREADS - 1)]
+    started = []
+    for helper in helpers:
+        with contextlib.suppress(RuntimeError):  # at the interpreter's end: then there are no helpers
+            helper.start()
+            started.append(helper)
+    run()
+    for helper in started:
+        helper.join()
+    if errors:
+        error = errors[0]
+        errors.clear()  # `run` refers to them, and they to it: nothing would be freed before a garbage collection
+        try:
+            raise error
+        finally:
+            del error
 
 
 def synchronize(tensors: list[Tensor]) -> None:
@@ -57,7 +82,8 @@ class Buffers:
 
     def get(self, nbytes: int) -> memoryview:
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = bytearray(self._block_bytes)
+            # Not from the heap, which would keep a block for every thread that there has ever been.
+            self._own.buffer = mmap.mmap(-1, self._block_bytes)
         return memoryview(self._own.buffer)[:nbytes]
 
 

@@ -1,26 +1,56 @@
 """Checkpoints as folders beside each other: made under another name, committed by one rename, swept.
 
-runs/step-100                          a checkpoint: it is whole, since the rename came last
-runs/.step-200.3f2a.unfinished         being written, or what a crash left; swept by the next save
+    runs/step-100                               a checkpoint: it is whole, since the rename came last
+    runs/.step-200.<run>-<random>.unfinished    being written or being removed, or what a crash left
+
+[Note: Who removes what]
+Jobs that know nothing of each other may save into one folder, even to one path. So nothing is removed unless it is
+known to be dead:
+
+- Whoever writes or removes an unfinished folder holds an exclusive lock on the manifest.json in it, which is made
+  first. The operating system ends the lock with the process. A folder whose lock can be taken is dead.
+- A save removes dead folders of its own final name. With ``keep_last`` it also removes older checkpoints of its own run
+  (see `run_of`) and stem, and dead folders of that run and stem, whatever their numbers.
+- A folder is renamed before anything in it is removed. So whoever lost it finds it gone as a whole, be it because it
+  had no lock yet or because locks do not reach over these machines, and can never commit a part of it.
+- Where the file system has no locks, a folder is dead in which nothing has changed for a day.
+- Readers hold a shared lock on the manifest.json of the checkpoint, and ``keep_last`` leaves to the next save what
+  somebody reads.
+
+What a crash leaves: in a save an unfinished folder of the name that was being saved; in a removal one of the name that
+was being removed; after the rename of a save nothing. A training that resumes saves under the same names again, or has
+``keep_last``: either sweeps them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar, overload
 
-from .manifest import NAME
+from .manifest import NAME, Manifest
+
+try:
+    import fcntl
+except ImportError:  # not on this system: as on a file system without locks
+    fcntl = None  # type: ignore[assignment]
 
 Key = str | os.PathLike[str]  # a folder, as callers name it
+T = TypeVar("T")
 
-logger = logging.getLogger("lion_dist")
-
-_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.unfinished")
+RUN = "lion_dist.run"  # the manifest's key of the run that a checkpoint belongs to
+DEAD_AFTER_S = 24 * 3600.0  # without a change, where there are no locks
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?:(?P<run>[0-9a-f]{16})-)?[0-9a-f]{8}\.unfinished", re.DOTALL)
 
 
 def local_path(key: Key) -> Path:
@@ -34,23 +64,150 @@ def local_path(key: Key) -> Path:
     return Path(os.path.abspath(key))
 
 
-def new_unfinished(path: Path) -> Path:
-    """Makes the folder that is to become ``path``, and sweeps what earlier saves left beside it.
+# Locks ----------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """The operating system's lock on a file, which lasts until `release` or the end of the process.
+
+    It holds between processes, between two saves of one process, and over NFS if the file is open for writing.
+
+    Args:
+        path: the file.
+        flags: of ``os.open``.
+        shared: whether others may share it.
+
+    Attributes:
+        fd: the open file.
+        supported: False where the file system has no locks, and nothing is known.
 
     Raises:
-        FileExistsError: there is something at ``path``. A checkpoint is never overwritten: while its files were
-            replaced, it would be neither the old one nor the new.
+        BlockingIOError: another has it.
+        OSError: the file cannot be opened.
     """
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.iterdir():
-        found = _UNFINISHED.fullmatch(left.name)
-        if found and stem_of(found[1]) == stem_of(path.name):  # others' may be being written
-            shutil.rmtree(left, ignore_errors=True)
-    folder = path.parent / f".{path.name}.{secrets.token_hex(4)}.unfinished"
-    folder.mkdir()
-    return folder
+
+    def __init__(self, path: Path, flags: int, *, shared: bool = False) -> None:
+        self.fd = -1
+        self.fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self.supported = fcntl is not None
+        _locks.add(self)
+        if self.supported:
+            try:
+                fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                raise
+            except OSError:
+                self.supported = False
+
+    def release(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = release
+
+
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    """A forked child shares the parent's open files, and so its locks, which would outlive the parent."""
+    for lock in list(_locks):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
+
+
+def reading(checkpoint: Path) -> Lock | None:
+    """Keeps a checkpoint from being removed by ``keep_last`` for as long as the lock is held.
+
+    None: it cannot be locked. Its reader finds out if it vanishes."""
+    try:
+        return Lock(checkpoint / NAME, os.O_RDONLY | os.O_NONBLOCK, shared=True)
+    except OSError:
+        return None
+
+
+# Saving ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """``folder``, which is to become ``path``, and the lock on the manifest.json in it, which is empty at first."""
+
+    folder: Path
+    path: Path
+    lock: Lock
+
+    @staticmethod
+    def make(path: Path, run: str | None = None) -> Unfinished:
+        """Makes the folder, and sweeps what dead saves to the same path have left.
+
+        Raises:
+            FileExistsError: there is something at ``path``. A checkpoint is never overwritten: while its files were
+                replaced, it would be neither the old one nor the new.
+        """
+        _make_durably(path.parent)
+        for left in _leftovers(path.parent):
+            if left.name == path.name:
+                _remove_dead(left.folder)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
+        for _ in range(100):
+            folder = _other_name(path, _token(run))
+            folder.mkdir()
+            # Another save to this path may take the folder for dead until it is locked, and renames it then.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                lock = Lock(folder / NAME, os.O_RDWR | os.O_CREAT)
+                if folder.exists():
+                    return Unfinished(folder, path, lock)
+        raise OSError(f"{path} cannot be saved: others remove what is made for it")
+
+    def write_manifest(self, text: bytes) -> None:
+        """Writes and syncs it. Other files are those of `write_durably`."""
+        with open(os.dup(self.lock.fd), "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Renames it. From here on the checkpoint exists, whole.
+
+        Raises:
+            FileExistsError: another save to the same path was faster.
+            FileNotFoundError: the folder has vanished.
+        """
+        try:
+            sync_folder(self.folder)
+            if os.path.lexists(self.path):  # rename would replace an empty folder
+                raise FileExistsError
+            _rename(self.folder, self.path, self.lock)
+        except OSError as error:
+            if not self.folder.exists():
+                raise vanished(self.folder) from error
+            if os.path.lexists(self.path):
+                raise FileExistsError(
+                    f"{self.path} has appeared while it was being saved: another save to the same path was faster, and "
+                    "this one is dropped. Let every job save under names of its own"
+                ) from None
+            raise
+        sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Removes it; nobody may be writing into it any more."""
+        with contextlib.suppress(OSError):  # what is left is swept by a later save
+            _remove(self.folder, self.lock)
+
+
+def vanished(folder: Path) -> FileNotFoundError:
+    """The error for a folder, or a file in it, that is not there though it is being saved."""
+    return FileNotFoundError(
+        f"{folder} is not there, though it is being saved: another process has removed it, or not every rank sees the "
+        "same file system. This save has failed; save again"
+    )
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -69,13 +226,131 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def commit(unfinished: Path, path: Path) -> None:
-    """From here on the checkpoint exists, whole."""
-    sync_folder(unfinished)
-    if path.exists():  # rename would replace an empty folder
-        raise FileExistsError(f"{path} has appeared while it was being saved")
-    unfinished.rename(path)
-    sync_folder(path.parent)
+def _make_durably(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+# Removing: see [Note: Who removes what] -------------------------------------------------------------
+
+
+class _Leftover(NamedTuple):
+    """An unfinished folder, alive or dead; ``name``: of the checkpoint; ``token``: of its run, or None."""
+
+    folder: Path
+    name: str
+    token: str | None
+
+
+def _leftovers(folder: Path) -> Iterator[_Leftover]:
+    for left in list(folder.iterdir()):
+        found = _UNFINISHED.fullmatch(left.name)
+        if found and left.is_dir() and not left.is_symlink():
+            yield _Leftover(left, found["name"], found["run"])
+
+
+def _token(run: str | None) -> str | None:
+    """A run as it stands in the name of an unfinished folder."""
+    return None if run is None else hashlib.sha256(run.encode()).hexdigest()[:16]
+
+
+def _other_name(path: Path, token: str | None) -> Path:
+    """A new name for an unfinished folder of the checkpoint ``path``."""
+    random = secrets.token_hex(4)
+    return path.parent / f".{path.name}.{random if token is None else f'{token}-{random}'}.unfinished"
+
+
+def _rename(source: Path, target: Path, lock: Lock) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        if lock.fd < 0:
+            raise
+        lock.release()  # SMB moves no folder in which a file is open
+        source.rename(target)
+
+
+def _remove_dead(left: Path) -> None:
+    """Removes a leftover, unless its owner may be alive."""
+    with contextlib.suppress(OSError):  # it is locked, another's, or was committed or removed just now
+        newest = max(os.lstat(path).st_mtime for path in (left, *left.iterdir()))
+        lock = Lock(left / NAME, os.O_RDWR | os.O_CREAT)
+        if lock.supported or time.time() - newest > DEAD_AFTER_S:
+            _remove(left, lock)
+        lock.release()
+
+
+def _remove(folder: Path, lock: Lock, token: str | None = None) -> None:
+    """Removes a checkpoint of the run of that token, or an unfinished folder, whose lock is held. Ends the lock.
+
+    Raises:
+        OSError: it cannot be renamed, and is as it was.
+    """
+    found = _UNFINISHED.fullmatch(folder.name)
+    name, token = (found["name"], found["run"]) if found else (folder.name, token)
+    doomed = _other_name(folder.parent / name, token)
+    try:
+        _rename(folder, doomed, lock)
+        shutil.rmtree(doomed, ignore_errors=True)
+    finally:
+        lock.release()
+    shutil.rmtree(doomed, ignore_errors=True)  # NFS keeps a removed file until it is closed
+
+
+# Runs -----------------------------------------------------------------------------------------------
+
+# By optimizer or model: its run in a folder under a stem.
+_runs: weakref.WeakKeyDictionary[object, dict[tuple[str, str], str]] = weakref.WeakKeyDictionary()
+
+
+def _place(path: Path) -> tuple[str, str]:
+    return os.path.realpath(path.parent), stem_of(path.name)
+
+
+def run_of(owner: object, path: Path) -> str:
+    """The run that a checkpoint at ``path`` will belong to: what one optimizer (or one model, if there is none) saves
+    in one folder under one stem, or loads from there and goes on with. ``keep_last`` removes nothing of other runs."""
+    return _runs.setdefault(owner, {}).setdefault(_place(path), secrets.token_hex(8))
+
+
+def continue_run(owner: object, path: Path, run: object) -> None:
+    """After a load from ``path``, a checkpoint of ``run``: later saves beside it under the same stem belong to that
+    run. None: the checkpoint is of no run."""
+    if isinstance(run, str):
+        _runs.setdefault(owner, {})[_place(path)] = run
+
+
+def keep_last(path: Path, count: int, run: str) -> None:
+    """Removes the checkpoints of the run whose names differ from that of ``path`` in the number alone, but the last
+    ``count``, and never ``path`` itself; and what is dead of this run. What is being read stays, for the next time."""
+    stem = stem_of(path.name)
+    mine = [old for old in checkpoints(path.parent, stem=stem) if stem_of(old.name) == stem and _read_run(old) == run]
+    for old in mine[:-count]:
+        if old != path and not old.is_symlink():
+            with contextlib.suppress(OSError):  # somebody reads it, or another save removes it
+                _remove(old, Lock(old / NAME, os.O_RDWR), _token(run))
+    for left in _leftovers(path.parent):
+        if left.token == _token(run) and stem_of(left.name) == stem:
+            _remove_dead(left.folder)
+
+
+def _read_run(checkpoint: Path) -> str | None:
+    try:
+        return _run_in(checkpoint, (checkpoint / NAME).stat().st_mtime_ns)
+    except (OSError, ValueError):  # damaged: nothing is known about it
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _run_in(checkpoint: Path, _modified: int) -> str | None:
+    """Remembered, since every save asks, and a manifest of many ranks is long."""
+    run = Manifest.read(checkpoint).objects.get(RUN)
+    return run if isinstance(run, str) else None
+
+
+# Finding --------------------------------------------------------------------------------------------
 
 
 def number_of(name: str) -> int | None:
@@ -89,38 +364,63 @@ def stem_of(name: str) -> str:
     return re.sub(r"[0-9]+$", "", name)
 
 
-def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder whose names end in a number, the smallest first."""
+def checkpoints(folder: Key, *, stem: str | None = None) -> list[Path]:
+    """The checkpoints in a folder whose names end in a number, the smallest first.
+
+    Args:
+        stem: what stands before the number, with or without its separator: "step" and "step-" both find step-100.
+            A checkpoint whose whole name is the stem, such as ``best``, is found too, and comes first. None: any stem,
+            and no name without a number.
+    """
     if not Path(folder).is_dir():
         return []
     found = []
     for path in Path(folder).iterdir():
         number = number_of(path.name)
-        if number is not None and (path / NAME).is_file() and not path.name.startswith("."):
-            found.append((number, path))
+        if stem is None:
+            wanted = number is not None
+        else:
+            wanted = path.name == stem or stem_of(path.name) == stem or stem_of(path.name).rstrip("-_.") == stem
+        if wanted and (path / NAME).is_file() and not path.name.startswith("."):
+            found.append((-1 if number is None else number, path))
     return [path for _, path in sorted(found)]
 
 
-def latest(folder: str | os.PathLike[str]) -> Path:
+class _Raise:
+    """The type of the default of `latest`."""
+
+
+_RAISE = _Raise()
+
+
+@overload
+def latest(folder: Key, *, stem: str | None = None) -> Path: ...
+@overload
+def latest(folder: Key, *, stem: str | None = None, default: T) -> Path | T: ...
+def latest(folder: Key, *, stem: str | None = None, default: T | _Raise = _RAISE) -> Path | T:
     """The checkpoint in a folder whose name ends in the largest number.
 
+    Args:
+        folder: it need not exist.
+        stem: only those of this name before the number, as for `checkpoints`: ``latest("runs", stem="best")`` is
+            ``runs/best-20``, or ``runs/best`` if none has a number. None: any, but only those with a number.
+        default: returned if there is none, such as None.
+
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, and no default.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"there is no checkpoint in {os.fspath(folder)}")
-    return found[-1]
+    found = checkpoints(folder, stem=stem)
+    if found:
+        return found[-1]
+    if not isinstance(default, _Raise):
+        return default
+    others = _named(Path(folder)) if stem is None else ""
+    which = "no checkpoint whose name ends in a number" if others else "no checkpoint"
+    of = "" if stem is None else f" of the stem {stem!r}"
+    raise FileNotFoundError(f"there is {which}{of} in {os.fspath(folder)}{others}")
 
 
-def keep_last(path: Path, count: int) -> None:
-    """Removes the checkpoints beside ``path`` whose names differ from it in the number alone, but the last ``count``,
-    and never ``path`` itself."""
-    of_this_run = [old for old in checkpoints(path.parent) if stem_of(old.name) == stem_of(path.name)]
-    for old in of_this_run[:-count]:
-        if old == path:
-            continue
-        doomed = old.parent / f".{old.name}.{secrets.token_hex(4)}.unfinished"  # a half removed one is none
-        with contextlib.suppress(OSError):
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+def _named(folder: Path) -> str:
+    """Of checkpoints without a number, for an error's message."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{NAME}"))
+    return f", but {', '.join(map(repr, names[:5]))}: give its path, or stem={names[0]!r}" if names else ""

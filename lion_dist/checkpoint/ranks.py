@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 from ..sharded_lion import ShardedLion
-from ..sharding.collectives import Agreement
+from ..sharding.collectives import Agreement, group_timeout
 
 T = TypeVar("T")
-_gloo_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_gloo_groups: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}  # by ranks and time-out
 
 
 class Ranks:
@@ -38,15 +40,41 @@ class Ranks:
             raise ValueError("this rank is not in process_group; call it on the group's ranks only")
         return Ranks(group)
 
+    @property
+    def timeout(self) -> timedelta:
+        """How long their collectives wait for a rank."""
+        return default_pg_timeout if self.group is None else group_timeout(self.group)
+
     def on_gloo(self) -> Ranks:
-        """The same ranks in a group of their own, for a thread beside the training, whose collectives must not mix
-        with those of the training. Made once; a collective call then."""
+        """The same ranks in a group of their own with the same time-out, for a thread beside the training, whose
+        collectives must not mix with those of the training. A collective call; the group is made once."""
         if self.group is None:
             return self
-        ranks = tuple(dist.get_process_group_ranks(self.group))
-        if ranks not in _gloo_groups or _gloo_groups[ranks] not in dist.distributed_c10d._world.pg_map:
-            _gloo_groups[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-        return Ranks(_gloo_groups[ranks])
+        key = (tuple(dist.get_process_group_ranks(self.group)), self.timeout)
+
+        def lacks() -> bool:
+            known = _gloo_groups.get(key)
+            if known is not None and known in dist.distributed_c10d._world.pg_map:
+                return False
+            # What can fail on one rank alone fails here, before others wait for it in new_group().
+            dist.ProcessGroupGloo.create_default_device()
+            return True
+
+        what = "lion_dist.checkpoint.async_save(), making a gloo group"
+        try:
+            lacking = any(self.steps.all_gather("group", lacks))
+        except CheckpointException as error:
+            raise as_error(error, what) from None
+        if lacking:
+            with Agreement(self.group, what):
+                made = dist.new_group(list(key[0]), timeout=key[1], backend="gloo", use_local_synchronization=True)
+            _gloo_groups[key] = made
+        return Ranks(_gloo_groups[key])
+
+    def forget_gloo(self) -> None:
+        """After a failed collective: the next `on_gloo` makes another group."""
+        for key in [key for key, group in _gloo_groups.items() if group is self.group]:
+            del _gloo_groups[key]
 
     def agreeing(self, what: str) -> AbstractContextManager[Agreement | None]:
         """Around what every rank does by itself before anything is changed: see `Agreement`."""

@@ -36,7 +36,8 @@ from torch.futures import Future
 
 from ..sharding.boxes import Box
 from .blocks import Buffers, as_tensor, copy_in, finished, in_threads, read_block, synchronize
-from .folders import Key, local_path
+from .folders import Key, local_path, reading
+from .folders import Lock as FolderLock
 from .manifest import BLOCK_BYTES, DIGEST, MAX_DIGEST_BYTES, Chunk, Manifest, RegularFile, read_small
 from .plain import DTYPES, from_plain
 
@@ -96,12 +97,17 @@ class Reader(StorageReader):
             self._path = local_path(checkpoint_id)
         self._manifest: Manifest | None = None
         self._files: DataFiles | None = None
+        self._kept: FolderLock | None = None
 
     def close(self) -> None:
-        """Closes the data files. They are opened again when they are needed."""
+        """Closes the data files, which are opened again when they are needed, and lets ``keep_last`` remove the
+        checkpoint."""
         if self._files is not None:
             self._files.close()
             self._files = None
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Key) -> bool:
@@ -115,6 +121,7 @@ class Reader(StorageReader):
     @property
     def manifest(self) -> Manifest:
         if self._manifest is None:
+            self._kept = reading(self._path)  # until `close`, or for as long as this reader lives
             self._manifest = Manifest.read(self._path)
         return self._manifest
 

@@ -8,7 +8,10 @@ write    bytes, checksums, manifest, rename; collective, on a group of its own i
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from math import prod
@@ -27,6 +30,8 @@ from .ranks import Ranks, as_error
 from .writer import Writer
 
 ALIGNED = 64  # bytes
+
+logger = logging.getLogger("lion_dist")
 
 
 class _Planner(DefaultSavePlanner):
@@ -67,15 +72,19 @@ def _buffer(nbytes: int) -> Tensor:
 class Saving:
     """One save.
 
+    Args:
+        run: see `folders.run_of`; that of the first rank counts.
+
     Attributes:
+        what: the call, for messages.
         written, total: bytes that this rank has written, and will have.
     """
 
-    def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None) -> None:
-        self._what = f"lion_dist.checkpoint.save({str(path)!r})"
+    def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None, run: str) -> None:
+        self.what = f"lion_dist.checkpoint.save({str(path)!r})"
         self._ranks = ranks
         self._planner = _Planner()
-        self._writer = Writer(path, keep_last=keep_last, progress=self._count)
+        self._writer = Writer(path, keep_last=keep_last, run=run, progress=self._count)
         self._lock = threading.Lock()
         self.written = self.total = 0
         self._metadata: Metadata | None = None
@@ -124,7 +133,10 @@ class Saving:
             return step()
         except CheckpointException as error:
             self._writer.abandon()  # every rank has stopped writing, or there would be no such error
-            raise as_error(error, self._what) from None
+            raise as_error(error, self.what) from None
+        except BaseException:  # such as of a collective: other ranks may still be writing, so nothing is removed
+            self._writer.release()
+            raise
 
     def _count(self, nbytes: int) -> None:
         with self._lock:
@@ -132,21 +144,49 @@ class Saving:
 
 
 class PendingSave:
-    """An asynchronous save that is under way."""
+    """An asynchronous save that is under way.
+
+    A failure is logged at ERROR on the logger "lion_dist" when it happens, whether or not `result` is called.
+
+    The end of the interpreter waits for it, but not for one that hangs: where nothing has been written for as long as
+    collectives of the ranks' process group wait, the process ends without it, and says so at ERROR.
+    """
 
     def __init__(self, saving: Saving, ranks: Ranks) -> None:
         self._saving = saving
         self._future: Future[None] = Future()
         self._told = False
-        self._thread = threading.Thread(target=self._run, args=(ranks,), name="lion_dist.checkpoint.async_save")
+        self._process = os.getpid()
+        name = "lion_dist.checkpoint.async_save"
+        self._thread = threading.Thread(target=self._run, args=(ranks,), name=name, daemon=True)
         self._thread.start()
+        # No daemon: what waits for it is the interpreter's end, also in processes of multiprocessing.
+        threading.Thread(target=self._hold_exit, args=(ranks.timeout.total_seconds(),), name=f"{name}.exit").start()
 
     def _run(self, ranks: Ranks) -> None:
         try:
             self._saving.write(ranks)
-            self._future.set_result(None)
         except BaseException as error:
+            logger.error("%s, asynchronous, has failed, and there is no checkpoint: %s", self._saving.what, error)
+            ranks.forget_gloo()
             self._future.set_exception(error)
+        else:
+            self._future.set_result(None)
+
+    def _hold_exit(self, timeout: float) -> None:
+        main, written, since = threading.main_thread(), -1, 0.0
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            if main.is_alive() or self._saving.written != written:
+                written, since = self._saving.written, time.monotonic()
+            elif time.monotonic() - since > timeout + 2:  # the group's own time-out says more
+                logger.error(
+                    "%s, asynchronous, has not ended, and has written nothing for %g s: the process ends without it, "
+                    "and there is no checkpoint",
+                    self._saving.what,
+                    timeout,
+                )
+                return
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -169,6 +209,8 @@ class PendingSave:
 
     def settle(self) -> None:
         """Waits for its end; raises what went wrong, if `result` has not told yet."""
+        if self._process != os.getpid():
+            return  # the thread is the parent's
         error = self._future.exception()
         if error is not None and not self._told:
             self.result()

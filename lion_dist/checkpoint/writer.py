@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch.futures import Future
 
 from . import folders
 from .blocks import Buffers, checksum, copy_out, finished, in_threads, synchronize, write_block
-from .folders import Key, local_path
-from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, data_name, size_of
+from .folders import RUN, Key, Unfinished, local_path
+from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, data_name, read_small, size_of
 from .plain import DTYPES, dtype_name, to_plain
 
 
@@ -43,26 +42,41 @@ class Writer(StorageWriter):
 
     Args:
         path: a folder that does not exist, on a file system that all ranks share.
-        keep_last: how many of the checkpoints in the same folder stay; see `folders.keep_last`. None: all.
+        keep_last: how many of the checkpoints of this run stay, of those in the same folder whose names differ from
+            this one's in the number at the end; see `lion_dist.checkpoint.save`. It needs ``run``. None: all.
+        run: a name of the training that saves, which it keeps over restarts and shares with no other.
         progress: called from several threads with the bytes that this rank has written, block by block.
 
     Attributes:
         unfinished: on the first rank, the folder written to, until it is renamed.
+
+    Several may write at the same time, to different paths. Two to one path: one of them raises FileExistsError.
     """
 
     def __init__(
-        self, path: Key, *, keep_last: int | None = None, progress: Callable[[int], None] | None = None
+        self,
+        path: Key,
+        *,
+        keep_last: int | None = None,
+        run: str | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
-        self._keep_last = keep_last
+        if keep_last is not None and run is None:
+            raise ValueError(
+                "keep_last removes older checkpoints of the same run alone, and needs to know which these are: pass "
+                'run="...", a name that this training keeps over restarts and shares with no other'
+            )
+        self._keep_last, self._run = keep_last, run
         self._progress = progress
+        self.unfinished: Unfinished | None = None
         self.reset(path)
 
     def reset(self, checkpoint_id: Key | None = None) -> None:
+        self.abandon()  # what a save that failed has left
         if checkpoint_id is not None:
             self._path = local_path(checkpoint_id)
-        self.unfinished: Path | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Key) -> bool:
@@ -76,8 +90,9 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.unfinished = folders.new_unfinished(self._path)
-        places = (_Place(str(self.unfinished), data_name(rank)) for rank in range(len(plans)))
+        self.unfinished = Unfinished.make(self._path, self._run)
+        folder = str(self.unfinished.folder)
+        places = (_Place(folder, data_name(rank)) for rank in range(len(plans)))
         return [replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -113,7 +128,11 @@ class Writer(StorageWriter):
         synchronize(found)
         sums = [[0] * len(chunk.checksums) for chunk in chunks]
         buffers = Buffers(BLOCK_BYTES)
-        with path.open("xb") as file:
+        try:
+            opened = path.open("xb")
+        except FileNotFoundError as error:
+            raise folders.vanished(path.parent) from error
+        with opened as file:
             fd = file.fileno()
 
             def write(job: tuple[int, int]) -> None:
@@ -136,8 +155,31 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self.unfinished is not None
+        try:
+            manifest = self._manifest(metadata, results)
+            text = manifest.dumps()
+            digest = f"{hashlib.sha256(text).hexdigest()}  {NAME}\n".encode()
+            self._check_sizes(self.unfinished.folder, manifest.files)
+            self.unfinished.write_manifest(text)
+            folders.write_durably(self.unfinished.folder / DIGEST, digest)
+            self.unfinished.commit()
+            # Still under the lock: what is there now must be what was written here.
+            if read_small(self._path / DIGEST) != digest:
+                raise OSError(f"{self._path} has been replaced since it was saved, by another process. Save again")
+            self._check_sizes(self._path, manifest.files)
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, FileNotFoundError) and error.filename is not None:
+                raise folders.vanished(Path(error.filename)) from error
+            raise
+        self.release()
+        if self._keep_last is not None:
+            assert self._run is not None
+            folders.keep_last(self._path, self._keep_last, self._run)
+
+    def _manifest(self, metadata: Metadata, results: list[list[WriteResult]]) -> Manifest:
         files: dict[str, int] = {}
-        objects: dict[str, Any] = {}
+        objects: dict[str, Any] = {} if self._run is None else {RUN: self._run}
         chunks: dict[str, list[Chunk]] = {}
         dtypes: dict[str, set[str]] = {}
         for of_rank in results:
@@ -160,22 +202,24 @@ class Writer(StorageWriter):
             tensors[name] = Held(dtypes[name].pop(), tuple(known.size), tuple(of_tensor))
         manifest = Manifest(files, tensors, objects, BLOCK_BYTES)
         manifest.check()
-        for name, size in files.items():
-            there = size_of(self.unfinished / name)
+        return manifest
+
+    def _check_sizes(self, folder: Path, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items():
+            there = size_of(folder / name)
             if there != size:
                 raise ValueError(f"{name} has {there} bytes here, not {size}: is {self._path.parent} shared?")
-        text = manifest.dumps()
-        folders.write_durably(self.unfinished / NAME, text)
-        folders.write_durably(self.unfinished / DIGEST, f"{hashlib.sha256(text).hexdigest()}  {NAME}\n".encode())
-        folders.commit(self.unfinished, self._path)
-        self.unfinished = None
-        if self._keep_last is not None:
-            folders.keep_last(self._path, self._keep_last)
 
     def abandon(self) -> None:
         """Removes what has been written, on the first rank, once no rank writes any more."""
         if self.unfinished is not None:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished.discard()
+            self.unfinished = None
+
+    def release(self) -> None:
+        """Ends the lock and removes nothing: what is unfinished is left to a later save."""
+        if self.unfinished is not None:
+            self.unfinished.lock.release()
             self.unfinished = None
 
 

@@ -228,15 +228,17 @@ def toy() -> tuple[nn.Module, Lion]:
 def test_the_last_are_kept_and_leftovers_swept(tmp_path: Path) -> None:
     model, optimizer = toy()
     (tmp_path / "notes").mkdir()
-    others = {"best-10", ".best-11.0123abcd.unfinished"}  # of another run, which may be saving now
+    others = {"best-10", ".best-11.0123abcd.unfinished", ".step-9.0123abcd.unfinished"}  # no leftovers of this save
     checkpoint.save(tmp_path / "best-10", model, optimizer)
-    (tmp_path / ".best-11.0123abcd.unfinished").mkdir()
+    for name in (".best-11.0123abcd.unfinished", ".step-9.0123abcd.unfinished"):
+        (tmp_path / name).mkdir()
     for step in (9, 10, 100, 20):
-        left = tmp_path / ".step-9.0123abcd.unfinished"
-        left.mkdir()
+        left = tmp_path / f".step-{step}.0123abcd.unfinished"
+        left.mkdir(exist_ok=True)
         (left / "data-00000.bin").write_bytes(b"x")
         checkpoint.save(tmp_path / f"step-{step}", model, optimizer, keep_last=2)
         assert not left.exists()
+        (tmp_path / ".step-9.0123abcd.unfinished").mkdir(exist_ok=True)
     # By number, not by name or age; the one just written stays, whatever its number.
     assert {p.name for p in tmp_path.iterdir()} == {"notes", "step-20", "step-100", *others}
     assert checkpoint.latest(tmp_path) == tmp_path / "step-100"
