@@ -227,9 +227,15 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks and shards the trainable ones."""
+        self._settle()
         broadcast(params, self._group)
         self._frozen += [p for p in params if not p.requires_grad]
         self._set_shards(self._shards + self._make_shards([p for p in params if p.requires_grad], {}))
+
+    def _settle(self) -> None:
+        """Has collectives of other calls come after those of a backward, on ranks too that the backward missed."""
+        if self._reducer is not None:
+            self._reducer.settle()
 
     @property
     def _shards(self) -> list[Shard]:
@@ -286,6 +292,7 @@ class ShardedLion(Optimizer):
             for b in given:
                 check_device(b.device, self._group)
             agreement.says([f"buffer {i}: shape {tuple(b.shape)}, {b.dtype}" for i, b in enumerate(given)])
+        self._settle()
         for b in given:
             sent = b.contiguous()  # itself, or a copy where a buffer has gaps
             broadcast_from_first([sent], self._group)
@@ -510,6 +517,7 @@ class ShardedLion(Optimizer):
         self._check_bits()
 
     def _check_bits(self) -> None:
+        self._settle()
         unlike = differing([p for group in self.param_groups for p in group["params"]], self._group)
         if unlike:
             some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
@@ -524,6 +532,7 @@ class ShardedLion(Optimizer):
         has, where hyper-parameters differed in one of the last steps; see `step`."""
         with Agreement(self._group, "ShardedLion.resync()"):
             pass
+        self._settle()
         broadcast([p for group in self.param_groups for p in group["params"]], self._group)
         self._comparison.check(all=True)
 
@@ -562,6 +571,7 @@ class ShardedLion(Optimizer):
             self._comparison.check(all=True)
             self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
+        self._settle()
         keep = not rank0_only or self._rank == 0
         gathered = whole_momenta(self._shards, self._group, keep)
         if not keep:
