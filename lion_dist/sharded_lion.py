@@ -278,6 +278,9 @@ class ShardedLion(Optimizer):
         """Shards parameters that were frozen when they were given and no longer are."""
         unfrozen = [i for i, p in enumerate(self._frozen) if p.requires_grad or p.grad is not None]
         if unfrozen:
+            if self._reducer is not None:
+                # Ranks that the last pass reached may wait, within their backward, for those that it missed.
+                self._reducer.reduce()
             with Agreement(self._group, "ShardedLion.step() after unfreezing parameters") as agreement:
                 agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
             self._set_shards(self._shards + self._make_shards([self._frozen[i] for i in unfrozen], {}))

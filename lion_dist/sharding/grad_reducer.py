@@ -118,7 +118,15 @@ class GradReducer:
             warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
         gone = {i for ids in lost for i in ids}
         used = {id(p) for p, is_used in zip(self._params, self._used, strict=True) if is_used} - gone
+        before = set(map(id, self._params))
         late = {id(self._params[i]): entry for i, entry in self._late.items()}
+        # Backwards may have reached new parameters while they had no hook.
+        late |= {
+            id(p): (p.grad, p.grad._version)
+            for s in shards
+            for p in s.params
+            if id(p) not in before and p.grad is not None
+        }
         self.generation += 1  # clipping was computed from other parameters
         self._flags = None
         self._shards = list(shards)

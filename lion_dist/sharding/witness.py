@@ -17,7 +17,7 @@ from torch import Tensor
 _ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
     "GradScaler.unscale_, model.zero_grad(set_to_none=False), DistributedDataParallel and the like do not reach them: "
-    "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped"
+    "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped; or use stage=1"
 )
 
 
