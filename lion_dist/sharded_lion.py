@@ -312,6 +312,18 @@ class ShardedLion(Optimizer):
             raise RuntimeError("with stage=1 use the no_sync() of DistributedDataParallel, which reduces the gradients")
         return self._reducer.no_sync()
 
+    def join_hook(self, **kwargs: Any) -> NoReturn:
+        """Refuses torch.distributed.algorithms.join.Join, which calls it.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same "
+            "number of steps, since each owns a part of the momentum. Give all ranks the same number of batches "
+            "(DistributedSampler(drop_last=True)), or stop all of them when the first has none left"
+        )
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

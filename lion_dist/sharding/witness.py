@@ -67,7 +67,7 @@ class Witness:
         if self.watches:
             return
         index = next((i for i in self._order if left[i]), self._order[0])
-        if index != self.index:
+        if index != self.index or self._hook is None:
             self.dismiss()
             self.index = index
             # Called before autograd adds to the witness's own gradient, which covers every trace.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
 from lion_dist.sharding import grad_reducer
@@ -176,3 +177,45 @@ def body_step_left_out(rank: int, world_size: int) -> None:
 @spawn_only
 def test_a_step_left_out(tmp_path: Path) -> None:
     run_ranks(body_step_left_out, 2, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+
+
+def body_stale_word(rank: int, world_size: int) -> None:
+    """A failure is told by the optimizer it belongs to: another one of the group neither quotes it nor hides it."""
+    device = device_of(rank, world_size)
+    table = nn.Embedding(50, 7, sparse=True, device=device)
+    first = ShardedLion(table.parameters(), lr=LR)
+    second = ShardedLion([nn.Parameter(torch.ones(300, device=device))], lr=LR)
+    rows = torch.arange(5, device=device)
+
+    def train() -> None:
+        table(rows).sum().backward()
+        first.step()
+
+    with pytest.raises((TypeError, RuntimeError), match=r"[Ss]parse|backward raised"):
+        train()
+    assert "backward raised" in first._membership.failure
+    third = Pair(rank, world_size)
+    third.train(0)
+    for optimizer in (second, third.sharded):
+        failing = pytest.raises(RuntimeError, match="one may have ended, raised or left one out")
+        with failing as failed, optimizer._membership.collective():
+            raise RuntimeError("a collective that failed for a reason of its own")
+        assert "backward raised" not in str(failed.value)
+    with pytest.raises(RuntimeError, match=r"rank \d of the group: a backward raised"), first._membership.collective():
+        raise RuntimeError("a collective")
+
+
+@spawn_only
+def test_word_of_another_optimizer_is_not_quoted(tmp_path: Path) -> None:
+    run_ranks(body_stale_word, 2, tmp_path, timeout=SHORT, on_cpu=True)
+
+
+def body_join(rank: int, world_size: int) -> None:
+    for stage in (1, 2):
+        pair = Pair(rank, world_size, stage=stage)
+        with pytest.raises(RuntimeError, match=r"does not work under .*Join: every rank .* same number of steps"):
+            Join([pair.sharded])  # type: ignore[list-item]
+
+
+def test_join_is_refused(tmp_path: Path) -> None:
+    run_ranks(body_join, 2, tmp_path)
