@@ -118,15 +118,8 @@ class GradReducer:
             warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
         gone = {i for ids in lost for i in ids}
         used = {id(p) for p, is_used in zip(self._params, self._used, strict=True) if is_used} - gone
-        before = set(map(id, self._params))
         late = {id(self._params[i]): entry for i, entry in self._late.items()}
-        # Backwards may have reached new parameters while they had no hook.
-        late |= {
-            id(p): (p.grad, p.grad._version)
-            for s in shards
-            for p in s.params
-            if id(p) not in before and p.grad is not None
-        }
+        hooked = {id(p) for i, p in enumerate(self._params) if self._hooks is not None and self._hooks.has(i)}
         self.generation += 1  # clipping was computed from other parameters
         self._flags = None
         self._shards = list(shards)
@@ -134,6 +127,9 @@ class GradReducer:
         self._rounds = self._make_rounds(kept)
         self._used = bytearray(id(p) in used for p in self._params)
         self._late = {i: late[id(p)] for i, p in enumerate(self._params) if id(p) in late}
+        for i, p in enumerate(self._params):
+            if p.grad is not None and id(p) not in hooked:  # a backward may have reached it
+                self._late[i] = p.grad, p.grad._version
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = GradHooks(self._params, self._arrived, self._taken_over)
@@ -195,7 +191,7 @@ class GradReducer:
         if self._paused:
             if round_begun:
                 self._passes.add(current)
-            late = round_begun or self._ended_rounds > 0
+            late = bool(round_begun or self._used[i])
         else:
             self._watch_pass()
             if not round_begun:
@@ -317,10 +313,9 @@ class GradReducer:
         if not (self._rounds.is_complete if self._rounds.is_open else self._ended_rounds):
             return
         assert self._hooks is not None
-        none = 1 not in self._used  # where gradients of other ranks have left, of parameters that this one cannot know
         for i, p in enumerate(self._params):
             grad = p.grad
-            if grad is None or i == arrived or not (none or self._used[i]) or self._is_placeholder(i):
+            if grad is None or i == arrived or not self._used[i] or self._is_placeholder(i):
                 continue
             left, version = self._late.get(i, (None, 0))
             if (grad is not left or grad._version != version) and self._hooks.has(i):
@@ -423,6 +418,8 @@ class GradReducer:
             self._forget()
             yield
             return
+        if self._witness is not None and self._witness.zeroed:
+            self._forget()  # there is nothing to make zeros of
         self._drop_round()
         self.finish()
         if self._witness is not None:

@@ -56,13 +56,15 @@ class Witness:
         self._order = sorted(range(len(params)), key=lambda i: (not params[i].requires_grad, params[i].numel()))
         self._placeholder: Tensor | None = None  # the zeros that were put there
         self._seen: tuple[Tensor, int] | None = None  # the gradient as autograd last left it, and its version
+        self._has_left = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def watch(self, left: Sequence[int]) -> None:
         """Begins, if it does not watch already.
 
         Args:
-            left: for each parameter, whether its gradient has left. If none has, any parameter will do.
+            left: for each parameter, whether its gradient has left. If none has, any parameter will do; it may be
+                given a gradient by hand nevertheless.
         """
         if self.watches:
             return
@@ -75,6 +77,7 @@ class Witness:
                 look = self._look
                 self._hook = self._param.register_hook(lambda _: look())
         self.place()
+        self._has_left = bool(left[index])
 
     @property
     def _param(self) -> Tensor:
@@ -85,8 +88,14 @@ class Witness:
         """Whether it stands for gradients that have left."""
         return self._seen is not None
 
+    @property
+    def zeroed(self) -> bool:
+        """Whether it watched, and gradients have been set to None since."""
+        return self.watches and self._param.grad is None
+
     def place(self) -> None:
-        """Has the parameter keep the gradient it has, or zeros."""
+        """Has the parameter keep the gradient it has, or zeros in the place of one that has left."""
+        self._has_left = True
         if self._param.grad is None:
             self._placeholder = torch.zeros_like(self._param, requires_grad=False).as_subclass(_Zeros)
             self._param.grad = self._placeholder
@@ -113,7 +122,9 @@ class Witness:
             return False
         grad, version = self._seen
         now = self._param.grad
-        if now is not None and (now is not grad or now._version != version):
+        if now is not None and now is not grad and not self._has_left:
+            self.saw()  # made by hand
+        elif now is not None and (now is not grad or now._version != version):
             raise RuntimeError(f"gradients were changed after they had been reduced. {_ADVICE}")
         return now is None
 

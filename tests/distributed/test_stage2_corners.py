@@ -110,6 +110,13 @@ def body_zeros_then_none(rank: int, world_size: int) -> None:
         if of:
             backward_expect(pair, 20 + step, of)
         pair.step(f"gradients of {of} only")
+    # The other way round: where gradients are None, there are none to be made zeros of.
+    backward_expect(pair, 30)
+    for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
+        optimizer.step()
+        nn.ParameterList(params).zero_grad()
+        optimizer.zero_grad(set_to_none=False)
+    pair.step("no gradients")
     pair.finish()
 
 
