@@ -241,6 +241,7 @@ class ShardedLion(Optimizer):
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks, but for frozen ones whose bytes cannot be sent, and shards the
         trainable ones."""
+        self._settle()
         if "param_names" not in self.param_groups[-1]:  # of all groups or of none
             refuse_permuted(params, self._group)
         sent = broadcast(params, self._group)
@@ -259,6 +260,11 @@ class ShardedLion(Optimizer):
         """Undoes `_shard_frozen`."""
         self._set_shards(list(shards))
         self._frozen = frozen
+
+    def _settle(self) -> None:
+        """Has collectives of other calls come after those of a backward, on ranks too that the backward missed."""
+        if self._reducer is not None:
+            self._reducer.settle()
 
     @property
     def _shards(self) -> list[Shard]:
@@ -306,6 +312,9 @@ class ShardedLion(Optimizer):
         """Shards parameters that were frozen when they were given and no longer are."""
         unfrozen = self._unfrozen()
         if unfrozen:
+            if self._reducer is not None:
+                # Ranks that the last pass reached may wait, within their backward, for those that it missed.
+                self._reducer.reduce()
             self._adopt(unfrozen, "ShardedLion.step() after unfreezing parameters")
 
     def _adopt(self, unfrozen: list[int], call: str) -> None:
@@ -328,6 +337,7 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where the ranks unfroze different parameters; nothing has been changed.
         """
         self._membership.check()
+        self._settle()
         self._adopt(self._unfrozen(), "ShardedLion.init_state()")
 
     @torch.no_grad()
@@ -339,6 +349,7 @@ class ShardedLion(Optimizer):
             for b in given:
                 check_device(b.device, self._group)
             agreement.says([f"buffer {i}: shape {tuple(b.shape)}, {b.dtype}" for i, b in enumerate(given)])
+        self._settle()
         for b in given:
             sent = b.contiguous()  # itself, or a copy where a buffer has gaps
             broadcast_from_first([sent], self._group)
@@ -354,6 +365,18 @@ class ShardedLion(Optimizer):
         if self._reducer is None:
             raise RuntimeError("with stage=1 use the no_sync() of DistributedDataParallel, which reduces the gradients")
         return self._reducer.no_sync()
+
+    def join_hook(self, **kwargs: Any) -> NoReturn:
+        """Refuses torch.distributed.algorithms.join.Join, which calls it.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same "
+            "number of steps, since each owns a part of the momentum. Give all ranks the same number of batches "
+            "(DistributedSampler(drop_last=True)), or stop all of them when the first has none left"
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -634,6 +657,7 @@ class ShardedLion(Optimizer):
         self._check_bits()
 
     def _check_bits(self) -> None:
+        self._settle()
         unlike = differing([p for group in self.param_groups for p in group["params"]], self._group)
         if unlike:
             some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
@@ -648,6 +672,7 @@ class ShardedLion(Optimizer):
         has, where hyper-parameters differed in one of the last steps; see `step`."""
         with Agreement(self._group, "ShardedLion.resync()"):
             pass
+        self._settle()
         broadcast([p for group in self.param_groups for p in group["params"]], self._group)
         self._comparison.check(all=True)
 
@@ -687,6 +712,7 @@ class ShardedLion(Optimizer):
             self._comparison.check(all=True)
             self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
+        self._settle()
         keep = not rank0_only or self._rank == 0
         gathered = whole_momenta(self._shards, self._group, keep)
         if not keep:

@@ -135,30 +135,41 @@ def start_all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Any:
     return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
 
+_UNKNOWN_CAUSE = "the ranks must make the same calls in the same order, and one may have ended, raised or left one out"
+
+
 @contextlib.contextmanager
-def explaining(group: dist.ProcessGroup) -> Iterator[None]:
-    """Around collectives: an error says what a rank that can take part no more has left word of, if one has."""
+def explaining(group: dist.ProcessGroup, cause: Callable[[], str] = lambda: _UNKNOWN_CAUSE) -> Iterator[None]:
+    """Around collectives on the group: an error says what may have caused it.
+
+    Args:
+        cause: called where a collective fails.
+    """
     try:
         yield
     except RuntimeError as error:
-        word = "the ranks must make the same calls in the same order, and one may have ended, raised or left one out"
-        with contextlib.suppress(Exception):
-            notes = _notes(group)
-            if notes.check(["failed"]):
-                word = notes.get("failed").decode()
-        raise RuntimeError(f"a collective of ShardedLion failed: {word}. ({error})") from error
+        raise RuntimeError(f"a collective of ShardedLion failed: {cause()}. ({error})") from error
 
 
 class Membership:
-    """Whether this rank can still take part in a group's collectives.
+    """One optimizer's part in a process group: whether this rank can still take part in its collectives, and what the
+    ranks tell each other where they fail.
+
+    To be made by all ranks of the group, in the same order if there are several.
 
     Attributes:
-        failure: why it can no more, or "".
+        failure: why this rank can take part no more, or "".
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.failure = ""
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        # Notes of this optimizer alone: another one's failure is not the cause of this one's. All ranks count alike.
+        store = _notes(group)
+        number = store.add(f"optimizers/{self._rank}", 1)
+        self._notes = c10d.PrefixStore(f"optimizer{number}", store)
+        self._questions = 0
 
     def check(self) -> None:
         """Raises if it cannot."""
@@ -169,11 +180,33 @@ class Membership:
     def collective(self) -> Iterator[dist.ProcessGroup]:
         """Around collectives on the group: one that fails is the last, and says why."""
         try:
-            with explaining(self.group):
+            with explaining(self.group, self._cause):
                 yield self.group
         except RuntimeError as error:
             self.leave(str(error))
             raise
+
+    def _cause(self) -> str:
+        with contextlib.suppress(Exception):  # the store may be gone
+            if self._notes.check(["failed"]):
+                return self._notes.get("failed").decode()
+        return _UNKNOWN_CAUSE
+
+    def any_rank(self, *facts: bool) -> list[bool]:
+        """For each fact, whether it is true on any rank. A collective call, in which the host waits for the other
+        ranks' hosts and for no device: nothing is put on the process group."""
+        if self._world_size == 1:
+            return list(facts)
+        self._questions += 1
+        store = c10d.PrefixStore(f"question{self._questions}", self._notes)
+        with self.collective():
+            for i, fact in enumerate(facts):
+                if fact:
+                    store.set(str(i), "")
+            if store.add("answers", 1) == self._world_size:
+                store.set("all", "")
+            store.wait(["all"], group_timeout(self.group))
+            return [store.check([str(i)]) for i in range(len(facts))]
 
     def leave(self, reason: str) -> None:
         """Takes part no more; the others are not told."""
@@ -186,7 +219,7 @@ class Membership:
             return
         self.leave(f"{reason}. Its process group has been aborted; restart from a checkpoint")
         with contextlib.suppress(Exception):  # a store that is gone has no readers either
-            _notes(self.group).compare_set("failed", "", f"rank {dist.get_rank(self.group)} of the group: {reason}")
+            self._notes.compare_set("failed", "", f"rank {self._rank} of the group: {reason}")
         with contextlib.suppress(Exception):  # not every backend can
             self.group.abort()
 

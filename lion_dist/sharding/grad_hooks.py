@@ -69,6 +69,10 @@ class GradHooks:
             return False
         return any(p.requires_grad and i not in self._handles for i, p in enumerate(self._params))
 
+    def has(self, i: int) -> bool:
+        """Whether the parameter has a hook."""
+        return i in self._handles
+
     def reports(self, i: int) -> bool:
         """Whether a backward that reaches the parameter calls ``arrived``."""
         return i in self._handles and self._params[i].requires_grad

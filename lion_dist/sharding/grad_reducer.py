@@ -3,11 +3,12 @@
 Arrival: autograd has added a gradient into ``p.grad`` (a hook tells). Under `no_sync` it stays there; else it
     leaves with its bucket (rounds.py), and ``p.grad`` is None from then on.
 Pass: a backward. One in a reentrant checkpoint is part of the one around it, but autograd numbers it anew.
-Period: what lies between two calls of `reduce`, in which every rank makes the same passes. Its first round is
-    launched as the gradients of its first pass arrive, the rest of it when that pass ends (or by `reduce`, on a
-    rank that no pass reached). Gradients that arrive after their bucket was launched are *late*: of a second
-    pass, or of a parameter in several reentrant checkpoints. They add up in ``p.grad``, and `reduce` makes a
-    second round of them.
+Period: what lies between two calls of `reduce` or `settle`, in which every rank makes the same passes. Each rank
+    makes one round in it, whatever its passes reach: the round is launched as the gradients of the first pass arrive,
+    the rest of it when that pass ends (or by `reduce`, on a rank that no pass reached). Gradients that arrive after
+    their bucket was launched are *late*: those of a second pass, of a pass after zeroing, or of a parameter in several
+    reentrant checkpoints. They add up in ``p.grad``. The ranks then exchange what they had, and where any rank has
+    late gradients, all make a second round.
 Epoch: what lies between two zeroings of the gradients. Its first round overwrites the shards, later ones add.
 Active: a parameter of which some rank had a gradient in this epoch; where another had none, it counts as zeros.
 """
@@ -18,7 +19,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,21 @@ from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_oute
 from .rounds import Rounds
 from .shard import Shard
 from .witness import Witness
+
+# Devices whose collectives the host waits for in any case, so that it may as well read what comes of them.
+WAITING_DEVICES = {"cpu"}
+
+_UNLIKE_PASSES = (
+    "gradients arrived after their bucket had been reduced on some ranks, while others made a single backward pass "
+    "since the last step(). Did a rank leave out a step()? Where a pass does not reach every rank, put "
+    "optimizer.no_sync() around all passes of a step but the last; where the ranks' models differ, checkpoint with "
+    "use_reentrant=False"
+)
+_UNLIKE_ZEROING = (
+    "gradients that no step() had used were zeroed, but not those of every rank: either not every rank zeroed them, or "
+    "the backward before did not reach every rank. A pass whose gradients are dropped must reach a parameter on every "
+    "rank (put optimizer.no_sync() around passes that may be dropped)"
+)
 
 
 class GradReducer:
@@ -64,12 +80,18 @@ class GradReducer:
 
         self._learned = False  # the order in which gradients arrive
         self._seen: list[int] = []  # that order, until it is learned
-        self._passes: set[int] = set()  # of this period: autograd's numbers of those in which gradients arrived
-        self._reentrant = False  # whether any rank has ever been seen to use reentrant checkpoints
+        # Whether any rank has been seen to make several passes in a period, or to use reentrant checkpoints.
+        self._expects_late = False
+
+        # A period.
+        self._passes: set[int] = set()  # autograd's numbers of those in which gradients arrived
+        self._dropped = False  # its round has been made, and what the round brought was zeroed
 
         # An epoch.
         self._ended_rounds = 0
-        self._used = bytearray()  # 1 where this rank had a gradient
+        self._used = bytearray()  # 1 where a gradient of this rank has left
+        # Late gradients as autograd left them in p.grad, with their versions.
+        self._late: dict[int, tuple[Tensor, int]] = {}
 
     # Parameters ---------------------------------------------------------------------------------
 
@@ -86,9 +108,7 @@ class GradReducer:
         """Takes other shards; a collective call. Averages of shards whose parameters stay together are kept; if
         others are lost, a warning says so."""
         self._membership.check()
-        self._follow_zeroing()
-        if self._rounds.is_open:
-            self._end_round()
+        self.settle()
         self.finish()
         if self._witness is not None:
             self._witness.dismiss()
@@ -98,18 +118,24 @@ class GradReducer:
             warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
         gone = {i for ids in lost for i in ids}
         used = {id(p) for p, is_used in zip(self._params, self._used, strict=True) if is_used} - gone
+        late = {id(self._params[i]): entry for i, entry in self._late.items()}
+        hooked = {id(p) for i, p in enumerate(self._params) if self._hooks is not None and self._hooks.has(i)}
         self.generation += 1  # clipping was computed from other parameters
         self._flags = None
         self._shards = list(shards)
         self._params = [p for shard in shards for p in shard.params]
         self._rounds = self._make_rounds(kept)
         self._used = bytearray(id(p) in used for p in self._params)
+        self._late = {i: late[id(p)] for i, p in enumerate(self._params) if id(p) in late}
+        for i, p in enumerate(self._params):
+            if p.grad is not None and id(p) not in hooked:  # a backward may have reached it
+                self._late[i] = p.grad, p.grad._version
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = GradHooks(self._params, self._arrived, self._taken_over)
         self._witness = Witness(self._params, self._witness_look()) if self._params else None
         if self._witness is not None and self._ended_rounds:
-            self._witness.place()
+            self._witness.watch(self._used)
         self._learned = False
         self._seen = []
 
@@ -121,6 +147,7 @@ class GradReducer:
             reducer = self_ref()
             if reducer is not None and torch._C._current_graph_task_id() not in reducer._passes:
                 reducer._follow_zeroing()
+                reducer._check_by_hand()
 
         return look
 
@@ -155,21 +182,27 @@ class GradReducer:
         current = torch._C._current_graph_task_id()
         witness = self._witness
         assert witness is not None
-        if i == witness.index:
-            if witness.watches:
-                witness.saw()  # after `look`
+        if i == witness.index and witness.watches:
+            witness.saw()  # after `look`
         elif current not in self._passes:
             self._follow_zeroing()
+            self._check_by_hand(arrived=i)
+        round_begun = self._rounds.is_open or self._dropped
         if self._paused:
-            if self._rounds.is_open:  # its bucket may be on its way already
+            if round_begun:
                 self._passes.add(current)
-            return
-        self._watch_pass()
-        if not self._rounds.is_open:
-            self._begin_round()
-        if not self._learned:
-            self._seen.append(i)
-        self._rounds.arrived(i, self._take)
+            late = bool(round_begun or self._used[i])
+        else:
+            self._watch_pass()
+            if not round_begun:
+                self._begin_round()
+            if not self._learned:
+                self._seen.append(i)
+            late = self._dropped or not self._rounds.arrived(i, self._take)
+        if late:
+            grad = self._params[i].grad
+            assert grad is not None
+            self._late[i] = grad, grad._version
 
     def _watch_pass(self) -> None:
         current = torch._C._current_graph_task_id()
@@ -179,11 +212,18 @@ class GradReducer:
 
     def _pass_ended(self) -> None:
         if in_reentrant_pass_end():
-            self._reentrant = True
+            self._expects_late = True
+            if 1 in self._used:
+                self._watch()
             when_outer_pass_goes_on(self._watch_pass)  # no gradient may ever arrive in it
         elif self._rounds.is_open:
             # Now, and not in step(): a collective of the user's own may come between, on the same group.
             self._rounds.launch_rest(self._take)
+            self._watch()
+
+    def _watch(self) -> None:
+        if self._witness is not None:
+            self._witness.watch(self._used)
 
     def _backward_raised(self) -> None:
         if self._world_size > 1:
@@ -192,8 +232,6 @@ class GradReducer:
     def _begin_round(self) -> None:
         assert self._hooks is not None
         self._rounds.begin(self._hooks.reports, adds=self._ended_rounds > 0)
-        if self._witness is not None and not self._witness.watches:
-            self._witness.place()
 
     def _take(self, i: int) -> Tensor | None:
         """A parameter's gradient, 1-D in the parameter's memory order, which leaves ``p.grad``; or None."""
@@ -202,8 +240,9 @@ class GradReducer:
         if grad is None or self._is_placeholder(i):
             return None
         self._used[i] = 1
+        self._late.pop(i, None)
         p.grad = None
-        if self._is_witness(i) and self._witness is not None:
+        if self._witness is not None and i == self._witness.index and self._witness.watches:
             self._witness.place()
         if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
             return grad.view(-1)  # the usual case, in a third of the time
@@ -214,69 +253,113 @@ class GradReducer:
             self._begin_round()
         self._rounds.end(self._take)
         self._ended_rounds += 1
+        self._watch()
 
     # Reduction ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Ends the period: every gradient of every rank is on its way to `grads`; see `finish`, `active`. A collective
-        call. The host waits for nothing in a period of one pass, without reentrant checkpoints, after the first."""
+        call. After the first period the host waits for no device, as long as no rank has made several passes in a
+        period or used reentrant checkpoints."""
         self._membership.check()
         if not self._params or self._hooks is None:
             return
-        self._check_alone()
         self._follow_zeroing()
-        self._end_round()
+        self._check_by_hand()
+        if not self._dropped:
+            self._end_round()
         if self._exchange():
+            self._dropped = False
             self._end_round()
             self._exchange()
+        self._dropped = False
+        self._late.clear()
         self._passes.clear()
         if not self._learned:
             self._learn()
         self._hooks.add()
         self.generation += 1
 
-    def _check_alone(self) -> None:
-        """Raises where something put gradients into ``p.grad`` that no backward did: in one pass, a gradient
-        that has left does not come back."""
-        if not self._rounds.is_open or self._reentrant or len(self._passes) > 1:
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Ends the period so that other collectives may follow on every rank, also where a pass reached some ranks
+        only: if any rank has made its round, those that have not make theirs. A collective call, for which the host
+        waits. Late gradients stay in ``p.grad``."""
+        if self._membership.failure or not self._params:
             return
-        if self._witness is not None and self._witness.zeroed:
-            return  # all have been dropped since, and those may have come by hand
+        self._follow_zeroing()
+        self._check_by_hand()
+        began, dropped, kept = self._membership.any_rank(self._rounds.is_open, self._dropped, not self._dropped)
+        if dropped and kept:
+            self._fail(_UNLIKE_ZEROING)
+        if began:
+            self._end_round()
+        self._dropped = False
+        self._passes.clear()
+
+    def _fail(self, reason: str) -> NoReturn:
+        self._membership.fail(reason)
+        self._membership.check()
+        raise AssertionError("unreachable")
+
+    def _check_by_hand(self, arrived: int = -1) -> None:
+        """Raises where a parameter whose gradient has left has another in ``p.grad`` that no backward put there, or
+        that was changed since.
+
+        Args:
+            arrived: a parameter whose gradient autograd has just put there.
+        """
+        if not (self._rounds.is_complete if self._rounds.is_open else self._ended_rounds):
+            return
+        assert self._hooks is not None
         for i, p in enumerate(self._params):
-            if p.grad is not None and self._rounds.has_left(i) and not self._is_witness(i):
+            grad = p.grad
+            if grad is None or i == arrived or not self._used[i] or self._is_placeholder(i):
+                continue
+            left, version = self._late.get(i, (None, 0))
+            if (grad is not left or grad._version != version) and self._hooks.has(i):
                 number = [n for shard in self._shards for n in shard.numbers][i]
                 raise RuntimeError(
                     f"the gradient of parameter {number} (shape {tuple(p.shape)}) was reduced, and something put "
                     "another into p.grad. Stage 2 reduces gradients itself: is the model wrapped in "
-                    "DistributedDataParallel? Take it out, or use stage=1"
+                    "DistributedDataParallel? Take it out, or use stage=1. A gradient made by hand belongs in p.grad "
+                    "before the backward, or after optimizer.zero_grad()"
                 )
 
     def _exchange(self) -> bool:
         """Has the ranks tell each other what they had gradients of; whether any has late ones.
 
-        In a period of a single pass there are none, unless a parameter has been unfrozen; and a rank of which that is
-        true does not look (it is blind to those of others), because the host would have to wait for the device.
+        A rank for which the host would have to wait for the device reads the outcome only where it has reason to
+        expect late gradients: it has some, or other than one pass, or several passes were made before. Such a rank is
+        blind to late gradients that others alone have, in which case those fail.
         """
         assert self._hooks is not None
+        device = self.grads[0].device
         late = self.has_local()
-        several = self._reentrant or len(self._passes) != 1
-        looks = late or several or not self._learned or self._hooks.lacks_some()
-        flags = upload([*self._used, late, self._reentrant, not looks], torch.uint8, self.grads[0].device)
+        self._expects_late = self._expects_late or len(self._passes) > 1
+        reads = (
+            device.type in WAITING_DEVICES
+            or late
+            or self._dropped
+            or self._expects_late
+            or len(self._passes) != 1
+            or not self._learned
+            or self._hooks.lacks_some()
+        )
+        facts = [late, self._expects_late, self._dropped, not self._dropped, not reads]
+        flags = upload([*self._used, *facts], torch.uint8, device)
         with self._membership.collective() as group:
             self._flags, self._flags_under_way = flags, start_all_reduce_max(flags, group)
-        if not looks:
+        if not reads:
             return False
         self._finish_flags()
-        any_late, any_reentrant, any_blind = flags[-3:].tolist()
-        self._reentrant = bool(any_reentrant)
+        any_late, any_expects, any_dropped, any_kept, any_blind = flags[-len(facts) :].tolist()
+        self._expects_late = bool(any_expects)
+        if any_dropped and any_kept:
+            self._fail(_UNLIKE_ZEROING)
         if any_late and any_blind:
-            self._membership.fail(
-                "gradients arrived after their bucket had been reduced on some ranks, while others made a single "
-                "backward pass since the last step(). Every rank must make the same passes and steps: did one leave "
-                "out a step()? Where the ranks' models differ, checkpoint with use_reentrant=False"
-            )
-            self._membership.check()
+            self._fail(_UNLIKE_PASSES)
         return bool(any_late)
 
     def finish(self, shard: int | None = None) -> None:
@@ -313,9 +396,6 @@ class GradReducer:
         self._follow_zeroing()
         return any(p.grad is not None and not self._is_placeholder(i) for i, p in enumerate(self._params))
 
-    def _is_witness(self, i: int) -> bool:
-        return self._witness is not None and i == self._witness.index
-
     def _is_placeholder(self, i: int) -> bool:
         return self._witness is not None and i == self._witness.index and self._witness.holds_none()
 
@@ -337,8 +417,8 @@ class GradReducer:
     def zeroing(self, set_to_none: bool) -> Iterator[None]:
         """Around the zeroing of ``p.grad``: forgets the averages, or makes them zeros that still count as gradients.
 
-        After a backward that no `reduce` has followed this is a collective call: ranks may have launched
-        different buckets of the round, and must end it first."""
+        After a backward that no `reduce` has followed, every rank must do so, and the backward must have reached every
+        rank. Gradients of later passes then wait in ``p.grad`` for `reduce`."""
         if self._membership.failure:
             yield
             return
@@ -346,7 +426,9 @@ class GradReducer:
             self._forget()
             yield
             return
-        self._end_unwanted_round()
+        if self._witness is not None and self._witness.zeroed:
+            self._forget()  # there is nothing to make zeros of
+        self._drop_round()
         self.finish()
         if self._witness is not None:
             self._witness.remove()
@@ -354,8 +436,10 @@ class GradReducer:
             grad.zero_()
         self.generation += 1
         yield
-        if self._witness is not None and self._ended_rounds:
-            self._witness.place()
+        still = [(i, self._params[i].grad) for i in self._late]
+        self._late = {i: (grad, grad._version) for i, grad in still if grad is not None}
+        if self._ended_rounds:
+            self._watch()
 
     def _follow_zeroing(self) -> None:
         """Where gradients were set to None behind this object's back (model.zero_grad()), those here go too."""
@@ -363,15 +447,19 @@ class GradReducer:
             self._forget()
 
     def _forget(self) -> None:
-        self._end_unwanted_round()
+        self._drop_round()
         if self._witness is not None:
             self._witness.remove()
         self._ended_rounds = 0
         self._used = bytearray(len(self._params))
+        self._late.clear()
         self._passes.clear()
         self.generation += 1
 
-    def _end_unwanted_round(self) -> None:
+    def _drop_round(self) -> None:
+        """Makes what is left of a round whose gradients are not wanted. The period goes on without another: a rank
+        that was not reached by the pass could not know of it."""
         if self._rounds.is_open and not self._membership.failure:
             self._rounds.end(take=lambda i: None)
             self._ended_rounds += 1
+            self._dropped = True

@@ -140,19 +140,27 @@ class Rounds:
         self._has_arrived = bytearray(len(self._params))
         self._missing = [sum(map(expected, bucket)) for bucket in self._buckets]
 
-    def arrived(self, i: int, take: Take) -> None:
-        """Takes note that a gradient is there, and launches what is complete."""
+    def arrived(self, i: int, take: Take) -> bool:
+        """Takes note that a gradient is there, and launches what is complete.
+
+        Returns:
+            Whether it came in time: its bucket had not been launched.
+        """
         bucket = self._bucket_of[i]
-        if self._has_arrived[i] or bucket < self._launched:
-            return
+        if bucket < self._launched:
+            return False
+        if self._has_arrived[i]:
+            return True
         self._has_arrived[i] = 1
         self._missing[bucket] -= 1
         while self._launched < len(self._buckets) and not self._missing[self._launched]:
             self._launch(take)
+        return True
 
-    def has_left(self, i: int) -> bool:
-        """Whether, in the open round, a gradient arrived in time and was launched."""
-        return bool(self._has_arrived[i]) and self._bucket_of[i] < self._launched
+    @property
+    def is_complete(self) -> bool:
+        """Whether every bucket of the round has been launched."""
+        return self._launched == len(self._buckets)
 
     def launch_rest(self, take: Take) -> None:
         while self._launched < len(self._buckets):

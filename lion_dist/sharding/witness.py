@@ -2,12 +2,14 @@
 
 Once gradients have left for the shards, ``model.zero_grad()`` finds nothing to zero and torch's
 ``clip_grad_norm_`` nothing to scale, and neither says so. So one small parameter, the witness, keeps a gradient
-of zeros in its place: whoever deals with "all gradients" deals with that one too, and leaves a trace.
+of zeros in its place: whoever deals with "all gradients" deals with that one too, and leaves a trace. The witness is
+a parameter whose gradient has left, so that others, whose gradients are None, can be given one by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,42 +17,88 @@ from torch import Tensor
 _ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
     "GradScaler.unscale_, model.zero_grad(set_to_none=False), DistributedDataParallel and the like do not reach them: "
-    "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped"
+    "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped; or use stage=1"
 )
 
 
+class _Zeros(Tensor):
+    """Zeros in the place of a gradient, which refuse to be unscaled: torch does so without a trace, by an operator
+    that does not count as a change of the tensor."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+            raise RuntimeError(
+                "GradScaler.unscale_() does not reach the gradients of ShardedLion with stage=2, which have left "
+                "p.grad: train in bfloat16 without GradScaler, or use stage=1 with DistributedDataParallel"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class Witness:
-    """One of the parameters: the smallest that is trainable.
+    """One of the parameters: the smallest of those whose gradients have left.
 
     Args:
         look: called when autograd is about to add to the witness's gradient, to ask `gone` in time.
 
     Attributes:
-        index: its number.
-        watches: whether gradients have left and it stands for them.
+        index: its number; -1 before the first `watch`.
     """
 
     def __init__(self, params: Sequence[Tensor], look: Callable[[], None]) -> None:
-        self.index = min(range(len(params)), key=lambda i: (not params[i].requires_grad, params[i].numel()))
-        self._param = params[self.index]
+        self.index = -1
+        self._params = params
+        self._look = look
+        # Autograd never adds to frozen parameters, and zeroing may leave them out.
+        self._order = sorted(range(len(params)), key=lambda i: (not params[i].requires_grad, params[i].numel()))
         self._placeholder: Tensor | None = None  # the zeros that were put there
         self._seen: tuple[Tensor, int] | None = None  # the gradient as autograd last left it, and its version
-        # Called before autograd adds to the witness's own gradient, which covers every trace.
-        self._hook = self._param.register_hook(lambda _: look()) if self._param.requires_grad else None
+        self._has_left = False
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def watch(self, left: Sequence[int]) -> None:
+        """Begins, if it does not watch already.
+
+        Args:
+            left: for each parameter, whether its gradient has left. If none has, any parameter will do; it may be
+                given a gradient by hand nevertheless.
+        """
+        if self.watches:
+            return
+        index = next((i for i in self._order if left[i]), self._order[0])
+        if index != self.index or self._hook is None:
+            self.dismiss()
+            self.index = index
+            # Called before autograd adds to the witness's own gradient, which covers every trace.
+            if self._param.requires_grad:
+                look = self._look
+                self._hook = self._param.register_hook(lambda _: look())
+        self.place()
+        self._has_left = bool(left[index])
+
+    @property
+    def _param(self) -> Tensor:
+        return self._params[self.index]
 
     @property
     def watches(self) -> bool:
+        """Whether it stands for gradients that have left."""
         return self._seen is not None
 
     @property
     def zeroed(self) -> bool:
         """Whether it watched, and gradients have been set to None since."""
-        return self._seen is not None and self._param.grad is None
+        return self.watches and self._param.grad is None
 
     def place(self) -> None:
-        """Has the parameter keep the gradient it has, or zeros."""
+        """Has the parameter keep the gradient it has, or zeros in the place of one that has left."""
+        self._has_left = True
         if self._param.grad is None:
-            self._param.grad = self._placeholder = torch.zeros_like(self._param, requires_grad=False)
+            self._placeholder = torch.zeros_like(self._param, requires_grad=False).as_subclass(_Zeros)
+            self._param.grad = self._placeholder
         self.saw()
 
     def saw(self) -> None:
@@ -74,7 +122,9 @@ class Witness:
             return False
         grad, version = self._seen
         now = self._param.grad
-        if now is not None and (now is not grad or now._version != version):
+        if now is not None and now is not grad and not self._has_left:
+            self.saw()  # made by hand
+        elif now is not None and (now is not grad or now._version != version):
             raise RuntimeError(f"gradients were changed after they had been reduced. {_ADVICE}")
         return now is None
 
@@ -89,3 +139,4 @@ class Witness:
         self.remove()
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None

@@ -18,6 +18,7 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 from lion_dist import Lion, ShardedLion
+from lion_dist.sharding import grad_reducer
 from lion_dist.sharding.collectives import reduce_scatter_mean
 from lion_dist.update import reference
 from tests.bits import assert_same_bits
@@ -109,6 +110,13 @@ def body_zeros_then_none(rank: int, world_size: int) -> None:
         if of:
             backward_expect(pair, 20 + step, of)
         pair.step(f"gradients of {of} only")
+    # The other way round: where gradients are None, there are none to be made zeros of.
+    backward_expect(pair, 30)
+    for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
+        optimizer.step()
+        nn.ParameterList(params).zero_grad()
+        optimizer.zero_grad(set_to_none=False)
+    pair.step("no gradients")
     pair.finish()
 
 
@@ -319,8 +327,26 @@ def test_own_collectives_beside_reentrant_checkpoints(tmp_path: Path) -> None:
 
 
 def body_reentrant_alone(rank: int, world_size: int) -> None:
-    """The first rank has no checkpoints and does not ask for late gradients, of which the others have some."""
+    """The first rank has no checkpoints, and the others have late gradients. It reads of them where the host waits
+    for collectives anyway."""
     pair = Pair(rank, world_size)
+    pair.train(0, 1)
+    for step in (2, 3):
+        uses = [[0], *[[0, *ALL]] * (world_size - 1)]
+        if rank == 0:
+            pair.backward(step, [0])
+        else:
+            reentrant_backward(pair, step, uses[rank])
+        expect_uses(pair, step, uses)
+        pair.step(f"step {step}")
+    pair.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())  # as on GPUs
+        reentrant_alone_unread(Pair(rank, world_size))
+
+
+def reentrant_alone_unread(pair: Pair) -> None:
+    rank = pair.rank
     pair.train(0, 1)
     weights = [p.detach().clone() for p in pair.params]
     if rank == 0:
@@ -412,8 +438,9 @@ def body_unused(rank: int, world_size: int) -> None:
     for step in range(6):
         of = [i for i in ALL if i != step - 1]
         backward_expect(pair, step, of)
-        assert left(pair) == [4]
-        witness = pair.params[4].grad
+        smallest = of[-1]  # of those whose gradients have left
+        assert left(pair) == [smallest]
+        witness = pair.params[smallest].grad
         assert witness is not None
         assert not witness.any()
         pair.step(f"step {step}")
@@ -462,8 +489,8 @@ def body_gone(rank: int, world_size: int) -> None:
 
         pair, old = replaced(rank, world_size, last)
         assert left(pair) == [], last
-        assert_hooks(pair.params, 1, 1)
-        backward_expect(pair, 2, [0, 1])  # not the witness
+        assert_hooks(pair.params, 1, 0)
+        backward_expect(pair, 2, [0, 1])  # not the old one's witness
         pair.step("the new one steps what it has gradients of")
         del old
         gc.collect()

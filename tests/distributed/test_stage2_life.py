@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.bits import assert_same_bits
 from tests.distributed.pair import (
     LR,
     SHORT,
+    SIZES,
     Pair,
     average,
     gradient,
@@ -376,8 +378,57 @@ def body_by_hand(rank: int, world_size: int) -> None:
     pair.finish()
 
 
-def test_gradients_set_by_hand(tmp_path: Path) -> None:
-    run_ranks(body_by_hand, 3, tmp_path)
+def body_by_hand_beside(rank: int, world_size: int) -> None:
+    """After a backward: a parameter that it did not reach takes a gradient by hand, and one whose gradient has left
+    takes no other, whichever parameter is the smallest."""
+    smallest = len(SIZES) - 1
+    others = [1, 2, 3]
+    for reached, by_hand in ([0, *others], smallest), ([0, smallest], 1), ([smallest], 3), ([0], smallest):
+        pair = Pair(rank, world_size)
+        pair.train(0)
+
+        def give(i: int, step: int, pair: Pair = pair) -> None:
+            pair.params[i].grad = gradient(i, pair.params[i], step, pair.rank, pair.world_size)
+
+        for step, (passes, stepped) in enumerate([(1, False), (2, False), (1, True), (2, True)], 1):
+            for number in range(passes):
+                pair.backward(10 * step + number, reached)
+                pair.expect(10 * step + number, reached)
+            if stepped:  # and not zeroed: gradients go on to add up
+                pair.sharded.step()
+                pair.lion.step()
+            give(by_hand, 100 + step)
+            pair.expect(100 + step, [by_hand])
+            pair.step(f"parameter {by_hand} by hand, after {passes} backwards, {stepped=}")
+
+            for i in reached:
+                calls: list[Callable[[], object]] = [
+                    pair.sharded.step, partial(pair.sharded.clip_grad_norm_, 1.0), partial(pair.backward, 5, [0]),
+                    partial(pair.backward, 5, [i]), partial(pair.backward, 5, [by_hand]),
+                ]  # fmt: skip
+                for call in calls if i in (reached[-1], 0) else calls[:1]:
+                    if (call is calls[2] and i == 0) or call is calls[3]:
+                        continue  # autograd adds to it before anybody could look
+                    for _ in range(passes):
+                        pair.backward(50 + step, reached)
+                    if stepped:
+                        pair.sharded.step()
+                        with torch.no_grad():
+                            for copy, p in zip(pair.copies, pair.params, strict=True):
+                                copy.copy_(p)
+                        pair.lion.load_state_dict(pair.sharded.full_state_dict())
+                    give(i, 200 + step)
+                    with pytest.raises(RuntimeError, match="reduced"):
+                        call()
+                    pair.check("refused")
+                    pair.sharded.zero_grad()
+                    pair.train(9)  # else the gradients of the next backward wait in p.grad, and may be replaced
+        pair.finish()
+
+
+@pytest.mark.parametrize("body", [body_by_hand, body_by_hand_beside])
+def test_gradients_set_by_hand(body: Callable[[int, int], None], tmp_path: Path) -> None:
+    run_ranks(body, 3, tmp_path)
 
 
 def body_never_zeroed(rank: int, world_size: int) -> None:

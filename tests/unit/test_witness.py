@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lion_dist.sharding.witness import Witness
 
@@ -16,13 +17,42 @@ def make(*numels: int) -> tuple[Witness, list[nn.Parameter]]:
     return Witness(params, lambda: None), params
 
 
+def watching(params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> Witness:
+    """A witness of the smallest parameter."""
+    witness = Witness(params, look)  # type: ignore[arg-type]
+    witness.watch([1] * len(params))
+    return witness
+
+
 def test_is_the_first_of_the_smallest() -> None:
-    assert make(5, 3, 4, 3)[0].index == 1
-    assert make(5)[0].index == 0
-    assert make(5, 0, 1)[0].index == 1
+    for numels, left, index in [
+        ((5, 3, 4, 3), [1, 1, 1, 1], 1), ((5,), [1], 0), ((5, 0, 1), [1, 1, 1], 1),
+        # Of those whose gradients have left, if any has.
+        ((5, 3, 4, 3), [1, 0, 1, 1], 3), ((5, 3, 4, 3), [1, 0, 0, 0], 0), ((5, 3, 4, 3), [0, 0, 0, 0], 1),
+    ]:  # fmt: skip
+        witness, params = make(*numels)
+        witness.watch(left)
+        assert witness.index == index
+        assert [p.grad is not None for p in params] == [i == index for i in range(len(numels))]
 
 
-def test_knows_nothing_until_placed() -> None:
+def test_stays_until_removed() -> None:
+    witness, params = make(5, 3, 4)
+    witness.watch([1, 0, 0])
+    witness.watch([1, 1, 1])
+    assert witness.index == 0
+    witness.remove()
+    assert [p.grad for p in params] == [None] * 3
+    witness.watch([1, 1, 1])
+    assert witness.index == 1
+    assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
+    witness.dismiss()
+    assert [len(p._backward_hooks or {}) for p in params] == [0, 0, 0]
+    witness.watch([0, 1, 0])  # the same one once more
+    assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
+
+
+def test_knows_nothing_until_it_watches() -> None:
     witness, (_, p) = make(5, 3)
     assert not witness.watches
     assert not witness.gone()
@@ -34,7 +64,7 @@ def test_knows_nothing_until_placed() -> None:
 
 def test_placeholder_is_no_gradient() -> None:
     witness, (other, p) = make(5, 3)
-    witness.place()
+    witness.watch([1, 1])
     assert witness.watches
     assert other.grad is None
     assert p.grad is not None
@@ -50,7 +80,7 @@ def test_placeholder_is_no_gradient() -> None:
 def test_keeps_a_gradient_that_is_there() -> None:
     witness, (_, p) = make(5, 3)
     p.grad = grad = torch.full_like(p, 2.0)
-    witness.place()
+    witness.watch([1, 1])
     assert p.grad is grad
     assert not witness.holds_none()
     assert not witness.gone()
@@ -100,7 +130,7 @@ def test_change_is_an_error(change: Callable[[nn.Parameter], None], numel: int, 
     witness, (_, p) = make(5, numel)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    witness.place()
+    witness.watch([1, 1])
     change(p)
     for _ in range(2):  # asking does not make it forget
         with pytest.raises(RuntimeError, match=r"changed after they had been reduced.*ShardedLion's own"):
@@ -114,7 +144,7 @@ def test_gradients_set_to_none(with_gradient: bool) -> None:
     witness, (_, p) = make(5, 3)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    witness.place()
+    witness.watch([1, 1])
     p.grad = None
     assert witness.gone()
     witness.remove()
@@ -124,7 +154,7 @@ def test_gradients_set_to_none(with_gradient: bool) -> None:
 
 def test_autograd_adds_to_the_placeholder() -> None:
     witness, (_, p) = make(5, 3)
-    witness.place()
+    witness.watch([1, 1])
     for expected in (2.0, 4.0):
         (2 * p).sum().backward()
         witness.saw()
@@ -138,7 +168,7 @@ def test_autograd_adds_to_the_placeholder() -> None:
 
 def test_zeros_that_autograd_added_are_a_gradient() -> None:
     witness, (_, p) = make(5, 3)
-    witness.place()
+    witness.watch([1, 1])
     (0 * p).sum().backward()
     assert not witness.holds_none()
 
@@ -155,8 +185,7 @@ def test_looks_before_autograd_adds() -> None:
             except RuntimeError:
                 seen.append("changed")
 
-        witness = Witness([p], look)
-        witness.place()
+        witness = watching([p], look)
         if change is not None:
             change(p)
         for _ in range(2):
@@ -175,10 +204,11 @@ def zeroed_to_none(p: nn.Parameter) -> None:
 def test_frozen_parameters_come_last() -> None:
     """Autograd never adds to them, and zeroing may leave them out."""
     params = [nn.Parameter(torch.ones(n), requires_grad=n > 2) for n in (5, 1, 3, 2)]
-    assert Witness(params, lambda: None).index == 2
+    assert watching(params).index == 2
     for p in params:
         p.requires_grad_(False)
-    assert Witness(params, lambda: None).index == 1
+        p.grad = None
+    assert watching(params).index == 1
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
@@ -186,8 +216,7 @@ def test_recorded_additions_are_no_change() -> None:
     """With create_graph=True autograd adds out of place, so that the tensor is another one."""
     p = nn.Parameter(torch.ones(3))
     seen: list[bool] = []
-    witness = Witness([p], lambda: seen.append(witness.gone()))
-    witness.place()
+    witness = watching([p], lambda: seen.append(witness.gone()))
     for _ in range(2):
         before = p.grad
         (p * p).sum().backward(create_graph=True)
@@ -196,3 +225,35 @@ def test_recorded_additions_are_no_change() -> None:
     assert seen == [False, False]
     assert not witness.gone()
     p.grad = None  # breaks the cycle of which torch warns
+
+
+@pytest.mark.parametrize("with_late_gradient", [False, True])
+def test_placeholder_refuses_to_be_unscaled(with_late_gradient: bool) -> None:
+    """torch's operator does it without a trace: not even the version of the tensor changes."""
+    witness, params = make(5, 3)
+    witness.watch([1, 1])
+    if with_late_gradient:
+        params[1].sum().backward()
+        witness.saw()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(params[0].sum()).backward()
+    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(\) .* use stage=1"):
+        scaler.unscale_(torch.optim.SGD(params))
+    assert not witness.gone()
+
+
+def test_placeholder_is_a_tensor_like_others() -> None:
+    """In the hands of torch.compile, Module.to(), copy.deepcopy() and arithmetic."""
+    model = nn.Linear(3, 1)
+    witness = Witness(list(model.parameters()), lambda: None)
+    witness.watch([1, 1])
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(torch.ones(2, 3)).sum().backward()
+    witness.saw()
+    assert model.bias.grad is not None
+    assert model.bias.grad.tolist() == [2.0]
+    assert type(model.bias.grad + 1) is Tensor
+    assert not witness.gone()
+    model.to(torch.float64)
+    assert model.bias.grad.dtype == torch.float64
+    assert copy.deepcopy(model).bias.dtype == torch.float64
