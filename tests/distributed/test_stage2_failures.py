@@ -48,7 +48,7 @@ def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
 @spawn_only
 @pytest.mark.parametrize("bucket_mb", [TINY, 64.0], ids=["tiny", "one"])
 def test_one_rank_raises_in_its_backward(bucket_mb: float, tmp_path: Path) -> None:
-    seconds = run_ranks(body_one_raises, 3, tmp_path, (bucket_mb,), timeout=SHORT, deadline=40, on_cpu=True)
+    seconds = run_ranks(body_one_raises, 3, tmp_path, (bucket_mb,), timeout=SHORT, on_cpu=True)
     assert max(seconds) < SHORT.total_seconds() + 2
 
 
@@ -80,7 +80,7 @@ def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
 
 @spawn_only
 def test_one_rank_raises_at_the_end_of_its_backward(tmp_path: Path) -> None:
-    seconds = run_ranks(body_one_raises_at_the_end, 2, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+    seconds = run_ranks(body_one_raises_at_the_end, 2, tmp_path, timeout=SHORT, on_cpu=True)
     assert max(seconds) < SHORT.total_seconds() + 2
 
 
@@ -100,7 +100,7 @@ def body_one_dies(rank: int, world_size: int) -> None:
 @spawn_only
 def test_one_rank_dies_in_its_backward(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception) as failed:
-        run_ranks(body_one_dies, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+        run_ranks(body_one_dies, 3, tmp_path, timeout=SHORT, on_cpu=True)
     text = str(failed.value)
     assert "rank 1 ended with exit code 3" in text
     assert text.count("---") == 1, text  # the others have seen what they expect
@@ -149,7 +149,7 @@ def body_all_raise(rank: int, world_size: int) -> None:
 
 @spawn_only
 def test_all_ranks_raise_in_their_backward(tmp_path: Path) -> None:
-    run_ranks(body_all_raise, 3, tmp_path, timeout=SHORT, deadline=40, on_cpu=True)
+    run_ranks(body_all_raise, 3, tmp_path, timeout=SHORT, on_cpu=True)
 
 
 def body_step_left_out(rank: int, world_size: int) -> None:
