@@ -109,8 +109,9 @@ class ShardedLion(Optimizer):
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
-            Every rank makes the same backward passes, each of which reaches a parameter on every rank; which
-            parameters may differ. A parameter that no rank has a gradient of is not stepped. GradScaler and
+            Every rank makes the same backward passes; which parameters they reach may differ. A rank where a pass
+            reaches none may make further passes, clip or step next. A parameter that no rank has a gradient of is not
+            stepped. GradScaler and
             torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here. Collectives
             of several optimizers that take part in one backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
@@ -361,7 +362,8 @@ class ShardedLion(Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Around every backward of a step but the last, in stage 2: gradients add up in ``p.grad``, at full size,
         and are reduced with the last. (Without it each backward's are reduced or, where they come too late for
-        the bucket they belong to, at step().) In stage 1 it is the wrapper's to do."""
+        the bucket they belong to, at step(), for which the host waits for the device, and does in all steps that
+        follow.) In stage 1 it is the wrapper's to do."""
         if self._reducer is None:
             raise RuntimeError("with stage=1 use the no_sync() of DistributedDataParallel, which reduces the gradients")
         return self._reducer.no_sync()
@@ -637,8 +639,12 @@ class ShardedLion(Optimizer):
         return lambda: not reducer.has_local() and reducer.generation == generation
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and clipping that no step() has used. In stage 2, after a backward whose
-        gradients no step() or clip_grad_norm_() has reduced, a collective call."""
+        """Drops the gradients, and clipping that no step() has used.
+
+        In stage 2, gradients that no step() or clip_grad_norm_() has used are dropped on every rank or on none, and
+        their backward must have reached a parameter on every rank; else the next step() raises on every rank. Until
+        that step(), gradients of further backwards stay in ``p.grad``, at full size.
+        """
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)
         self._clipping = None

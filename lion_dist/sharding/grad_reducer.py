@@ -54,6 +54,9 @@ _UNLIKE_ZEROING = (
 class GradReducer:
     """Averages the gradients of sharded parameters over a group, each part on the rank that owns it.
 
+    Which collectives a rank makes does not depend on what its backwards reach: a period is one round, one exchange,
+    and, if the exchange says so, one more of each.
+
     Args:
         membership: the ranks.
         bucket_bytes: of gradients that are reduced together.
@@ -90,7 +93,7 @@ class GradReducer:
         # An epoch.
         self._ended_rounds = 0
         self._used = bytearray()  # 1 where a gradient of this rank has left
-        # Late gradients as autograd left them in p.grad, with their versions.
+        # Gradients in p.grad that no round has taken, as autograd left them, with their versions.
         self._late: dict[int, tuple[Tensor, int]] = {}
 
     # Parameters ---------------------------------------------------------------------------------
@@ -199,9 +202,8 @@ class GradReducer:
             if not self._learned:
                 self._seen.append(i)
             late = self._dropped or not self._rounds.arrived(i, self._take)
-        if late:
-            grad = self._params[i].grad
-            assert grad is not None
+        grad = self._params[i].grad
+        if late and grad is not None:
             self._late[i] = grad, grad._version
 
     def _watch_pass(self) -> None:

@@ -278,7 +278,7 @@ class _Writer:
             self.other_call()
 
 
-def write_program(seed: int, world_size: int, periods: int = 10) -> Program:
+def write_program(seed: int, world_size: int, periods: int = 8) -> Program:
     """The program of a seed."""
     writer = _Writer(seed, world_size)
     for _ in range(periods):

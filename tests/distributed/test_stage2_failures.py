@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,9 +175,31 @@ def body_step_left_out(rank: int, world_size: int) -> None:
         assert_unmoved(pair, weights)
 
 
+def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
+    """By rank 1, instead of a step: its next step meets that of the others."""
+    pair = Pair(rank, world_size)
+    pair.train(0, 1)
+
+    def go_on() -> None:
+        pair.backward(2)
+        if rank == 1:
+            pair.sharded.zero_grad()
+            pair.backward(3)
+        pair.sharded.step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not waits:
+            patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        with pytest.raises(RuntimeError, match="were zeroed, but not those of every rank"):
+            go_on()
+
+
 @spawn_only
-def test_a_step_left_out(tmp_path: Path) -> None:
-    run_ranks(body_step_left_out, 2, tmp_path, timeout=SHORT, on_cpu=True)
+@pytest.mark.parametrize(
+    ("body", "args"), [(body_step_left_out, ()), (body_zeroed_instead, (True,)), (body_zeroed_instead, (False,))]
+)
+def test_a_step_left_out(body: Callable[..., None], args: tuple, tmp_path: Path) -> None:
+    run_ranks(body, 2, tmp_path, args, timeout=SHORT, on_cpu=True)
 
 
 def body_stale_word(rank: int, world_size: int) -> None:
