@@ -24,9 +24,9 @@ def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or of a run that differs in the data, the model or the schedule.
     """
-    if not checkpoint.checkpoints(folder):
+    path = checkpoint.latest(folder, default=None)
+    if path is None:
         raise FileNotFoundError(f"nothing to resume in {folder}: start without --resume, or correct --out")
-    path = checkpoint.latest(folder)
     theirs = checkpoint.read_extra(path)["run"]
     differences = [
         f"{name} is {theirs.get(name)!r} in the checkpoint, {run.get(name)!r} now"

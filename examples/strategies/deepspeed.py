@@ -41,6 +41,8 @@ class DeepSpeed(Single):
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.accumulation,
         }
+        # lion_dist.checkpoint needs a model, by which it knows the run's earlier checkpoints: one without tensors.
+        self.rest = nn.Module()
         self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=groups, config=options)
         self.wrapped = self.engine
         basic: torch.optim.Optimizer = self.engine.basic_optimizer
@@ -68,7 +70,7 @@ class DeepSpeed(Single):
         the other strategies keep it."""
         self.engine.save_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
         own = {**extra, "scheduler": scheduler.state_dict(), "deepspeed": self.cut()}
-        lion_dist.checkpoint.save(path, nn.Module(), extra=own, keep_last=keep_last)
+        lion_dist.checkpoint.save(path, self.rest, extra=own, keep_last=keep_last)
 
     def load(self, path: Path, scheduler: LRScheduler) -> None:
         extra = lion_dist.checkpoint.read_extra(path)
@@ -86,6 +88,7 @@ class DeepSpeed(Single):
         folder = path.parent / "deepspeed"
         if not (folder / path.name).is_dir():
             raise ValueError(f"{folder / path.name} is gone, and {path} is of no use without it")
+        lion_dist.checkpoint.load(path, self.rest)
         self.engine.load_checkpoint(str(folder), tag=path.name)
         scheduler.load_state_dict(extra["scheduler"])
 

@@ -105,6 +105,8 @@ def test_training_resumes_from_deepspeeds_own_files(tmp_path: Path) -> None:
     run_ranks(body_train, 2, tmp_path, (tmp_path,))
     whole, resumed = (checkpoint.read_extra(tmp_path / name / "step-12") for name in ("whole", "stopped"))
     assert whole["step"] == resumed["step"] == 12
+    for name in ("whole", "stopped"):  # the last two are kept, over the restart too
+        assert len(checkpoint.checkpoints(tmp_path / name)) == 2
     assert whole["scheduler"] == resumed["scheduler"]
 
 

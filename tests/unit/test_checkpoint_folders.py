@@ -79,26 +79,29 @@ def test_only_the_dead_of_the_same_name_are_swept(tmp_path: Path) -> None:
 def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two saves to one path: one makes its folder, and the other finds it without a lock."""
+    """Two saves to one path: one has made its folder, or opened the file in it, when the other finds it unlocked."""
     mkdir, opened, taken = Path.mkdir, os.open, []
+
+    def take(folder: Path) -> None:
+        taken.append(folder)
+        folders._remove_dead(folder)
+        assert not folder.exists()
 
     def sweep_after_mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
         mkdir(self, *args, **kwargs)
         if self.name.endswith(".unfinished") and not taken:
-            taken.append(self)
-            folders._remove_dead(self)
+            take(self)
 
     def sweep_after_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         fd = opened(path, flags, *args, **kwargs)
-        if Path(path).name == "manifest.json" and len(taken) == 1 and flags & os.O_CREAT:
-            taken.append(Path(path).parent)
-            folders._remove_dead(taken[1])
+        if flags & os.O_CREAT and len(taken) == 1 and taken[0] != Path(path).parent:
+            take(Path(path).parent)
         return fd
 
     monkeypatch.setattr(Path, "mkdir", sweep_after_mkdir)
     monkeypatch.setattr(os, "open", sweep_after_open)
     checkpoint.save(tmp_path / "step-1", *toy())
-    assert len(taken) == 2
+    assert len(set(taken)) == len(taken) == 2
     assert names(tmp_path) == {"step-1"}
     assert_is(tmp_path / "step-1", 1.0)
 
@@ -343,6 +346,10 @@ def test_what_is_read_stays(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "step-3", model, optimizer)
         with pytest.raises(ValueError, match="has shape"):
             checkpoint.load(tmp_path / "step-3", nn.Linear(7, 6))
+        with (tmp_path / "step-3" / "data-00000.bin").open("r+b") as file:
+            file.write(b"damaged")
+        with pytest.raises(ValueError, match="is damaged"):
+            checkpoint.load(tmp_path / "step-3", model, optimizer)
         checkpoint.save(tmp_path / "step-4", model, optimizer, keep_last=1)
     finally:
         gc.enable()
