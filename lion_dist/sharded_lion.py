@@ -111,9 +111,8 @@ class ShardedLion(Optimizer):
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
             Every rank makes the same backward passes; which parameters they reach may differ. A rank where a pass
             reaches none may make further passes, clip or step next. A parameter that no rank has a gradient of is not
-            stepped. GradScaler and
-            torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_` here. Collectives
-            of several optimizers that take part in one backward need process groups of their own.
+            stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_`
+            here. Collectives of several optimizers that take part in one backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none. The first two steps compare the gradients over the ranks.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
