@@ -65,17 +65,19 @@ def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> No
 
 
 def _rank_main(
-    body: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple, timeout: timedelta,
-    deadline: float, on_cpu: bool,
-) -> None:  # fmt: skip
+    work: bytes, rank: int, world_size: int, folder: Path, timeout: timedelta, deadline: float, on_cpu: bool
+) -> None:
     if on_cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has asked for devices in this process yet
+        # Nothing has asked for devices in this process yet. The import of a test's module may, and what CUDA has once
+        # answered it answers for good: so the body, whose unpickling imports that, comes pickled by itself.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     gc.freeze()  # what the fork server has imported; collections need not walk through it
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.enable(stack)  # a rank that dies of a signal tells where
         faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
         try:
+            body, args = pickle.loads(work)
             _init(rank, world_size, f"file://{folder / 'rendezvous'}", timeout)
             outcome = ("returned", body(rank, world_size, *args))
         except BaseException:
@@ -119,8 +121,9 @@ def run_ranks(
     on_cpu = on_cpu or world_size.bit_count() > 1 or not enough
     folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
     folder.mkdir()
+    work = pickle.dumps((body, args))
     ranks = processes(
-        _rank_main, [(body, rank, world_size, folder, args, timeout, deadline, on_cpu) for rank in range(world_size)]
+        _rank_main, [(work, rank, world_size, folder, timeout, deadline, on_cpu) for rank in range(world_size)]
     )
     end = time.monotonic() + deadline + 5
     for process in ranks:

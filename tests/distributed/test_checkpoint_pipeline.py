@@ -34,7 +34,7 @@ class Layer(nn.Module):
         self.norm = nn.BatchNorm1d(6 + i)
 
 
-def stage(layers: Sequence[int], seed: int = 0, *, tied: bool | None = None) -> nn.ModuleDict:
+def stage(layers: Sequence[int], seed: int = 0, *, tied: bool | None = None) -> Stage:
     """Layers of the whole model by the names that they have in it. The first and the last share a weight: one parameter
     of two names where both are here, else each a parameter of its own."""
     model = Stage()
@@ -52,9 +52,14 @@ def stage(layers: Sequence[int], seed: int = 0, *, tied: bool | None = None) -> 
     return model
 
 
-class Stage(nn.ModuleDict):
-    def forward(self) -> None:  # FSDP1 warns of containers without one
-        pass
+class Stage(nn.Module):
+    """Modules by name, as in an nn.ModuleDict, which fully_shard() of torch 2.11 refuses."""
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self.add_module(name, module)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.get_submodule(name)
 
 
 class Weight(nn.Module):

@@ -85,7 +85,7 @@ def body_fsdp2(rank: int, world_size: int) -> None:
 
     # Of 16-bit weights this rank's part is looked at.
     model, optimizer = made("ab", torch.bfloat16, torch.bfloat16, 1e-6)
-    with pytest.warns(UserWarning, match="below half a unit in the last place of 100% of the torch.bfloat16 weights"):
+    with pytest.warns(UserWarning, match=r"below half a unit .* of (99|100)% of the torch.bfloat16 weights"):
         trained(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -113,7 +113,7 @@ def body_fsdp1(rank: int, world_size: int) -> None:
         assert_by_name(other, loaded, 0.01)
         assert loaded.param_groups[0]["param_names"] == [name for name, _ in other.named_parameters()]
     model, optimizer = made("ab", torch.bfloat16, 1e-6)
-    with pytest.warns(UserWarning, match="below half a unit in the last place of 100% of the torch.bfloat16 weights"):
+    with pytest.warns(UserWarning, match=r"below half a unit .* of (99|100)% of the torch.bfloat16 weights"):
         trained(model, optimizer)
 
 
