@@ -20,7 +20,7 @@ from torch import Tensor
 from .launch import launch
 from .reference import HYPER_COLUMNS, LR, MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
 from .segments import TILE, SegmentTable
-from .triton_step import _TRITON_DTYPES, _momentum, _moved, _store
+from .triton_step import _INFINITY, _TRITON_DTYPES, _momentum, _moved, _store
 
 # Bytes of the widest element that is read or written -> (elements a block, warps a block, elements a word). A word of
 # packed signs goes with 16 bytes of elements, the most that one access can have.
@@ -91,7 +91,8 @@ def _pack_block(
 ):  # fmt: skip
     g = tl.load(g_pointer, mask=mask)
     m = tl.load(m_pointer, mask=mask)
-    c, m, finite = _momentum(g, m, hyper, grad_scale, M)
+    c, m = _momentum(g, m, hyper, grad_scale, M)
+    finite = tl.abs(c) < _INFINITY
     code = tl.where(finite, tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, 0)), _NOT_A_NUMBER)
     if mask is not None:
         code = tl.where(mask, code, 0)
