@@ -641,8 +641,9 @@ class ShardedLion(Optimizer):
         """Drops the gradients, and clipping that no step() has used.
 
         In stage 2, gradients that no step() or clip_grad_norm_() has used are dropped on every rank or on none, and
-        their backward must have reached a parameter on every rank; else the next step() raises on every rank. Until
-        that step(), gradients of further backwards stay in ``p.grad``, at full size.
+        their backward must have reached a parameter on every rank (other than those unfrozen since the last step());
+        else the next step() raises on every rank. Until that step(), gradients of further backwards stay in
+        ``p.grad``, at full size.
         """
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)

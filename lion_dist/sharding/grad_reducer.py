@@ -47,7 +47,7 @@ _UNLIKE_PASSES = (
 _UNLIKE_ZEROING = (
     "gradients that no step() had used were zeroed, but not those of every rank: either not every rank zeroed them, or "
     "the backward before did not reach every rank. A pass whose gradients are dropped must reach a parameter on every "
-    "rank (put optimizer.no_sync() around passes that may be dropped)"
+    "rank, other than those unfrozen since the last step() (put optimizer.no_sync() around passes that may be dropped)"
 )
 
 

@@ -99,7 +99,7 @@ class _Writer:
             groups,
         )
         self.begin_period()
-        self.rehook()
+        self.hook_anew()
 
     def write(self, *op: object) -> None:
         self.program.ops.append(op)
@@ -128,14 +128,18 @@ class _Writer:
         self.missed = False  # a pass reached some ranks only, and the others may not know of it
         self.rounds = self.dropped = False
 
-    def rehook(self) -> None:
-        self.hooked |= {i for i in self.adopted if self.trainable[i]}
+    def hook_anew(self) -> None:
+        """Shards are made: frozen parameters lose their hooks."""
+        self.hooked = {i for i in self.adopted if self.trainable[i]}
 
     def end_period(self) -> None:
         """A step, or a clipping."""
         self.unseen_zeroing = False
-        self.adopted |= {i for i, trainable in enumerate(self.trainable) if trainable} | self.pending
-        self.rehook()
+        unfrozen = {i for i, trainable in enumerate(self.trainable) if trainable} | self.pending
+        if not unfrozen <= self.adopted:
+            self.adopted |= unfrozen
+            self.hook_anew()
+        self.hooked |= {i for i in self.adopted if self.trainable[i]}
         self.pending = set()
         self.begin_period()
 
@@ -216,7 +220,7 @@ class _Writer:
                 return
             self.write("add", self.group())
             self.begin_period()
-            self.rehook()
+            self.hook_anew()
         elif kind == "reload":
             if any(t and i not in self.adopted for i, t in enumerate(self.trainable)):
                 return  # an unfrozen parameter has no momentum yet
@@ -227,7 +231,7 @@ class _Writer:
                 return
             self.write("reload", how)
             self.begin_period()
-            self.rehook()
+            self.hook_anew()
         elif kind == "check":
             self.write("check")
             self.begin_period()
