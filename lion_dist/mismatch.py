@@ -30,7 +30,8 @@ def mismatch(hypers: Sequence[HyperParameters], clipping: Clipping | None) -> Ca
         return (
             "made a step that is not that of its first rank, so that no parameter was changed by it, though momenta "
             f"may have been. On this rank it was {here}; {clipped}. Hyper-parameters, the max_norm of "
-            "clip_grad_norm_(), and in stage 1 which gradients are None, must be the same on every rank"
+            "clip_grad_norm_(), and in stage 1 which gradients are None, must be the same on every rank, and no rank "
+            "may make a backward pass between clip_grad_norm_() and step()"
         )
 
     return message

@@ -13,7 +13,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
@@ -56,7 +56,7 @@ from .uncompiled import uncompiled
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, checksum, clip_coefficient
 from .update.segments import Columns, Segment, check_no_shared_memory
-from .update.signs import SignUpdate
+from .update.signs import REFUSED, SignUpdate
 from .upload import upload
 
 logger = logging.getLogger("lion_dist")
@@ -308,20 +308,31 @@ class ShardedLion(Optimizer):
         """Indices into ``_frozen`` of parameters that no longer are."""
         return [i for i, p in enumerate(self._frozen) if takes_part(p)]
 
-    def _adopt_unfrozen(self) -> None:
-        """Shards parameters that were frozen when they were given and no longer are."""
+    def _reduce(self) -> None:
+        """In stage 2: has every gradient of every rank on its way to its owner. In both: shards parameters that were
+        frozen when they were given and no longer are."""
         unfrozen = self._unfrozen()
-        if unfrozen:
-            if self._reducer is not None:
-                # Ranks that the last pass reached may wait, within their backward, for those that it missed.
-                self._reducer.reduce()
+        if self._reducer is None:
+            if unfrozen:
+                self._adopt(unfrozen, "ShardedLion.step() after unfreezing parameters")
+        elif self._reducer.reduce(unfrozen=bool(unfrozen)):
+            # A pass may have reached a parameter on some ranks only, and it may be frozen again.
+            anywhere = self._membership.any_rank(*map(takes_part, self._frozen))
+            unfrozen = [i for i, on_any in enumerate(anywhere) if on_any]
             self._adopt(unfrozen, "ShardedLion.step() after unfreezing parameters")
+            self._reducer.reduce()
 
     def _adopt(self, unfrozen: list[int], call: str) -> None:
         new = [self._frozen[i] for i in unfrozen]
         with Agreement(self._group, call) as agreement:
             self._check_params(new, [p for shard in self._shards for p in shard.params])
-            agreement.says([f"unfrozen parameter {i}, shape {tuple(self._frozen[i].shape)}" for i in unfrozen])
+            agreement.says(
+                [
+                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}, "
+                    f"requires_grad={p.requires_grad}"
+                    for i, p in zip(unfrozen, new, strict=True)
+                ]
+            )
         if unfrozen:
             broadcast([p for p in new if id(p) in self._never_equal], self._group)
             self._set_shards(self._shards + self._make_shards(new, {}))
@@ -420,18 +431,44 @@ class ShardedLion(Optimizer):
         hypers = [hyper_parameters(group) for group in self.param_groups]
         self._rounding.check(self.param_groups, hypers)
         self._membership.check()
-        self._adopt_unfrozen()
-        if self._clipping is not None and not self._clipping.fits():
+        if self._clipping is None:
+            self._reduce()
+        elif self._changed_since_clipping():
+            self._refuse()
             raise ValueError(
                 "the gradients have changed since clip_grad_norm_() was called: call it just before step(), or "
                 "zero_grad() if they are new and not to be clipped"
             )
-        if self._reducer is not None and self._clipping is None:
-            self._reducer.reduce()
         self._step_and_sync(hypers)
-        self._clipping = None
+        self._set_clipping(None)
         self._warn_of_no_gradient()
         return loss
+
+    def _refuse(self) -> None:
+        """Takes part in the collectives of a step that this rank cannot make, and changes nothing. Ranks that make it
+        leave their parameters as they are, and raise as `Comparison` does; if all refuse it, they agree."""
+        if dist.get_world_size(self._group) == 1 or not self._parts:
+            return
+        message = mismatch([], None)
+        if self._signs:
+            for part in reversed(self._parts):
+                assert part.signs is not None
+                part.signs.refuse()
+                with self._membership.collective():
+                    start_all_gather([part.signs.mail.flatten()], self._group).wait()
+                if part is self._parts[-1]:
+                    self._comparison.compare(part.signs.checksums, message)
+        else:
+            with self._membership.collective() as group:
+                own = torch.full((), REFUSED, dtype=torch.int64, device=self._parts[0].shard.exp_avg.device)
+                self._comparison.compare(gathered(own, group), message)
+                for part in reversed(self._parts) if self._comparison.under_way else ():
+                    gather = part.shard.start_gather(group)
+                    if gather is not None:
+                        gather.wait()
+                    part.shard.finish_gather()
+        with suppress(ValueError):  # the caller's says more
+            self._comparison.check()
 
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts:
@@ -595,11 +632,11 @@ class ShardedLion(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         self._membership.check()
-        self._adopt_unfrozen()
-        # Clipped before: what counts is the gradient as it would be stepped.
-        before = self._clipping.scale if self._clipping and self._clipping.fits() else None
-        if self._reducer is not None and before is None:
-            self._reducer.reduce()
+        before = None
+        if self._clipping is not None and not any(self._membership.any_rank(self._changed_since_clipping())):
+            before = self._clipping.scale  # what counts is the gradient as it would be stepped
+        if before is None:
+            self._reduce()
         columns = self._columns()
         if self._reducer is not None:
             self._reducer.finish()
@@ -624,8 +661,19 @@ class ShardedLion(Optimizer):
             total = total * before.double().square()
         norm, coefficient = clip_coefficient(total, max_norm)
         scale = coefficient if before is None else before * coefficient
-        self._clipping = Clipping(max_norm, scale, self._same_gradients())
+        self._set_clipping(Clipping(max_norm, scale, self._same_gradients()))
         return norm
+
+    def _set_clipping(self, clipping: Clipping | None) -> None:
+        """The same on every rank. Gradients that arrive in stage 2 after clipping stay in ``p.grad``: ranks that their
+        pass misses could not know of a collective, and make the step."""
+        self._clipping = clipping
+        if self._reducer is not None:
+            self._reducer.holds = clipping is not None
+
+    def _changed_since_clipping(self) -> bool:
+        """Whether the clipping is not that of the gradients that this rank has."""
+        return self._clipping is not None and (not self._clipping.fits() or bool(self._unfrozen()))
 
     def _same_gradients(self) -> Callable[[], bool]:
         """Tells, whenever it is called, whether the gradients are what they are now."""
@@ -647,7 +695,7 @@ class ShardedLion(Optimizer):
         """
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)
-        self._clipping = None
+        self._set_clipping(None)
 
     # Replicas -----------------------------------------------------------------------------------
 
@@ -770,7 +818,7 @@ class ShardedLion(Optimizer):
             self._set_shards(self._make_shards([p for p in params if id(p) in sharded], incoming.dtypes))
         for shard in self._shards:
             shard.take_exp_avgs(incoming.momenta, self._rank)
-        self._clipping = None
+        self._set_clipping(None)
         self._comparison = Comparison()  # what the last steps did is gone
         with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
             for hook in list(self._optimizer_load_state_dict_post_hooks.values()):

@@ -50,6 +50,11 @@ _UNLIKE_ZEROING = (
     "rank, other than those unfrozen since the last step() (put optimizer.no_sync() around passes that may be dropped)"
 )
 
+_UNLIKE_UNFREEZING = (
+    "parameters were unfrozen, or have a gradient though they were frozen from the start, on some ranks and not on "
+    "others: unfreeze the same ones on every rank before the same step"
+)
+
 
 class GradReducer:
     """Averages the gradients of sharded parameters over a group, each part on the rank that owns it.
@@ -63,6 +68,7 @@ class GradReducer:
 
     Attributes:
         generation: changes whenever gradients do.
+        holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`.
     """
 
     def __init__(self, membership: Membership, bucket_bytes: int) -> None:
@@ -73,6 +79,7 @@ class GradReducer:
         self._bucket_bytes = bucket_bytes
         self._paused = False  # no_sync()
         self.generation = 0
+        self.holds = False
 
         self._shards: list[Shard] = []
         self._params: list[Tensor] = []
@@ -191,7 +198,7 @@ class GradReducer:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)
         round_begun = self._rounds.is_open or self._dropped
-        if self._paused:
+        if self._paused or self.holds:
             if round_begun:
                 self._passes.add(current)
             late = bool(round_begun or self._used[i])
@@ -260,21 +267,29 @@ class GradReducer:
     # Reduction ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def reduce(self, unfrozen: bool = False) -> bool:
         """Ends the period: every gradient of every rank is on its way to `grads`; see `finish`, `active`. A collective
         call. After the first period the host waits for no device, as long as no rank has made several passes in a
-        period or used reentrant checkpoints."""
+        period or used reentrant checkpoints.
+
+        Args:
+            unfrozen: whether this rank has parameters to shard that are not sharded yet.
+
+        Returns:
+            Whether any rank has.
+        """
         self._membership.check()
         if not self._params or self._hooks is None:
-            return
+            return self._membership.any_rank(unfrozen)[0]
         self._follow_zeroing()
         self._check_by_hand()
         if not self._dropped:
             self._end_round()
-        if self._exchange():
+        late, any_unfrozen = self._exchange(unfrozen)
+        if late:
             self._dropped = False
             self._end_round()
-            self._exchange()
+            self._exchange(unfrozen)
         self._dropped = False
         self._late.clear()
         self._passes.clear()
@@ -282,6 +297,7 @@ class GradReducer:
             self._learn()
         self._hooks.add()
         self.generation += 1
+        return any_unfrozen
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -329,12 +345,13 @@ class GradReducer:
                     "before the backward, or after optimizer.zero_grad()"
                 )
 
-    def _exchange(self) -> bool:
-        """Has the ranks tell each other what they had gradients of; whether any has late ones.
+    def _exchange(self, unfrozen: bool) -> tuple[bool, bool]:
+        """Has the ranks tell each other what they had gradients of; whether any has late ones, and whether any has
+        unfrozen parameters.
 
         A rank for which the host would have to wait for the device reads the outcome only where it has reason to
-        expect late gradients: it has some, or other than one pass, or several passes were made before. Such a rank is
-        blind to late gradients that others alone have, in which case those fail.
+        expect either: it has some, or other than one pass, or several passes were made before. Any other rank is
+        blind to what others alone have, in which case those fail.
         """
         assert self._hooks is not None
         device = self.grads[0].device
@@ -343,26 +360,29 @@ class GradReducer:
         reads = (
             device.type in WAITING_DEVICES
             or late
+            or unfrozen
             or self._dropped
             or self._expects_late
             or len(self._passes) != 1
             or not self._learned
             or self._hooks.lacks_some()
         )
-        facts = [late, self._expects_late, self._dropped, not self._dropped, not reads]
+        facts = [late, unfrozen, self._expects_late, self._dropped, not self._dropped, not reads]
         flags = upload([*self._used, *facts], torch.uint8, device)
         with self._membership.collective() as group:
             self._flags, self._flags_under_way = flags, start_all_reduce_max(flags, group)
         if not reads:
-            return False
+            return False, False
         self._finish_flags()
-        any_late, any_expects, any_dropped, any_kept, any_blind = flags[-len(facts) :].tolist()
+        any_late, any_unfrozen, any_expects, any_dropped, any_kept, any_blind = flags[-len(facts) :].tolist()
         self._expects_late = bool(any_expects)
         if any_dropped and any_kept:
             self._fail(_UNLIKE_ZEROING)
         if any_late and any_blind:
             self._fail(_UNLIKE_PASSES)
-        return bool(any_late)
+        if any_unfrozen and any_blind:
+            self._fail(_UNLIKE_UNFREEZING)
+        return bool(any_late), bool(any_unfrozen)
 
     def finish(self, shard: int | None = None) -> None:
         """Has what follows on the current stream see the averages: of one shard, by its number, or all."""

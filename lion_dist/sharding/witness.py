@@ -20,10 +20,13 @@ _ADVICE = (
     "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped; or use stage=1"
 )
 
+_DATA = Tensor.data.__get__
+
 
 class _Zeros(Tensor):
-    """Zeros in the place of a gradient, which refuse to be unscaled: torch does so without a trace, by an operator
-    that does not count as a change of the tensor."""
+    """Zeros in the place of a gradient, which refuse what would change them without a trace: to be unscaled, by an
+    operator that does not count as a change of the tensor, and ``.data``, whose changes are not counted here. Pickled
+    they are a plain tensor."""
 
     @classmethod
     def __torch_function__(
@@ -34,8 +37,16 @@ class _Zeros(Tensor):
                 "GradScaler.unscale_() does not reach the gradients of ShardedLion with stage=2, which have left "
                 "p.grad: train in bfloat16 without GradScaler, or use stage=1 with DistributedDataParallel"
             )
+        if func == _DATA:  # a new object each time
+            raise RuntimeError(f"p.grad.data is not that of a gradient that has been reduced. {_ADVICE}")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 class Witness:

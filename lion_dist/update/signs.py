@@ -20,6 +20,8 @@ from .segments import Columns, Segment, SegmentTable
 
 FOOTER = 128  # bytes, so that every rank's mail begins at a multiple of what the vectorised copies of NCCL need
 
+REFUSED = -1  # the checksum of a rank that does not make the step
+
 
 class SignUpdate:
     """The two halves for parameters of one dtype, whose momenta lie in one flat buffer on each rank.
@@ -93,6 +95,10 @@ class SignUpdate:
                 for run in runs:
                     reference.sign_step_(*run, scalars)
         update.forget_gradients()
+
+    def refuse(self) -> None:
+        """Instead of `pack`: a row of the mail with which no rank's parameters change. `apply` must not follow."""
+        self._checksum.fill_(REFUSED)
 
     def apply(self, columns: Columns, agree: Tensor) -> None:
         """The other half: every slice of every rank, by the signs in the mail and the hyper-parameters of `pack`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -240,6 +241,30 @@ def test_placeholder_refuses_to_be_unscaled(with_late_gradient: bool) -> None:
     with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(\) .* use stage=1"):
         scaler.unscale_(torch.optim.SGD(params))
     assert not witness.gone()
+
+
+def test_placeholder_refuses_data() -> None:
+    """What is written to it leaves no trace."""
+    _, p = watching_one()
+    assert p.grad is not None
+    for change in (lambda g: g.data.clamp_(-1, 1), lambda g: g.data.mul_(0.5)):
+        with pytest.raises(RuntimeError, match=r"p\.grad\.data .*ShardedLion's own"):
+            change(p.grad)
+
+
+def test_placeholder_is_copied_and_saved_as_a_plain_tensor() -> None:
+    _, p = watching_one()
+    file = io.BytesIO()
+    torch.save({"grad": p.grad}, file)
+    file.seek(0)
+    for saved in (torch.load(file)["grad"], copy.deepcopy(p.grad)):
+        assert type(saved) is Tensor
+        assert saved.tolist() == [0.0, 0.0, 0.0]
+
+
+def watching_one() -> tuple[Witness, nn.Parameter]:
+    p = nn.Parameter(torch.ones(3))
+    return watching([p]), p
 
 
 def test_placeholder_is_a_tensor_like_others() -> None:
