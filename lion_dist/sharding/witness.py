@@ -20,7 +20,7 @@ _ADVICE = (
     "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped; or use stage=1"
 )
 
-_DATA = Tensor.data.__get__
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class _Zeros(Tensor):
