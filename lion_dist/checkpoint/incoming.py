@@ -48,7 +48,7 @@ from .named import (
 from .plain import DTYPES, from_plain
 from .ranks import Ranks
 from .reader import Reader
-from .undo import remember, remember_elements, remember_module
+from .undo import remember_elements, remember_module, remember_state
 from .union import by_group, with_lists
 
 SCHEDULER, EXTRA, RANKS, RNG, TIED = "scheduler.", "extra", "ranks", "rng.", "tied."
@@ -324,8 +324,8 @@ class Incoming:
         """
         if copy:
             remember_elements(undo, [part for t in self.tensors.values() for part in _parts(t)])
-        remember(undo, *(scheduler for scheduler, _ in self._schedulers))
         for i, (scheduler, state) in enumerate(self._schedulers):
+            remember_state(undo, scheduler)
             _attempt(f"scheduler {i}, a {type(scheduler).__name__},", scheduler.load_state_dict, state)
         for key, state in self._extra_states.items():
             module = self._of_model.extra[key]

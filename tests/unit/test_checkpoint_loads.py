@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,58 @@ def test_a_scheduler_that_refuses_its_state_changes_nothing(tmp_path: Path) -> N
     schedulers = schedules(optimizer)
     checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=schedulers)
     assert schedulers[0]._schedulers[0].lr_lambdas[0].seen != seen
+
+
+class Meter:
+    def __init__(self, value: float) -> None:
+        self.total = value
+
+
+class Window:
+    """A scheduler whose state lies in containers and objects of many kinds."""
+
+    def __init__(self, value: float) -> None:
+        self.meter, self.last, self.seen = Meter(value), deque([value]), {value}
+        self.large = torch.full((5000,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {"total": self.meter.total, "last": list(self.last), "seen": sorted(self.seen)}
+        return {**values, "large": self.large[0].item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.meter.total = state["total"]
+        self.last.clear()
+        self.last.extend(state["last"])
+        self.seen.clear()
+        self.seen.update(state["seen"])
+        self.large.fill_(state["large"])
+
+
+class Temperature(nn.Module):
+    """A scheduler that is a module."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("degrees", torch.full((2,), value))
+
+
+def test_schedulers_of_any_kind_are_as_they_were(tmp_path: Path) -> None:
+    """Those that took their state before another one refused its own."""
+
+    def make(value: float, last: type[ConstantLR]) -> tuple[nn.Module, Lion, list[Any]]:
+        model, optimizer = trained(value)
+        return model, optimizer, [Window(value), Temperature(value), last(optimizer)]
+
+    model, optimizer, schedulers = make(1.0, ConstantLR)
+    checkpoint.save(tmp_path / "step-1", model, optimizer, schedulers=schedulers)
+    model, optimizer, schedulers = make(-1.0, Picky)
+    before = Before(model, optimizer, schedulers[0], schedulers[2])
+    objects = dict(vars(schedulers[0]))
+    with pytest.raises(ValueError, match=r"scheduler 2, a Picky, does not take what was saved"):
+        checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=schedulers)
+    before()
+    assert all(vars(schedulers[0])[key] is value for key, value in objects.items())
+    assert (schedulers[1].degrees == -1).all()
 
 
 def test_a_module_that_refuses_its_extra_state_changes_nothing(tmp_path: Path) -> None:
