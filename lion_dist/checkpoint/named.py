@@ -108,7 +108,8 @@ class Logical:
 
     def like(self, p: Tensor, t: Tensor) -> Tensor | None:
         """``t``, of ``optimizer.state``, in the shape of the whole parameter, if it is sharded as p is: a tensor in p's
-        shape, or in that of this rank's part of p. None: it is something else."""
+        shape, or in that of this rank's part of p. None: it is something else. Where the ranks find differently,
+        `union.unite` refuses the save."""
         if isinstance(t, BoxTensor) or is_dtensor(t):
             return t.detach() if t.shape == p.shape else None
         if is_dtensor(p):

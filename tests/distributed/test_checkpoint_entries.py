@@ -114,6 +114,13 @@ def body_entries(rank: int, world_size: int, folder: Path) -> None:
             TypeError, match=r"optim\.state\.\w+\.odd is a Tensor of shape .* which a checkpoint cannot"
         ):
             checkpoint.save(folder / "never", run.wrapped, run.optimizer, process_group=run.ranks)
+        entry.pop("odd", None)
+        if strategy.startswith("fsdp"):  # a counter, beside a part of one element on one rank and of none on the other
+            for name, p in run.wrapped.named_parameters():
+                if name.endswith("one"):
+                    run.optimizer.state[p]["seen"] = torch.ones(1)
+            with pytest.raises(ValueError, match=r"block\.one\.seen is a part of a sharded tensor on rank ., by its shape"):
+                checkpoint.save(folder / "never", run.wrapped, run.optimizer, process_group=run.ranks)
         dist.barrier()
         assert not (folder / "never").exists()
 
