@@ -26,6 +26,7 @@ from ..fsdp import local, new_momenta
 from ..param_groups import KEYS, check_group, momentum_dtype
 from ..sharded_lion import ShardedLion
 from ..sharding.box_tensor import BoxTensor
+from .manifest import check_name
 from .named import (
     BESIDE,
     EXP_AVG,
@@ -416,6 +417,8 @@ def _groups(objects: dict[str, Any]) -> list[dict[str, Any]]:
         names = group.get("params")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"parameter group {i} of the checkpoint has no list of names")
+        for name in names:
+            check_name(name)
     return [groups[number] for number in sorted(groups)]
 
 

@@ -363,6 +363,34 @@ def test_groups_of_a_manifest_are_whole_or_refused(key: str, value: Any, tmp_pat
     before()
 
 
+def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
+    """Whatever puts a checkpoint's strings into it: a name in one group or in two, or users' code."""
+    red, lists = "\x1b[31mred", "optim.param_groups.{}.params"
+    model, optimizer = trained(1.0)
+    model = nn.Sequential(model, Kept())
+    checkpoint.save(tmp_path / "good", model, optimizer)
+    edits: list[Callable[[dict[str, Any]], Any]] = [
+        lambda objects: objects[lists.format(0)].append(red),
+        lambda objects: [objects[lists.format(i)].append(red) for i in (0, 1)],
+        lambda objects: objects.update({"model.1._extra_state": red}),
+    ]
+    for i, edit in enumerate(edits):
+        path = tmp_path / f"bad-{i}"
+        shutil.copytree(tmp_path / "good", path)
+        rewrite(path, lambda raw, edit=edit: edit(raw["objects"]))
+
+        class Telling(Kept):
+            def set_extra_state(self, state: Any) -> None:
+                if state == red:
+                    raise ValueError(f"no {state}")
+
+        model, optimizer = trained(-1.0)
+        with pytest.raises(ValueError) as caught:
+            checkpoint.load(path, nn.Sequential(model, Telling()), optimizer)
+        assert str(caught.value).isprintable()
+        assert r"\x1b[31mred" in str(caught.value)
+
+
 def test_groups_and_what_schedulers_keep_for_each_are_matched_by_name(tmp_path: Path) -> None:
     def make(order: list[int], lr: float) -> tuple[nn.Module, Lion, LambdaLR]:
         model = nn.Linear(3, 2)
