@@ -57,9 +57,10 @@ def _remember(undo: ExitStack, value: Any, seen: set[int], outermost: bool = Fal
 def remember_state(undo: ExitStack, scheduler: Any) -> None:
     """Has ``undo`` load what a scheduler's state_dict() is now, and then put back its attributes as `remember` does:
     what the scheduler keeps in containers and objects of other kinds comes back through its own load_state_dict(),
-    the rest, which it may refuse to load, as attributes."""
+    the rest, which it may refuse to load, as attributes. Of a state that cannot be copied, only the latter."""
     remember(undo, scheduler)
-    undo.callback(_load_again, scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
+    with contextlib.suppress(Exception):  # such as LambdaLR's of a class, float, which has the class's __dict__
+        undo.callback(_load_again, scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
 
 
 def remember_module(undo: ExitStack, module: nn.Module) -> None:

@@ -262,6 +262,14 @@ def test_schedulers_of_any_kind_are_as_they_were(tmp_path: Path) -> None:
     assert (schedulers[1].degrees == -1).all()
 
 
+def test_a_scheduler_whose_state_cannot_be_copied_is_loaded(tmp_path: Path) -> None:
+    model, optimizer = trained(1.0)
+    checkpoint.save(tmp_path / "step-1", model, optimizer, schedulers=LambdaLR(optimizer, lambda step: 0.5))
+    model, optimizer = trained(-1.0)
+    checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=LambdaLR(optimizer, float))
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
 def test_a_module_that_refuses_its_extra_state_changes_nothing(tmp_path: Path) -> None:
     def make(refuses: bool) -> tuple[nn.Module, Lion]:
         model = nn.Sequential(Kept(), nn.Sequential(Kept(refuses)))
