@@ -159,13 +159,40 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
 
 
 def _init_state(call: str, path: Key, optimizer: Optimizer | None, ranks: Ranks) -> None:
-    """Makes the state that the next step would make, of parameters that were unfrozen since the last one."""
+    """Makes the state that the next step would make, of parameters that were unfrozen since the last one. Before, it
+    makes sure that no rank of a ShardedLion's group would wait for one that has been given no optimizer."""
+
+    def group() -> tuple[int, list[int]]:
+        if ranks.group is None:
+            return 0, []
+        sharded = isinstance(optimizer, ShardedLion)
+        return dist.get_rank(), dist.get_process_group_ranks(optimizer.process_group) if sharded else []
+
+    _together(call, path, lambda: ranks.steps.all_reduce("groups", group, _check_groups))
 
     def init() -> None:
         if isinstance(optimizer, (Lion, ShardedLion)):
             optimizer.init_state()  # of a ShardedLion a collective call of its own group, so not within an Agreement
 
     _together(call, path, lambda: ranks.steps.all_gather("init state", init))
+
+
+def _check_groups(ranks: list[tuple[int, list[int]]]) -> None:
+    """
+    Args:
+        ranks: of each rank, its number and the ranks of its ShardedLion's group, or none.
+
+    Raises:
+        ValueError: a ShardedLion is not given on all ranks of its group.
+    """
+    given = dict(ranks)
+    for rank, group in ranks:
+        lacking = [other for other in group if given.get(other) != group]
+        if lacking:
+            raise ValueError(
+                f"the ShardedLion of rank {rank} is that of ranks {group}, but ranks {lacking} have not been given it: "
+                "give the same optimizer on every rank of its group, or on none of them"
+            )
 
 
 def _as_list(schedulers: Any) -> list[Any]:
