@@ -196,6 +196,9 @@ class Incoming:
             raise ValueError(f"the checkpoint has more than {MAX_BESIDE} entries of {BESIDE[:-1]}")
         for key in (*manifest.tensors, *manifest.objects):
             if key.startswith(BESIDE):
+                size = manifest.tensors[key].nbytes if key in manifest.tensors else 0
+                if size > entry_limit(()):
+                    raise ValueError(f"{key} has {size} bytes; expected at most {entry_limit(())}, as any save")
                 self._beside[key.removeprefix(BESIDE)] = self._value(key)
             if not key.startswith(STATE):
                 continue

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, reader
+from lion_dist.checkpoint import Reader, named, reader
 from tests.bits import assert_same_bits
 from tests.unit.test_checkpoint_storage import rewrite, toy
 
@@ -480,6 +480,20 @@ def test_entries_of_others_are_kept(tmp_path: Path) -> None:
             state[p]["late"] = 1
         checkpoint.load(tmp_path / "step-1", other, loaded)
         assert all("late" not in loaded.state[p] for p in other.parameters())
+
+
+def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sparse file would fill the memory."""
+    model, optimizer = trained(1.0)
+    optimizer.state["large"] = torch.zeros(1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "entry_limit", lambda shape: 1 << 30)
+        checkpoint.save(tmp_path / "step-1", model, optimizer)
+    model, optimizer = trained(-1.0)
+    before = Before(model, optimizer)
+    with pytest.raises(ValueError, match=r"optim\.beside\.large has 4194304 bytes; expected at most 65536"):
+        checkpoint.load(tmp_path / "step-1", model, optimizer)
+    before()
 
 
 @pytest.mark.parametrize(
