@@ -165,8 +165,8 @@ def _init_state(call: str, path: Key, optimizer: Optimizer | None, ranks: Ranks)
     def group() -> tuple[int, list[int]]:
         if ranks.group is None:
             return 0, []
-        sharded = isinstance(optimizer, ShardedLion)
-        return dist.get_rank(), dist.get_process_group_ranks(optimizer.process_group) if sharded else []
+        of = optimizer.process_group if isinstance(optimizer, ShardedLion) else None
+        return dist.get_rank(), [] if of is None else dist.get_process_group_ranks(of)
 
     _together(call, path, lambda: ranks.steps.all_reduce("groups", group, _check_groups))
 

@@ -9,8 +9,9 @@ known to be dead:
 
 - Whoever writes or removes an unfinished folder holds an exclusive lock on the manifest.json in it, which is made
   first. The operating system ends the lock with the process. A folder whose lock can be taken is dead.
-- A save removes dead folders of its own final name. With ``keep_last`` it also removes older checkpoints of its own run,
-  the runs before that (see `Run`) and its stem, and dead folders of these runs and stem, whatever their numbers.
+- A save removes dead folders of its own final name. With ``keep_last`` it also removes older checkpoints of its stem
+  and of its own run or the runs before that (see `Run`), and dead folders of these runs and stem, whatever their
+  numbers.
 - A folder is renamed before anything in it is removed. So whoever lost it finds it gone as a whole, be it because it
   had no lock yet or because locks do not reach over these machines, and can never commit a part of it.
 - Where the file system has no locks, a folder is dead in which nothing has changed for a day.
@@ -195,7 +196,8 @@ class Unfinished:
             if os.path.lexists(self.path):
                 raise FileExistsError(
                     f"{self.path} has appeared while it was being saved: another save to the same path was faster, and "
-                    "this one is dropped. Let every job save under names of its own"
+                    "this one is dropped. Let every job save under names of its own, and the ranks of one job save "
+                    "together: where each stage of a pipeline has a ShardedLion of its own, pass process_group= of all stages"
                 ) from None
             raise
         sync_folder(self.path.parent)
@@ -350,8 +352,9 @@ def continue_run(owners: Sequence[object], path: Path, objects: dict[str, Any]) 
     """After a load from ``path``, whose manifest has these ``objects``: later saves beside it go on from its run."""
     name, before = objects.get(RUN), objects.get(BEFORE)
     names = [*before, name] if isinstance(before, list) else [name]
-    if all(isinstance(name, str) for name in names):
-        run = Run.new(names)
+    known = [name for name in names if isinstance(name, str)]
+    if known == names:
+        run = Run.new(known)
         for owner in owners:
             _runs.setdefault(owner, {})[os.path.realpath(path.parent)] = run
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,6 +54,7 @@ from .union import by_group, with_lists
 
 SCHEDULER, EXTRA, RANKS, RNG, TIED = "scheduler.", "extra", "ranks", "rng.", "tied."
 _MOMENTA = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that a momentum may have
+_LISTED = "listed."  # in `Incoming.unclaimed`, before names of parameters that a group has
 _GROUP_KEY = re.compile(re.escape(GROUPS) + r"(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -162,7 +163,7 @@ class Incoming:
         self._matches = match_groups(mine, saved)
         known = {name for group in mine for name in group["params"]} | aliases.keys() | set(self._tied.values())
         self.unclaimed |= {
-            f"{name}, of parameter group {i}"
+            f"{_LISTED}{name} (of group {i})"
             for i, group in enumerate(saved)
             for name in group["params"]
             if name not in known
@@ -234,13 +235,6 @@ class Incoming:
                     raise ValueError(f"{key} has {held.nbytes} bytes and not the parameter's shape")
                 else:
                     self._small.setdefault(name, {})[entry] = self._value(key)
-        for name in sorted(self._small.keys() | self._wide.keys()):
-            of_here = optimizer.state.get(self._params[name])
-            if isinstance(optimizer, ShardedLion) and not isinstance(of_here, MutableMapping):
-                raise ValueError(
-                    f"the state of {name} in the checkpoint has entries {sorted(self._entries[name])}, of which "
-                    "ShardedLion's state can hold exp_avg alone: load it into a Lion"
-                )
 
     def _groups_of(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         return [
@@ -395,7 +389,15 @@ def _parts(t: Any) -> list[Tensor]:
 
 def check_claimed(ranks: Sequence[set[str]]) -> None:
     """Raises ValueError, naming some, where the checkpoint has what no rank has."""
-    lacking(set.intersection(*ranks), "checkpoint", "model or optimizer")
+    keys = set.intersection(*ranks)
+    listed = sorted(key.removeprefix(_LISTED) for key in keys if key.startswith(_LISTED))
+    if listed and not any(key.startswith(MODEL) for key in keys):
+        raise ValueError(
+            f"the optimizer lacks {len(listed)} parameters of the checkpoint's parameter groups: "
+            f"{', '.join(listed[:5])}. Make it of all parameters that it had when it was saved, the frozen ones too: a "
+            "parameter with requires_grad=False is not stepped"
+        )
+    lacking({key for key in keys if not key.startswith(_LISTED)}, "checkpoint", "model or optimizer")
 
 
 def lacking(keys: set[str], one: str, other: str) -> None:

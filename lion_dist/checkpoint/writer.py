@@ -50,7 +50,9 @@ class Writer(StorageWriter):
     Attributes:
         unfinished: on the first rank, the folder written to, until it is renamed.
 
-    Several may write at the same time, to different paths. Two to one path: one of them raises FileExistsError.
+    Several may write at the same time, to different paths. Two to one path: one of them raises FileExistsError. Where
+    several ranks save, calls of torch's dcp.async_save that overlap need a process group each, since their collectives
+    would mix.
     """
 
     def __init__(

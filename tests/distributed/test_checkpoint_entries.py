@@ -117,7 +117,9 @@ def body_entries(rank: int, world_size: int, folder: Path) -> None:
             for name, p in run.wrapped.named_parameters():
                 if name.endswith("one"):
                     run.optimizer.state[p]["seen"] = torch.ones(1)
-            with pytest.raises(ValueError, match=r"block\.one\.seen is a part of a sharded tensor on rank ., by its shape"):
+            with pytest.raises(
+                ValueError, match=r"block\.one\.seen is a part of a sharded tensor on rank ., by its shape"
+            ):
                 checkpoint.save(folder / "never", run.wrapped, run.optimizer, process_group=run.ranks)
         dist.barrier()
         assert not (folder / "never").exists()

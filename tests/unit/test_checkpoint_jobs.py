@@ -1,5 +1,5 @@
-"""Several jobs save into one folder at the same time, and some are killed: every save that returned is whole then, every
-other one raised, and what the dead have left is swept.
+"""Several jobs save into one folder at the same time, and some are killed: every save is whole when it
+returns, every other one raised, and what the dead have left is swept.
 
 The jobs know nothing of each other. Job i of n saves ``step-<k * n + i>``, so that all names have one stem, and keeps
 its own last two. Every other time all of them save ``same-<k>`` as well, which one of them gets. Weights and momenta

@@ -393,10 +393,41 @@ def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
                     raise ValueError(f"no {state}")
 
         model, optimizer = trained(-1.0)
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="x1b") as caught:
             checkpoint.load(path, nn.Sequential(model, Telling()), optimizer)
         assert str(caught.value).isprintable()
         assert r"\x1b[31mred" in str(caught.value)
+
+
+def test_an_optimizer_of_other_parameters_is_told_what_to_do(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    optimizers = {"all": Lion(model.parameters()), "trained": Lion([model.bias])}
+    for name, optimizer in optimizers.items():
+        checkpoint.save(tmp_path / name, model, optimizer)
+    with pytest.raises(
+        ValueError, match=r"lacks 1 parameters of .* groups: weight \(of group 0\)\. .* frozen ones too"
+    ):
+        checkpoint.load(tmp_path / "all", model, Lion([model.bias]))
+    with pytest.raises(
+        ValueError, match=r"^.*weight, of the optimizer's group 0, .*add_param_group\(\) after the load"
+    ):
+        checkpoint.load(tmp_path / "trained", model, Lion(model.parameters()))
+    # As the messages say.
+    checkpoint.load(tmp_path / "all", model, Lion(model.parameters()))
+    optimizer = Lion([model.bias])
+    checkpoint.load(tmp_path / "trained", model, optimizer)
+    optimizer.add_param_group({"params": [model.weight.requires_grad_(True)]})
+    checkpoint.save(tmp_path / "unfrozen", model, optimizer)
+
+
+def test_tensors_without_elements_in_memory_are_refused_by_name(tmp_path: Path) -> None:
+    for value in (torch.zeros(3, 2, device="meta"), torch.zeros(3, 2).to_sparse()):
+        model = nn.Sequential(nn.Linear(2, 2))
+        model[0].weight = nn.Parameter(value, requires_grad=False)
+        with pytest.raises(TypeError, match=r"model\.0\.weight is o.*; a checkpoint holds dense tensors"):
+            checkpoint.save(tmp_path / "step-1", model, Lion([model[0].bias]))
+    assert not any(tmp_path.iterdir())
 
 
 def test_groups_and_what_schedulers_keep_for_each_are_matched_by_name(tmp_path: Path) -> None:
