@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..fsdp import reshard
 from ..lion import Lion
 from ..sharded_lion import ShardedLion
-from .folders import RUN, Key, continue_run, local_path, run_of
+from .folders import Key, continue_run, local_path, run_of
 from .incoming import EXTRA, Incoming, check_claimed
 from .manifest import Manifest
 from .named import Names, check_optimizer, parameters, unwrapped
@@ -59,10 +59,11 @@ def save(
             `load` returns, those of the first rank: the step, a place in the data.
         keep_last: removes, once the new one is there, the checkpoints of the same run in the same folder whose names
             differ from its in the number at the end, but this many: those of the largest numbers (step-300 and
-            step-200, not step-100; best-7 stays). None: keeps all. A run is what this optimizer (without one: this
-            model) has saved there under such names, and what was there when it was loaded from there, before a restart:
-            other jobs' checkpoints stay, as do those of versions that recorded no run. One that somebody reads stays
-            until the next save.
+            step-200, not step-100; best-7 stays). None: keeps all. A run is what this optimizer or this model has
+            saved there, and what was saved there by the run that it was loaded from, as before a restart, and by those
+            before that. Other jobs' checkpoints stay, also those of another job that went on from the same checkpoint
+            (both remove the common ones before it), and those of versions that recorded no run; a warning on the
+            logger "lion_dist" names some. One that somebody reads stays until the next save.
         process_group: of all ranks that hold a part; None: ShardedLion's group, else all ranks. Where each stage of a
             pipeline has a ShardedLion of its own, give the group of all stages.
 
@@ -137,7 +138,7 @@ def _begin(
 
     share = _together("save", path, lambda: ranks.steps.reduce_scatter("gather names", hold, unite))
     writing = ranks.on_gloo() if beside else ranks
-    run = run_of(model if optimizer is None else optimizer, folder)
+    run = run_of([model] if optimizer is None else [optimizer, model], folder)
     return Saving(folder, outgoing[0].state(share), ranks, keep_last, run), writing
 
 
@@ -158,13 +159,40 @@ def _check(model: nn.Module, optimizer: Optimizer | None) -> None:
 
 
 def _init_state(call: str, path: Key, optimizer: Optimizer | None, ranks: Ranks) -> None:
-    """Makes the state that the next step would make, of parameters that were unfrozen since the last one."""
+    """Makes the state that the next step would make, of parameters that were unfrozen since the last one. Before, it
+    makes sure that no rank of a ShardedLion's group would wait for one that has been given no optimizer."""
+
+    def group() -> tuple[int, list[int]]:
+        if ranks.group is None:
+            return 0, []
+        of = optimizer.process_group if isinstance(optimizer, ShardedLion) else None
+        return dist.get_rank(), [] if of is None else dist.get_process_group_ranks(of)
+
+    _together(call, path, lambda: ranks.steps.all_reduce("groups", group, _check_groups))
 
     def init() -> None:
         if isinstance(optimizer, (Lion, ShardedLion)):
             optimizer.init_state()  # of a ShardedLion a collective call of its own group, so not within an Agreement
 
     _together(call, path, lambda: ranks.steps.all_gather("init state", init))
+
+
+def _check_groups(ranks: list[tuple[int, list[int]]]) -> None:
+    """
+    Args:
+        ranks: of each rank, its number and the ranks of its ShardedLion's group, or none.
+
+    Raises:
+        ValueError: a ShardedLion is not given on all ranks of its group.
+    """
+    given = dict(ranks)
+    for rank, group in ranks:
+        lacking = [other for other in group if given.get(other) != group]
+        if lacking:
+            raise ValueError(
+                f"the ShardedLion of rank {rank} is that of ranks {group}, but ranks {lacking} have not been given it: "
+                "give the same optimizer on every rank of its group, or on none of them"
+            )
 
 
 def _as_list(schedulers: Any) -> list[Any]:
@@ -291,6 +319,5 @@ def _load(
         _together("load", path, lambda: steps.all_gather("read", read))
     _together("load", path, lambda: steps.all_gather("apply", apply))
     incoming.finish()
-    run = reader.manifest.objects.get(RUN)
-    continue_run(model if optimizer is None else optimizer, local_path(path), run)
+    continue_run([model] if optimizer is None else [optimizer, model], local_path(path), reader.manifest.objects)
     return incoming.extra

@@ -9,8 +9,9 @@ known to be dead:
 
 - Whoever writes or removes an unfinished folder holds an exclusive lock on the manifest.json in it, which is made
   first. The operating system ends the lock with the process. A folder whose lock can be taken is dead.
-- A save removes dead folders of its own final name. With ``keep_last`` it also removes older checkpoints of its own run
-  (see `run_of`) and stem, and dead folders of that run and stem, whatever their numbers.
+- A save removes dead folders of its own final name. With ``keep_last`` it also removes older checkpoints of its stem
+  and of its own run or the runs before that (see `Run`), and dead folders of these runs and stem, whatever their
+  numbers.
 - A folder is renamed before anything in it is removed. So whoever lost it finds it gone as a whole, be it because it
   had no lock yet or because locks do not reach over these machines, and can never commit a part of it.
 - Where the file system has no locks, a folder is dead in which nothing has changed for a day.
@@ -27,16 +28,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from .manifest import NAME, Manifest
 
@@ -48,7 +50,10 @@ except ImportError:  # not on this system: as on a file system without locks
 Key = str | os.PathLike[str]  # a folder, as callers name it
 T = TypeVar("T")
 
+logger = logging.getLogger("lion_dist")
+
 RUN = "lion_dist.run"  # the manifest's key of the run that a checkpoint belongs to
+BEFORE = "lion_dist.run.before"  # and of the runs before that
 DEAD_AFTER_S = 24 * 3600.0  # without a change, where there are no locks
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?:(?P<run>[0-9a-f]{16})-)?[0-9a-f]{8}\.unfinished", re.DOTALL)
 
@@ -143,7 +148,7 @@ class Unfinished:
     lock: Lock
 
     @staticmethod
-    def make(path: Path, run: str | None = None) -> Unfinished:
+    def make(path: Path, run: Run | None = None) -> Unfinished:
         """Makes the folder, and sweeps what dead saves to the same path have left.
 
         Raises:
@@ -157,7 +162,7 @@ class Unfinished:
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists: save under another name (such as {path.name}-2), or remove it first")
         for _ in range(100):
-            folder = _other_name(path, _token(run))
+            folder = _other_name(path, None if run is None else run.token)
             folder.mkdir()
             # Another save to this path may take the folder for dead until it is locked, and renames it then.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -191,7 +196,8 @@ class Unfinished:
             if os.path.lexists(self.path):
                 raise FileExistsError(
                     f"{self.path} has appeared while it was being saved: another save to the same path was faster, and "
-                    "this one is dropped. Let every job save under names of its own"
+                    "this one is dropped. Let every job save under names of its own, and the ranks of one job save "
+                    "together: where each stage of a pipeline has a ShardedLion of its own, pass process_group= of all stages"
                 ) from None
             raise
         sync_folder(self.path.parent)
@@ -251,9 +257,8 @@ def _leftovers(folder: Path) -> Iterator[_Leftover]:
             yield _Leftover(left, found["name"], found["run"])
 
 
-def _token(run: str | None) -> str | None:
-    """A run as it stands in the name of an unfinished folder."""
-    return None if run is None else hashlib.sha256(run.encode()).hexdigest()[:16]
+def _token(run: str) -> str:
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def _other_name(path: Path, token: str | None) -> Path:
@@ -301,38 +306,83 @@ def _remove(folder: Path, lock: Lock, token: str | None = None) -> None:
 
 # Runs -----------------------------------------------------------------------------------------------
 
-# By optimizer or model: its run in a folder under a stem.
-_runs: weakref.WeakKeyDictionary[object, dict[tuple[str, str], str]] = weakref.WeakKeyDictionary()
+
+class Run(NamedTuple):
+    """A part of a training between two loads, and those before it: ``keep_last`` removes nothing of other runs.
+
+    Every load begins another run, so those that go on from one checkpoint leave each other's alone.
+
+    Attributes:
+        name: of the run, which no other has.
+        before: names of the runs that it goes on from, the first one first.
+    """
+
+    name: str
+    before: tuple[str, ...] = ()
+
+    @property
+    def token(self) -> str:
+        """As it stands in the name of an unfinished folder: of the first run, since whoever goes on from that sweeps
+        what has died."""
+        return _token((*self.before, self.name)[0])
+
+    @staticmethod
+    def new(before: Sequence[str] = ()) -> Run:
+        return Run(secrets.token_hex(8), (*before[:1], *before[1:][-_MOST_BEFORE:]))
 
 
-def _place(path: Path) -> tuple[str, str]:
-    return os.path.realpath(path.parent), stem_of(path.name)
+_MOST_BEFORE = 255
+# By optimizer and by model: the run in a folder.
+_runs: weakref.WeakKeyDictionary[object, dict[str, Run]] = weakref.WeakKeyDictionary()
+_told: set[tuple[Path, str]] = set()
 
 
-def run_of(owner: object, path: Path) -> str:
-    """The run that a checkpoint at ``path`` will belong to: what one optimizer (or one model, if there is none) saves
-    in one folder under one stem, or loads from there and goes on with. ``keep_last`` removes nothing of other runs."""
-    return _runs.setdefault(owner, {}).setdefault(_place(path), secrets.token_hex(8))
+def run_of(owners: Sequence[object], path: Path) -> Run:
+    """The run that a checkpoint at ``path`` will belong to: that of the first of its owners (the optimizer, the model)
+    that has one in this folder. From now on it is that of all of them."""
+    folder = os.path.realpath(path.parent)
+    known = [_runs[owner][folder] for owner in owners if folder in _runs.get(owner, {})]
+    run = known[0] if known else Run.new()
+    for owner in owners:
+        _runs.setdefault(owner, {})[folder] = run
+    return run
 
 
-def continue_run(owner: object, path: Path, run: object) -> None:
-    """After a load from ``path``, a checkpoint of ``run``: later saves beside it under the same stem belong to that
-    run. None: the checkpoint is of no run."""
-    if isinstance(run, str):
-        _runs.setdefault(owner, {})[_place(path)] = run
+def continue_run(owners: Sequence[object], path: Path, objects: dict[str, Any]) -> None:
+    """After a load from ``path``, whose manifest has these ``objects``: later saves beside it go on from its run."""
+    name, before = objects.get(RUN), objects.get(BEFORE)
+    names = [*before, name] if isinstance(before, list) else [name]
+    known = [name for name in names if isinstance(name, str)]
+    if known == names:
+        run = Run.new(known)
+        for owner in owners:
+            _runs.setdefault(owner, {})[os.path.realpath(path.parent)] = run
 
 
-def keep_last(path: Path, count: int, run: str) -> None:
-    """Removes the checkpoints of the run whose names differ from that of ``path`` in the number alone, but the last
-    ``count``, and never ``path`` itself; and what is dead of this run. What is being read stays, for the next time."""
+def keep_last(path: Path, count: int, run: Run) -> None:
+    """Removes the checkpoints of the run, and of those before it, whose names differ from that of ``path`` in the
+    number alone, but the last ``count``, and never ``path`` itself; and what is dead of these runs. What is being read
+    stays, for the next time."""
     stem = stem_of(path.name)
-    mine = [old for old in checkpoints(path.parent, stem=stem) if stem_of(old.name) == stem and _read_run(old) == run]
+    names = {run.name, *run.before}
+    alike = [old for old in checkpoints(path.parent, stem=stem) if stem_of(old.name) == stem]
+    mine = [old for old in alike if _read_run(old) in names]
+    if len(mine) < len(alike) and (path.parent, stem) not in _told:
+        _told.add((path.parent, stem))
+        others = [old.name for old in alike if old not in mine]
+        logger.warning(
+            "lion_dist: keep_last leaves %d checkpoints in %s to the runs that saved them (%s): this training has "
+            "neither saved them nor been loaded from one of theirs. Remove them by hand if nobody needs them",
+            len(others),
+            path.parent,
+            ", ".join(others[:5]),
+        )
     for old in mine[:-count]:
         if old != path and not old.is_symlink():
             with contextlib.suppress(OSError):  # somebody reads it, or another save removes it
-                _remove(old, Lock(old / NAME, os.O_RDWR), _token(run))
+                _remove(old, Lock(old / NAME, os.O_RDWR), run.token)
     for left in _leftovers(path.parent):
-        if left.token == _token(run) and stem_of(left.name) == stem:
+        if left.token == run.token and stem_of(left.name) == stem:
             _remove_dead(left.folder)
 
 

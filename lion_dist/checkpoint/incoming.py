@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..fsdp import local, new_momenta
 from ..param_groups import KEYS, check_group, momentum_dtype
 from ..sharded_lion import ShardedLion
 from ..sharding.box_tensor import BoxTensor
+from .manifest import check_name
 from .named import (
     BESIDE,
     EXP_AVG,
@@ -48,11 +49,12 @@ from .named import (
 from .plain import DTYPES, from_plain
 from .ranks import Ranks
 from .reader import Reader
-from .undo import remember, remember_elements, remember_module
+from .undo import remember_elements, remember_module, remember_state
 from .union import by_group, with_lists
 
 SCHEDULER, EXTRA, RANKS, RNG, TIED = "scheduler.", "extra", "ranks", "rng.", "tied."
 _MOMENTA = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that a momentum may have
+_LISTED = "listed."  # in `Incoming.unclaimed`, before names of parameters that a group has
 _GROUP_KEY = re.compile(re.escape(GROUPS) + r"(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -161,7 +163,7 @@ class Incoming:
         self._matches = match_groups(mine, saved)
         known = {name for group in mine for name in group["params"]} | aliases.keys() | set(self._tied.values())
         self.unclaimed |= {
-            f"{name}, of parameter group {i}"
+            f"{_LISTED}{name} (of group {i})"
             for i, group in enumerate(saved)
             for name in group["params"]
             if name not in known
@@ -195,6 +197,9 @@ class Incoming:
             raise ValueError(f"the checkpoint has more than {MAX_BESIDE} entries of {BESIDE[:-1]}")
         for key in (*manifest.tensors, *manifest.objects):
             if key.startswith(BESIDE):
+                size = manifest.tensors[key].nbytes if key in manifest.tensors else 0
+                if size > entry_limit(()):
+                    raise ValueError(f"{key} has {size} bytes; expected at most {entry_limit(())}, as any save")
                 self._beside[key.removeprefix(BESIDE)] = self._value(key)
             if not key.startswith(STATE):
                 continue
@@ -230,13 +235,6 @@ class Incoming:
                     raise ValueError(f"{key} has {held.nbytes} bytes and not the parameter's shape")
                 else:
                     self._small.setdefault(name, {})[entry] = self._value(key)
-        for name in sorted(self._small.keys() | self._wide.keys()):
-            of_here = optimizer.state.get(self._params[name])
-            if isinstance(optimizer, ShardedLion) and not isinstance(of_here, MutableMapping):
-                raise ValueError(
-                    f"the state of {name} in the checkpoint has entries {sorted(self._entries[name])}, of which "
-                    "ShardedLion's state can hold exp_avg alone: load it into a Lion"
-                )
 
     def _groups_of(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         return [
@@ -324,8 +322,8 @@ class Incoming:
         """
         if copy:
             remember_elements(undo, [part for t in self.tensors.values() for part in _parts(t)])
-        remember(undo, *(scheduler for scheduler, _ in self._schedulers))
         for i, (scheduler, state) in enumerate(self._schedulers):
+            remember_state(undo, scheduler)
             _attempt(f"scheduler {i}, a {type(scheduler).__name__},", scheduler.load_state_dict, state)
         for key, state in self._extra_states.items():
             module = self._of_model.extra[key]
@@ -391,7 +389,15 @@ def _parts(t: Any) -> list[Tensor]:
 
 def check_claimed(ranks: Sequence[set[str]]) -> None:
     """Raises ValueError, naming some, where the checkpoint has what no rank has."""
-    lacking(set.intersection(*ranks), "checkpoint", "model or optimizer")
+    keys = set.intersection(*ranks)
+    listed = sorted(key.removeprefix(_LISTED) for key in keys if key.startswith(_LISTED))
+    if listed and not any(key.startswith(MODEL) for key in keys):
+        raise ValueError(
+            f"the optimizer lacks {len(listed)} parameters of the checkpoint's parameter groups: "
+            f"{', '.join(listed[:5])}. Make it of all parameters that it had when it was saved, the frozen ones too: a "
+            "parameter with requires_grad=False is not stepped"
+        )
+    lacking({key for key in keys if not key.startswith(_LISTED)}, "checkpoint", "model or optimizer")
 
 
 def lacking(keys: set[str], one: str, other: str) -> None:
@@ -416,6 +422,8 @@ def _groups(objects: dict[str, Any]) -> list[dict[str, Any]]:
         names = group.get("params")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"parameter group {i} of the checkpoint has no list of names")
+        for name in names:
+            check_name(name)
     return [groups[number] for number in sorted(groups)]
 
 

@@ -108,7 +108,8 @@ class Logical:
 
     def like(self, p: Tensor, t: Tensor) -> Tensor | None:
         """``t``, of ``optimizer.state``, in the shape of the whole parameter, if it is sharded as p is: a tensor in p's
-        shape, or in that of this rank's part of p. None: it is something else."""
+        shape, or in that of this rank's part of p. None: it is something else. Where the ranks find differently,
+        `union.unite` refuses the save."""
         if isinstance(t, BoxTensor) or is_dtensor(t):
             return t.detach() if t.shape == p.shape else None
         if is_dtensor(p):
@@ -149,7 +150,7 @@ class ModelState:
     def read(model: nn.Module, names: Names, logical: Logical) -> ModelState:
         params = {}
         for p in dict.fromkeys(p for _, p in model.named_parameters(remove_duplicate=False)):
-            params[MODEL + names.of[id(p)]] = logical(p, p)
+            params[MODEL + names.of[id(p)]] = logical(p, _plain(MODEL + names.of[id(p)], p))
         fleeting = {
             id(b)
             for module in model.modules()
@@ -160,12 +161,23 @@ class ModelState:
         for wrapped, b in model.named_buffers():
             if id(b) not in fleeting:
                 (name,) = _get_fqns(model, wrapped)
-                buffers[MODEL + name] = b.detach()
+                buffers[MODEL + name] = _plain(MODEL + name, b).detach()
         for wrapped, module in model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 (name,) = _get_fqns(model, f"{wrapped}.{_EXTRA_STATE}" if wrapped else _EXTRA_STATE)
                 extra[MODEL + name] = module
         return ModelState(params, buffers, extra)
+
+
+def _plain(key: str, t: Tensor) -> Tensor:
+    """``t``; raises TypeError if its elements do not lie in memory one by one."""
+    if t.is_meta or t.layout != torch.strided:
+        kind = "on the meta device" if t.is_meta else f"of layout {t.layout}"
+        raise TypeError(
+            f"{key} is {kind}; a checkpoint holds dense tensors with values alone: materialize it (to_empty(), "
+            "to_dense()), or take it out of the model"
+        )
+    return t
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -322,7 +334,12 @@ def match_groups(mine: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
         params = group["params"]
         missing = [name for name in params if name not in place]
         if missing:
-            raise ValueError(f"{missing[0]}, of the optimizer's group {i}, is in no parameter group of the checkpoint")
+            raise ValueError(
+                f"{missing[0]}, of the optimizer's group {i}, is in no parameter group of the checkpoint, nor are "
+                f"{len(missing) - 1} others of that group: make the optimizer of the parameters that it had when it "
+                "was saved, such as those that were trained then, and give it the others by add_param_group() after "
+                "the load"
+            )
         there = sorted({place[name] for name in params})
         why = ""
         for j in there:

@@ -2,8 +2,8 @@
 
 None, booleans, numbers, strings, bytes, lists, tuples, dicts, Counters, dtypes, paths, small tensors and small NumPy
 arrays come back as what they were (an OrderedDict as a dict, a bytearray as bytes, named tuples and enumerations of
-numbers as what they are made of); anything else is refused when it is saved. What JSON lacks stands as a dict of one
-key that begins with "$":
+numbers as what they are made of, NumPy's scalars and arrays without dimensions as Python's numbers); anything
+else is refused when it is saved. What JSON lacks stands as a dict of one key that begins with "$":
 
     {"$float": "nan"}  {"$tuple": [...]}  {"$dict": [[key, value], ...]}  {"$counter": {"$dict": ...}}
     {"$dtype": "bfloat16"}  {"$bytes": "AAE="}  {"$path": "runs/1"}

@@ -89,4 +89,10 @@ def as_error(error: CheckpointException, what: str) -> Exception:
     _, (first, _) = min(error.failures.items())
     kinds = (FileExistsError, FileNotFoundError, ValueError, TypeError, OSError)
     kind = next((kind for kind in kinds if isinstance(first, kind)), RuntimeError)
-    return kind(f"{what}: " + "; ".join(f"{cause} (on ranks {ranks})" for cause, ranks in told.items()))
+    return kind(shown(f"{what}: " + "; ".join(f"{cause} (on ranks {ranks})" for cause, ranks in told.items())))
+
+
+def shown(text: str) -> str:
+    """The text without characters that a terminal would act upon, which a checkpoint may have put into an error's
+    message by way of users' code: they are escaped as in Python's strings."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)

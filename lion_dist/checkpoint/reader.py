@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import weakref
 import zlib
 from collections.abc import Callable
@@ -40,6 +39,11 @@ from .folders import Key, local_path, reading
 from .folders import Lock as FolderLock
 from .manifest import BLOCK_BYTES, DIGEST, MAX_DIGEST_BYTES, Chunk, Manifest, RegularFile, read_small
 from .plain import DTYPES, from_plain
+
+try:
+    import resource
+except ImportError:  # not on this system
+    resource = None  # type: ignore[assignment]
 
 
 class DataFiles:
@@ -71,7 +75,8 @@ class DataFiles:
 
 
 def _most_open() -> int:
-    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = 256 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(8, limit // 4)
 
 
 def _close(folder: int, files: dict[str, RegularFile]) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from .folders import Run
 from .ranks import Ranks, as_error
 from .writer import Writer
 
@@ -73,14 +74,14 @@ class Saving:
     """One save.
 
     Args:
-        run: see `folders.run_of`; that of the first rank counts.
+        run: see `folders.Run`; that of the first rank counts.
 
     Attributes:
         what: the call, for messages.
         written, total: bytes that this rank has written, and will have.
     """
 
-    def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None, run: str) -> None:
+    def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None, run: Run) -> None:
         self.what = f"lion_dist.checkpoint.save({str(path)!r})"
         self._ranks = ranks
         self._planner = _Planner()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -53,15 +54,24 @@ def _remember(undo: ExitStack, value: Any, seen: set[int], outermost: bool = Fal
         _remember(undo, one, seen)
 
 
+def remember_state(undo: ExitStack, scheduler: Any) -> None:
+    """Has ``undo`` load what a scheduler's state_dict() is now, and then put back its attributes as `remember` does:
+    what the scheduler keeps in containers and objects of other kinds comes back through its own load_state_dict(),
+    the rest, which it may refuse to load, as attributes. Of a state that cannot be copied, only the latter."""
+    remember(undo, scheduler)
+    with contextlib.suppress(Exception):  # such as LambdaLR's of a class, float, which has the class's __dict__
+        undo.callback(_load_again, scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
+
+
 def remember_module(undo: ExitStack, module: nn.Module) -> None:
     """Has ``undo`` put back a module's extra state, and its attributes as far as they are other objects then."""
     undo.callback(_put_back_dict, module.__dict__, dict(module.__dict__))
-    undo.callback(_put_back_extra_state, module, copy.deepcopy(module.get_extra_state()))
+    undo.callback(_load_again, module.set_extra_state, copy.deepcopy(module.get_extra_state()))
 
 
-def _put_back_extra_state(module: nn.Module, before: Any) -> None:
+def _load_again(load: Callable[[Any], object], before: Any) -> None:
     with contextlib.suppress(Exception):  # it may refuse any; what it refused is told
-        module.set_extra_state(before)
+        load(before)
 
 
 def _put_back_dict(live: dict[Any, Any], before: dict[Any, Any]) -> None:

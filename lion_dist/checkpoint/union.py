@@ -134,6 +134,7 @@ def unite(ranks: Sequence[Held]) -> list[Share]:
         ValueError: naming what the ranks hold in ways that no checkpoint can.
     """
     _check_same([held.tensors for held in ranks], "shape and dtype")
+    _check_kinds(ranks)
     _check_samples(ranks)
     taken: set[str] = set()
     shares = []
@@ -155,6 +156,21 @@ def _check_same(ranks: Sequence[dict[str, Any]], what: str) -> None:
                     f"{key} has {what} {other} on rank {there} and {value} on rank {rank}. A name is one tensor on all "
                     "ranks: give the parts of the model that the ranks hold the names that they have in the whole model"
                 )
+
+
+def _check_kinds(ranks: Sequence[Held]) -> None:
+    """That nothing is sharded on one rank and saved once, as another has it."""
+    sharded: dict[str, int] = {}
+    for rank, held in enumerate(ranks):
+        for key in held.tensors.keys() - held.once:
+            sharded.setdefault(key, rank)
+    for rank, held in enumerate(ranks):
+        for key in sorted(held.once & sharded.keys()):
+            raise ValueError(
+                f"{key} is a part of a sharded tensor on rank {sharded[key]}, by its shape, and a small value on rank "
+                f"{rank}: keep a counter as a number or a tensor without dimensions, and what is sharded as the "
+                "parameter is in the parameter's own kind (torch.zeros_like(p))"
+            )
 
 
 def _check_samples(ranks: Sequence[Held]) -> None:

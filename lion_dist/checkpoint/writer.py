@@ -24,7 +24,7 @@ from torch.futures import Future
 
 from . import folders
 from .blocks import Buffers, checksum, copy_out, finished, in_threads, synchronize, write_block
-from .folders import RUN, Key, Unfinished, local_path
+from .folders import BEFORE, RUN, Key, Run, Unfinished, local_path
 from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, data_name, read_small, size_of
 from .plain import DTYPES, dtype_name, to_plain
 
@@ -50,7 +50,9 @@ class Writer(StorageWriter):
     Attributes:
         unfinished: on the first rank, the folder written to, until it is renamed.
 
-    Several may write at the same time, to different paths. Two to one path: one of them raises FileExistsError.
+    Several may write at the same time, to different paths. Two to one path: one of them raises FileExistsError. Where
+    several ranks save, calls of torch's dcp.async_save that overlap need a process group each, since their collectives
+    would mix.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Writer(StorageWriter):
         path: Key,
         *,
         keep_last: int | None = None,
-        run: str | None = None,
+        run: str | Run | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
@@ -68,7 +70,7 @@ class Writer(StorageWriter):
                 "keep_last removes older checkpoints of the same run alone, and needs to know which these are: pass "
                 'run="...", a name that this training keeps over restarts and shares with no other'
             )
-        self._keep_last, self._run = keep_last, run
+        self._keep_last, self._run = keep_last, Run(run) if isinstance(run, str) else run
         self._progress = progress
         self.unfinished: Unfinished | None = None
         self.reset(path)
@@ -179,7 +181,9 @@ class Writer(StorageWriter):
 
     def _manifest(self, metadata: Metadata, results: list[list[WriteResult]]) -> Manifest:
         files: dict[str, int] = {}
-        objects: dict[str, Any] = {} if self._run is None else {RUN: self._run}
+        objects: dict[str, Any] = {} if self._run is None else {RUN: self._run.name}
+        if self._run is not None and self._run.before:
+            objects[BEFORE] = list(self._run.before)
         chunks: dict[str, list[Chunk]] = {}
         dtypes: dict[str, set[str]] = {}
         for of_rank in results:

@@ -108,6 +108,11 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     optimizer = run.optimizer if rank == 0 else torch.optim.SGD(run.model.parameters(), lr=1.0)
     with pytest.raises((TypeError, RuntimeError), match="expected lion_dist's Lion or ShardedLion, got SGD"):
         checkpoint.save(folder / "x", run.model, optimizer, process_group=dist.group.WORLD)
+    # A ShardedLion on one rank of its group alone.
+    refused("of rank 0 is that of ranks .0, 1., but ranks .1. have not", "an optimizer on rank 0 alone",
+            optimizer=run.optimizer if rank == 0 else None, path=good)  # fmt: skip
+    with pytest.raises(ValueError, match=r"of rank 1 is that of ranks .0, 1., but ranks .0. have not"):
+        checkpoint.save(folder / "x", run.wrapped, run.optimizer if rank == 1 else None)
     with pytest.raises(FileExistsError, match="good exists"):
         checkpoint.save(good, run.wrapped, run.optimizer)
     with pytest.raises(ValueError, match="not in the model"):

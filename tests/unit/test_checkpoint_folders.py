@@ -281,6 +281,38 @@ def test_keep_last_knows_its_own_run(tmp_path: Path) -> None:
     assert {"tuned-0", "tuned-1", "step-6"} < names(tmp_path)
 
 
+def test_keep_last_goes_on_over_restarts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever of its checkpoints a training is resumed from, and with whatever optimizer."""
+    model, optimizer = toy()
+    for step in range(6):
+        if step in (2, 4):
+            model, optimizer = toy()
+            checkpoint.load(checkpoint.latest(tmp_path, stem="step"), model, optimizer)
+        for stem in ("step", "best"):
+            checkpoint.save(tmp_path / f"{stem}-{step}", model, optimizer, keep_last=1)
+        assert names(tmp_path) == {f"step-{step}", f"best-{step}"}
+    # The optimizer is made anew; or the weights alone are loaded.
+    optimizer = Lion(model.parameters())
+    checkpoint.save(tmp_path / "step-6", model, optimizer, keep_last=1)
+    model, optimizer = toy()
+    checkpoint.load(tmp_path / "step-6", model)
+    checkpoint.save(tmp_path / "step-7", model, optimizer, keep_last=1)
+    assert names(tmp_path) == {"step-7", "best-5"}
+    assert not caplog.records
+
+
+def test_keep_last_of_two_that_go_on_from_one_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint.save(tmp_path / "step-10", *toy())
+    siblings = [toy(), toy()]
+    for model, optimizer in siblings:
+        checkpoint.load(tmp_path / "step-10", model, optimizer)
+    for step in range(11, 17):
+        checkpoint.save(tmp_path / f"step-{step}", *siblings[step % 2], keep_last=1)
+    assert names(tmp_path) == {"step-15", "step-16"}
+    assert [record.getMessage() for record in caplog.records if "keep_last leaves 1 checkpoints" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
 def test_keep_last_leaves_what_records_no_run(tmp_path: Path) -> None:
     dcp.save({"model": {"w": torch.ones(3)}}, storage_writer=Writer(tmp_path / "step-1"))
     (tmp_path / "step-2").mkdir()

@@ -1,5 +1,5 @@
-"""Several jobs save into one folder at the same time, and some are killed: every save that returned is whole, every
-other one raised, and what the dead have left is swept.
+"""Several jobs save into one folder at the same time, and some are killed: every save is whole when it
+returns, every other one raised, and what the dead have left is swept.
 
 The jobs know nothing of each other. Job i of n saves ``step-<k * n + i>``, so that all names have one stem, and keeps
 its own last two. Every other time all of them save ``same-<k>`` as well, which one of them gets. Weights and momenta
@@ -8,7 +8,6 @@ are filled with a number of the job and the step, so that a mixture of two saves
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import time
@@ -71,9 +70,16 @@ def run_job(job: int, jobs: int, steps: int, folder: Path, journal: Path) -> Non
             try:
                 keep = KEPT if name.startswith("step") else None
                 checkpoint.save(folder / name, model, optimizer, extra={"job": job, "k": k}, keep_last=keep)
-                os.write(fd, f"returned {name}\n".encode())
             except Exception as error:
                 os.write(fd, f"{type(error).__name__} {name}\n".encode())
+                continue
+            os.write(fd, f"returned {name}\n".encode())
+            # At once, since this job's own later saves may remove it.
+            try:
+                whole = assert_whole(folder / name) == {"job": job, "k": k}
+            except Exception:
+                whole = False
+            os.write(fd, f"{'whole' if whole else 'torn'} {name}\n".encode())
     os.write(fd, b"done all\n")
     os._exit(0)
 
@@ -96,7 +102,8 @@ def assert_whole(path: Path) -> dict[str, Any]:
     return extra
 
 
-def several_jobs(tmp_path: Path, jobs: int, steps: int, kills: int, seed: int) -> str:
+def several_jobs(tmp_path: Path, jobs: int, steps: int, kills: int, seed: int, in_saves: int = 0) -> str:
+    """``in_saves``: how many of the kills must hit a save, at least."""
     moments = random.Random(seed)
     folder, journals = tmp_path / "runs", [tmp_path / f"journal-{job}" for job in range(jobs)]
     folder.mkdir()
@@ -110,9 +117,14 @@ def several_jobs(tmp_path: Path, jobs: int, steps: int, kills: int, seed: int) -
             # Meanwhile somebody reads: a whole one, or an error that says that it is gone.
             there = checkpoint.checkpoints(folder)
             if there:
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    assert_whole(moments.choice(there))
+                path = moments.choice(there)
+                try:
+                    assert_whole(path)
                     read += 1
+                except FileNotFoundError:
+                    pass
+                except ValueError:
+                    assert not path.exists()
             alive = [job for job, process in enumerate(running) if process.is_alive() and entries(journals[job])]
             if killed < kills and alive:
                 job = moments.choice(alive)
@@ -127,6 +139,7 @@ def several_jobs(tmp_path: Path, jobs: int, steps: int, kills: int, seed: int) -
             process.kill()
             process.join()
     assert killed
+    assert in_save >= in_saves
     winners = defaultdict(list)
     maybe = set()  # saves during which a job was killed
     returned = 0
@@ -140,7 +153,7 @@ def several_jobs(tmp_path: Path, jobs: int, steps: int, kills: int, seed: int) -
             returned += what == "returned"
             if what == "returned" and name.startswith("same"):
                 winners[name].append(job)
-            assert what in ("begins", "returned", "done") or (what, name[:4]) == ("FileExistsError", "same"), (
+            assert what in ("begins", "returned", "whole", "done") or (what, name[:4]) == ("FileExistsError", "same"), (
                 job,
                 what,
             )
@@ -176,4 +189,4 @@ def test_several_jobs_at_once(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_many_saves_of_several_jobs_at_once(tmp_path: Path) -> None:
-    print(several_jobs(tmp_path, jobs=6, steps=70, kills=100, seed=1))
+    print(several_jobs(tmp_path, jobs=6, steps=70, kills=100, seed=1, in_saves=10))

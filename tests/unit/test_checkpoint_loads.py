@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, reader
+from lion_dist.checkpoint import Reader, named, reader
 from tests.bits import assert_same_bits
 from tests.unit.test_checkpoint_storage import rewrite, toy
 
@@ -209,6 +210,66 @@ def test_a_scheduler_that_refuses_its_state_changes_nothing(tmp_path: Path) -> N
     assert schedulers[0]._schedulers[0].lr_lambdas[0].seen != seen
 
 
+class Meter:
+    def __init__(self, value: float) -> None:
+        self.total = value
+
+
+class Window:
+    """A scheduler whose state lies in containers and objects of many kinds."""
+
+    def __init__(self, value: float) -> None:
+        self.meter, self.last, self.seen = Meter(value), deque([value]), {value}
+        self.large = torch.full((5000,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {"total": self.meter.total, "last": list(self.last), "seen": sorted(self.seen)}
+        return {**values, "large": self.large[0].item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.meter.total = state["total"]
+        self.last.clear()
+        self.last.extend(state["last"])
+        self.seen.clear()
+        self.seen.update(state["seen"])
+        self.large.fill_(state["large"])
+
+
+class Temperature(nn.Module):
+    """A scheduler that is a module."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("degrees", torch.full((2,), value))
+
+
+def test_schedulers_of_any_kind_are_as_they_were(tmp_path: Path) -> None:
+    """Those that took their state before another one refused its own."""
+
+    def make(value: float, last: type[ConstantLR]) -> tuple[nn.Module, Lion, list[Any]]:
+        model, optimizer = trained(value)
+        return model, optimizer, [Window(value), Temperature(value), last(optimizer)]
+
+    model, optimizer, schedulers = make(1.0, ConstantLR)
+    checkpoint.save(tmp_path / "step-1", model, optimizer, schedulers=schedulers)
+    model, optimizer, schedulers = make(-1.0, Picky)
+    before = Before(model, optimizer, schedulers[0], schedulers[2])
+    objects = dict(vars(schedulers[0]))
+    with pytest.raises(ValueError, match=r"scheduler 2, a Picky, does not take what was saved"):
+        checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=schedulers)
+    before()
+    assert all(vars(schedulers[0])[key] is value for key, value in objects.items())
+    assert (schedulers[1].degrees == -1).all()
+
+
+def test_a_scheduler_whose_state_cannot_be_copied_is_loaded(tmp_path: Path) -> None:
+    model, optimizer = trained(1.0)
+    checkpoint.save(tmp_path / "step-1", model, optimizer, schedulers=LambdaLR(optimizer, lambda step: 0.5))
+    model, optimizer = trained(-1.0)
+    checkpoint.load(tmp_path / "step-1", model, optimizer, schedulers=LambdaLR(optimizer, float))
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
 def test_a_module_that_refuses_its_extra_state_changes_nothing(tmp_path: Path) -> None:
     def make(refuses: bool) -> tuple[nn.Module, Lion]:
         model = nn.Sequential(Kept(), nn.Sequential(Kept(refuses)))
@@ -310,6 +371,65 @@ def test_groups_of_a_manifest_are_whole_or_refused(key: str, value: Any, tmp_pat
     before()
 
 
+def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
+    """Whatever puts a checkpoint's strings into it: a name in one group or in two, or users' code."""
+    red, lists = "\x1b[31mred", "optim.param_groups.{}.params"
+    model, optimizer = trained(1.0)
+    model = nn.Sequential(model, Kept())
+    checkpoint.save(tmp_path / "good", model, optimizer)
+    edits: list[Callable[[dict[str, Any]], Any]] = [
+        lambda objects: objects[lists.format(0)].append(red),
+        lambda objects: [objects[lists.format(i)].append(red) for i in (0, 1)],
+        lambda objects: objects.update({"model.1._extra_state": red}),
+    ]
+    for i, edit in enumerate(edits):
+        path = tmp_path / f"bad-{i}"
+        shutil.copytree(tmp_path / "good", path)
+        rewrite(path, lambda raw, edit=edit: edit(raw["objects"]))
+
+        class Telling(Kept):
+            def set_extra_state(self, state: Any) -> None:
+                if state == red:
+                    raise ValueError(f"no {state}")
+
+        model, optimizer = trained(-1.0)
+        with pytest.raises(ValueError, match="x1b") as caught:
+            checkpoint.load(path, nn.Sequential(model, Telling()), optimizer)
+        assert str(caught.value).isprintable()
+        assert r"\x1b[31mred" in str(caught.value)
+
+
+def test_an_optimizer_of_other_parameters_is_told_what_to_do(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    optimizers = {"all": Lion(model.parameters()), "trained": Lion([model.bias])}
+    for name, optimizer in optimizers.items():
+        checkpoint.save(tmp_path / name, model, optimizer)
+    with pytest.raises(
+        ValueError, match=r"lacks 1 parameters of .* groups: weight \(of group 0\)\. .* frozen ones too"
+    ):
+        checkpoint.load(tmp_path / "all", model, Lion([model.bias]))
+    with pytest.raises(
+        ValueError, match=r"^.*weight, of the optimizer's group 0, .*add_param_group\(\) after the load"
+    ):
+        checkpoint.load(tmp_path / "trained", model, Lion(model.parameters()))
+    # As the messages say.
+    checkpoint.load(tmp_path / "all", model, Lion(model.parameters()))
+    optimizer = Lion([model.bias])
+    checkpoint.load(tmp_path / "trained", model, optimizer)
+    optimizer.add_param_group({"params": [model.weight.requires_grad_(True)]})
+    checkpoint.save(tmp_path / "unfrozen", model, optimizer)
+
+
+def test_tensors_without_elements_in_memory_are_refused_by_name(tmp_path: Path) -> None:
+    for value in (torch.zeros(3, 2, device="meta"), torch.zeros(3, 2).to_sparse()):
+        model = nn.Sequential(nn.Linear(2, 2))
+        model[0].weight = nn.Parameter(value, requires_grad=False)
+        with pytest.raises(TypeError, match=r"model\.0\.weight is o.*; a checkpoint holds dense tensors"):
+            checkpoint.save(tmp_path / "step-1", model, Lion([model[0].bias]))
+    assert not any(tmp_path.iterdir())
+
+
 def test_groups_and_what_schedulers_keep_for_each_are_matched_by_name(tmp_path: Path) -> None:
     def make(order: list[int], lr: float) -> tuple[nn.Module, Lion, LambdaLR]:
         model = nn.Linear(3, 2)
@@ -391,6 +511,20 @@ def test_entries_of_others_are_kept(tmp_path: Path) -> None:
             state[p]["late"] = 1
         checkpoint.load(tmp_path / "step-1", other, loaded)
         assert all("late" not in loaded.state[p] for p in other.parameters())
+
+
+def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sparse file would fill the memory."""
+    model, optimizer = trained(1.0)
+    optimizer.state["large"] = torch.zeros(1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "entry_limit", lambda shape: 1 << 30)
+        checkpoint.save(tmp_path / "step-1", model, optimizer)
+    model, optimizer = trained(-1.0)
+    before = Before(model, optimizer)
+    with pytest.raises(ValueError, match=r"optim\.beside\.large has 4194304 bytes; expected at most 65536"):
+        checkpoint.load(tmp_path / "step-1", model, optimizer)
+    before()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class Stateful(nn.Linear):
         return self.kept
 
     def set_extra_state(self, state: Any) -> None:
+        if isinstance(state, str):  # as users' code may have it
+            raise ValueError(f"unknown extra state {state}")
         self.kept = state
 
 
@@ -178,7 +180,22 @@ def double(raw: Any, draw: random.Random) -> None:
         of[str(path[-1]) + draw.choice(["2", ".more"])] = copy.deepcopy(of[path[-1]])
 
 
-EDITS = (replace, replace, remove, swap, nudge, rename, double)
+def escape(raw: Any, draw: random.Random) -> None:
+    """A string that acts upon terminals, where users' code or a list of names has one: at the place itself, or added
+    to one or two lists."""
+    red = "\x1b[31mred"
+    lists = [p for p in places(raw) if isinstance(holder(raw, p)[p[-1]], list)]
+    kind = draw.randrange(3)
+    if kind and lists:
+        for path in draw.choices(lists, k=kind):
+            holder(raw, path)[path[-1]].append(red)
+        return
+    for path in places(raw):
+        if path[-1] == "model.2._extra_state":
+            holder(raw, path)[path[-1]] = red
+
+
+EDITS = (escape, replace, replace, remove, swap, nudge, rename, double)
 
 
 def edit_manifest(path: Path, draw: random.Random) -> None:
