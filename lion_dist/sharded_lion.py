@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .clipping import Clipping, same_gradients
-from .frozen import takes_part
+from .frozen import is_plain, takes_part
 from .fsdp import refuse_sharded
 from .mismatch import mismatch
 from .param_groups import (
@@ -170,6 +170,7 @@ class ShardedLion(Optimizer):
             world_size = dist.get_world_size(self._group)
             agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
             agreement.says(describe_groups(self.param_groups))
+            agreement.says(self._describe_reach(0))
         self._membership = Membership(self._group)
         self._reducer = GradReducer(self._membership, math.ceil(bucket_mb * 2**20)) if stage == 2 else None
         # GradScaler then leaves its scale here when it calls step(), where it is refused by name.
@@ -212,10 +213,23 @@ class ShardedLion(Optimizer):
             with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
                 self._append_group(param_group)
                 agreement.says(describe_groups(self.param_groups, before))
+                agreement.says(self._describe_reach(before))
             self._take_in(self.param_groups[-1]["params"])
         except Exception:
             del self.param_groups[before:]
             raise
+
+    def _describe_reach(self, first: int) -> list[str]:
+        """Which frozen parameters, of groups from number ``first``, are broadcast and compared: the same on every rank,
+        or collectives would not match."""
+        params = [p for group in self.param_groups[first:] for p in group["params"]]
+        reached = set(comparable(params, self._group))
+        return [
+            f"frozen parameter {i} of the new ones is "
+            + ("broadcast" if i in reached else "not broadcast, since it is on another device than the trainable ones")
+            for i, p in enumerate(params)
+            if not takes_part(p) and is_plain(p)
+        ]
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         before = [p for group in self.param_groups for p in group["params"]]

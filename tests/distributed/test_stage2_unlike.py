@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from lion_dist import ShardedLion
 from lion_dist.sharding import grad_reducer
 from tests.distributed.pair import SHORT, Pair, assert_unmoved
 from tests.distributed.test_stage2_corners import ALL, add_group
@@ -125,3 +127,28 @@ def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("body", [body_unfrozen_unlike, body_unfrozen_unlike_unwaited])
 def test_unfrozen_on_some_ranks(body: Callable[[int, int], None], tmp_path: Path) -> None:
     run_ranks(body, 3, tmp_path, timeout=SHORT, on_cpu=True)
+
+
+class Elsewhere(nn.Parameter):
+    """As a parameter on a GPU other than the rank's."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu", 0)
+
+
+def body_device_index(rank: int, world_size: int) -> None:
+    """Frozen on the trainable ones' device on the first rank alone, as where all ranks share cuda:0 for it."""
+    pair = Pair(rank, world_size)
+    frozen = nn.Parameter(torch.ones(50), requires_grad=False)
+    if rank != 0:
+        frozen = torch.Tensor._make_subclass(Elsewhere, torch.ones(50), False)
+    with pytest.raises(ValueError, match="another device than the trainable"):
+        ShardedLion([nn.Parameter(torch.ones(30)), frozen])
+    with pytest.raises(ValueError, match="another device than the trainable"):
+        pair.sharded.add_param_group({"params": [nn.Parameter(torch.ones(30)), frozen]})
+    pair.train(0)
+
+
+def test_frozen_on_another_device_on_some_ranks(tmp_path: Path) -> None:
+    run_ranks(body_device_index, 2, tmp_path, timeout=SHORT, on_cpu=True)
