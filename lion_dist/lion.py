@@ -25,7 +25,7 @@ from .param_groups import (
     warn_of_unknown_keys,
 )
 from .rounding import RoundingWarnings
-from .state_dicts import KeptAsIs, check_and_wrap_state, check_is_dict, unwrap, with_named_dtypes
+from .state_dicts import KeptAsIs, Misfit, check_and_wrap_state, check_is_dict, unwrap, with_named_dtypes
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
@@ -285,7 +285,8 @@ class Lion(Optimizer):
         ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over
         (``set_optimizer_state_dict``, ``FSDP.optim_state_dict_to_load``), sharded alike. Groups take the saved
         hyper-parameters, as in every torch optimizer. Whatever else is in the state is loaded as torch's optimizers
-        load it: floating-point parameters' tensors in the dtype of the parameter.
+        load it: floating-point parameters' tensors in the dtype of the parameter. A frozen parameter may have become
+        anything since its last step; a momentum that does not fit it is kept as it is.
 
         Raises:
             ValueError, TypeError: the state_dict does not fit this optimizer; nothing has been changed.
@@ -311,6 +312,8 @@ class Lion(Optimizer):
         for group, live in zip(checked["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], live["params"], strict=True):
                 entry = checked["state"].get(i, {})
+                if isinstance(entry.get("exp_avg"), Misfit):
+                    continue
                 if "exp_avg" in entry:
                     m = entry["exp_avg"].value
                     dtype = group["momentum_dtype"] or m.dtype

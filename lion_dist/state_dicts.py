@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .frozen import is_freed, takes_part
+from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, is_flat_view, misfit
 from .param_groups import (
     Group,
@@ -52,6 +52,10 @@ class KeptAsIs:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Misfit(KeptAsIs):
+    """Carries a momentum that does not fit its parameter, which was changed while it was frozen, and keeps it."""
 
 
 def unwrap(entry: Any) -> None:
@@ -111,9 +115,12 @@ def check_and_wrap_state(
     for i, entry in saved_state.items():
         if i in param_of:
             p = param_of[i]
-            _check_entry(i, entry, p, subclasses)
+            fits = _check_entry(i, entry, p, subclasses)
             own = state.get(p, {})
             checked[i] = {k: KeptAsIs(_copy_for(p, i, k, v, own, saved_groups)) for k, v in entry.items()}
+            if not fits:
+                m = entry["exp_avg"]
+                checked[i]["exp_avg"] = Misfit(m if own.get("exp_avg") is m else m.detach().clone())
         elif isinstance(i, (int, Tensor)) or (isinstance(entry, Mapping) and "exp_avg" in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
@@ -132,8 +139,14 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
     return group
 
 
-def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
-    """Raises ValueError or TypeError where Lion cannot take an entry of a state_dict for p."""
+def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> bool:
+    """Whether the momentum in an entry of a state_dict fits p, if there is one. A frozen parameter may have become
+    anything since its last step (another dtype, another shape), so `Lion` keeps what was its momentum; not `ShardedLion`,
+    which has to shard it.
+
+    Raises:
+        ValueError, TypeError: the optimizer cannot take the entry for p.
+    """
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
     foreign = OTHERS & entry.keys()
@@ -144,9 +157,20 @@ def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) ->
             "optimizer's state_dict?"
         )
     if "exp_avg" not in entry:
-        return
-    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
+        return True
     m = entry["exp_avg"]
+    try:
+        _check_momentum(i, m, p, subclasses)
+    except (TypeError, ValueError):
+        if takes_part(p) or subclasses or not (isinstance(m, Tensor) and is_plain(m)):
+            raise
+        return False
+    return True
+
+
+def _check_momentum(i: Any, m: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
+    """Raises ValueError or TypeError where m cannot be the momentum of p."""
+    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
     if isinstance(m, Tensor) and (reason := misfit(m, p)):
         raise ValueError(f"exp_avg of parameter {shown(i)} {reason}")
     if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES or m.layout != torch.strided:
