@@ -35,6 +35,9 @@ OTHERS = frozenset({
     "mu_product", "row_var", "col_var", "variance", "state1", "state2",
 })  # fmt: skip
 
+# A key of the state_dict of a Lion under FSDP1: the parameters lie in the order of their names. torch's doors drop it.
+IN_ORDER_OF_NAMES = "params_in_order_of_names"
+
 # Parts of a name that wrappers of a model put into it.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -105,7 +108,9 @@ def check_and_wrap_state(
         for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
     ):
         raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
-    saved_groups = [_completed(*pair, defaults) for pair in _paired(saved_groups, groups)]
+    saved_groups = [
+        _completed(*pair, defaults) for pair in _paired(saved_groups, groups, IN_ORDER_OF_NAMES in state_dict)
+    ]
     params = [p for g in groups for p in g["params"]]
     ids = [i for g in saved_groups for i in g["params"]]
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
@@ -141,8 +146,8 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
 
 def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> bool:
     """Whether the momentum in an entry of a state_dict fits p, if there is one. A frozen parameter may have become
-    anything since its last step (another dtype, another shape), so `Lion` keeps what was its momentum; not `ShardedLion`,
-    which has to shard it.
+    anything since its last step (another dtype, another shape), so `Lion` keeps what was its momentum; not
+    `ShardedLion`, which has to shard it.
 
     Raises:
         ValueError, TypeError: the optimizer cannot take the entry for p.
@@ -223,9 +228,13 @@ def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any 
 # Names ---------------------------------------------------------------------------------------------
 
 
-def _paired(saved: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Each group of the optimizer, preceded by the saved group that goes into it, its parameters in the same order."""
-    if _both_named(saved, groups):
+def _paired(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> list[tuple[Group, Group]]:
+    """Each group of the optimizer, preceded by the saved group that goes into it, its parameters in the same order.
+
+    Args:
+        in_order: the state_dict says that its parameters are in the order of their names.
+    """
+    if _both_named(saved, groups, in_order):
         saved = _by_name(saved, groups)
     sizes_there, sizes_here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
     if sizes_there != sizes_here:
@@ -233,7 +242,7 @@ def _paired(saved: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Group
     return list(zip(saved, groups, strict=True))
 
 
-def _both_named(saved: Sequence[Group], groups: Sequence[Group]) -> bool:
+def _both_named(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> bool:
     """Whether the names of both sides say which parameter is which."""
     named = ["param_names" in g for g in saved]
     if any(named) and not all(named):
@@ -244,9 +253,10 @@ def _both_named(saved: Sequence[Group], groups: Sequence[Group]) -> bool:
             raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings")
     # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
     # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
-    # names in place of numbers, and FSDP1's gives the parameters that it has flattened.
+    # names in place of numbers, and FSDP1's gives the parameters that it has flattened, and drops the key by which
+    # `Lion.state_dict` says that names and parameters agree.
     by_torch = any(isinstance(i, str) for g in saved for i in g["params"])
-    by_torch |= any(is_flat_view(p) for g in groups for p in g["params"])
+    by_torch |= not in_order and any(is_flat_view(p) for g in groups for p in g["params"])
     return any(named) and not by_torch and any("param_names" in g for g in groups)
 
 
