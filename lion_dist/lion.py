@@ -25,7 +25,15 @@ from .param_groups import (
     warn_of_unknown_keys,
 )
 from .rounding import RoundingWarnings
-from .state_dicts import KeptAsIs, check_and_wrap_state, check_is_dict, unwrap, with_named_dtypes
+from .state_dicts import (
+    IN_ORDER_OF_NAMES,
+    KeptAsIs,
+    Misfit,
+    check_and_wrap_state,
+    check_is_dict,
+    unwrap,
+    with_named_dtypes,
+)
 from .update.dispatch import LionUpdate
 from .update.segments import Columns
 
@@ -262,6 +270,10 @@ class Lion(Optimizer):
         Of parameters that FSDP or tensor parallelism shards it makes the state that is missing (see `init_state`):
         what is shown of a new optimizer is what torch's checkpoints then load, and no more. So it does for parameters
         of which a wrapper keeps something: `load_state_dict` takes none of those without its ``exp_avg``.
+
+        Under FSDP1 the state_dict has one more key, ``params_in_order_of_names``, by which `load_state_dict` tells it
+        from one that has come through torch's own doors, where names may be in the order of another optimizer. Without
+        it parameters under FSDP1 are matched by position.
         """
         for p in (p for group in self.param_groups for p in group["params"]):
             entry = self.state.get(p) or {}
@@ -269,7 +281,10 @@ class Lion(Optimizer):
             if without or (not entry and (is_flat_view(p) or is_dtensor(p))):
                 self.init_state()
                 break
-        return with_named_dtypes(super().state_dict())
+        state_dict = with_named_dtypes(super().state_dict())
+        if any(is_flat_view(p) for group in self.param_groups for p in group["params"]):
+            state_dict[IN_ORDER_OF_NAMES] = True
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,7 +300,8 @@ class Lion(Optimizer):
         ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over
         (``set_optimizer_state_dict``, ``FSDP.optim_state_dict_to_load``), sharded alike. Groups take the saved
         hyper-parameters, as in every torch optimizer. Whatever else is in the state is loaded as torch's optimizers
-        load it: floating-point parameters' tensors in the dtype of the parameter.
+        load it: floating-point parameters' tensors in the dtype of the parameter. A frozen parameter may have become
+        anything since its last step; a momentum that does not fit it is kept as it is.
 
         Raises:
             ValueError, TypeError: the state_dict does not fit this optimizer; nothing has been changed.
@@ -311,6 +327,8 @@ class Lion(Optimizer):
         for group, live in zip(checked["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], live["params"], strict=True):
                 entry = checked["state"].get(i, {})
+                if isinstance(entry.get("exp_avg"), Misfit):
+                    continue
                 if "exp_avg" in entry:
                     m = entry["exp_avg"].value
                     dtype = group["momentum_dtype"] or m.dtype

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .frozen import is_freed, takes_part
+from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, is_flat_view, misfit
 from .param_groups import (
     Group,
@@ -35,6 +35,9 @@ OTHERS = frozenset({
     "mu_product", "row_var", "col_var", "variance", "state1", "state2",
 })  # fmt: skip
 
+# A key of the state_dict of a Lion under FSDP1: the parameters lie in the order of their names. torch's doors drop it.
+IN_ORDER_OF_NAMES = "params_in_order_of_names"
+
 # Parts of a name that wrappers of a model put into it.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -52,6 +55,10 @@ class KeptAsIs:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Misfit(KeptAsIs):
+    """Carries a momentum that does not fit its parameter, which was changed while it was frozen, and keeps it."""
 
 
 def unwrap(entry: Any) -> None:
@@ -101,7 +108,9 @@ def check_and_wrap_state(
         for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
     ):
         raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
-    saved_groups = [_completed(*pair, defaults) for pair in _paired(saved_groups, groups)]
+    saved_groups = [
+        _completed(*pair, defaults) for pair in _paired(saved_groups, groups, IN_ORDER_OF_NAMES in state_dict)
+    ]
     params = [p for g in groups for p in g["params"]]
     ids = [i for g in saved_groups for i in g["params"]]
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
@@ -111,9 +120,12 @@ def check_and_wrap_state(
     for i, entry in saved_state.items():
         if i in param_of:
             p = param_of[i]
-            _check_entry(i, entry, p, subclasses)
+            fits = _check_entry(i, entry, p, subclasses)
             own = state.get(p, {})
             checked[i] = {k: KeptAsIs(_copy_for(p, i, k, v, own, saved_groups)) for k, v in entry.items()}
+            if not fits:
+                m = entry["exp_avg"]
+                checked[i]["exp_avg"] = Misfit(m if own.get("exp_avg") is m else m.detach().clone())
         elif isinstance(i, (int, Tensor)) or (isinstance(entry, Mapping) and "exp_avg" in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
@@ -132,8 +144,14 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
     return group
 
 
-def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
-    """Raises ValueError or TypeError where Lion cannot take an entry of a state_dict for p."""
+def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> bool:
+    """Whether the momentum in an entry of a state_dict fits p, if there is one. A frozen parameter may have become
+    anything since its last step (another dtype, another shape), so `Lion` keeps what was its momentum; not
+    `ShardedLion`, which has to shard it.
+
+    Raises:
+        ValueError, TypeError: the optimizer cannot take the entry for p.
+    """
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
     foreign = OTHERS & entry.keys()
@@ -144,9 +162,20 @@ def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) ->
             "optimizer's state_dict?"
         )
     if "exp_avg" not in entry:
-        return
-    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
+        return True
     m = entry["exp_avg"]
+    try:
+        _check_momentum(i, m, p, subclasses)
+    except (TypeError, ValueError):
+        if takes_part(p) or subclasses or not (isinstance(m, Tensor) and is_plain(m)):
+            raise
+        return False
+    return True
+
+
+def _check_momentum(i: Any, m: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
+    """Raises ValueError or TypeError where m cannot be the momentum of p."""
+    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
     if isinstance(m, Tensor) and (reason := misfit(m, p)):
         raise ValueError(f"exp_avg of parameter {shown(i)} {reason}")
     if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES or m.layout != torch.strided:
@@ -199,9 +228,13 @@ def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any 
 # Names ---------------------------------------------------------------------------------------------
 
 
-def _paired(saved: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Each group of the optimizer, preceded by the saved group that goes into it, its parameters in the same order."""
-    if _both_named(saved, groups):
+def _paired(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> list[tuple[Group, Group]]:
+    """Each group of the optimizer, preceded by the saved group that goes into it, its parameters in the same order.
+
+    Args:
+        in_order: the state_dict says that its parameters are in the order of their names.
+    """
+    if _both_named(saved, groups, in_order):
         saved = _by_name(saved, groups)
     sizes_there, sizes_here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
     if sizes_there != sizes_here:
@@ -209,7 +242,7 @@ def _paired(saved: Sequence[Group], groups: Sequence[Group]) -> list[tuple[Group
     return list(zip(saved, groups, strict=True))
 
 
-def _both_named(saved: Sequence[Group], groups: Sequence[Group]) -> bool:
+def _both_named(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> bool:
     """Whether the names of both sides say which parameter is which."""
     named = ["param_names" in g for g in saved]
     if any(named) and not all(named):
@@ -220,9 +253,10 @@ def _both_named(saved: Sequence[Group], groups: Sequence[Group]) -> bool:
             raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings")
     # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
     # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
-    # names in place of numbers, and FSDP1's gives the parameters that it has flattened.
+    # names in place of numbers, and FSDP1's gives the parameters that it has flattened, and drops the key by which
+    # `Lion.state_dict` says that names and parameters agree.
     by_torch = any(isinstance(i, str) for g in saved for i in g["params"])
-    by_torch |= any(is_flat_view(p) for g in groups for p in g["params"])
+    by_torch |= not in_order and any(is_flat_view(p) for g in groups for p in g["params"])
     return any(named) and not by_torch and any("param_names" in g for g in groups)
 
 

@@ -3,6 +3,7 @@ On one rank: what is asked here does not depend on the number of ranks."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -103,15 +104,28 @@ def body_fsdp1(rank: int, world_size: int) -> None:
 
     model, optimizer = made("ab")
     trained(model, optimizer)
-    for door in ("FSDP", "state_dict"):
+    for door in ("FSDP", "state_dict", "directly", "saved", "with its own state_dict"):
         other, loaded = made("ba")
-        if door == "FSDP":
+        if door in ("directly", "saved"):
+            # The same model, its parameters given in the other order.
+            other, _ = made("ab")
+            loaded = Lion(list(other.named_parameters())[::-1], lr=0.25)
+            saved = optimizer.state_dict()
+            if door == "saved":
+                torch.save(saved, file := io.BytesIO())
+                saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            loaded.load_state_dict(saved)
+        elif door == "FSDP":
             state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            loaded.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, loaded, state))
+        elif door == "with its own state_dict":
+            state = FullyShardedDataParallel.optim_state_dict(model, optimizer, optimizer.state_dict())
             loaded.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, loaded, state))
         else:
             set_optimizer_state_dict(other, loaded, get_optimizer_state_dict(model, optimizer))
         assert_by_name(other, loaded, 0.01)
-        assert loaded.param_groups[0]["param_names"] == [name for name, _ in other.named_parameters()]
+        names = [name for name, _ in other.named_parameters()]
+        assert loaded.param_groups[0]["param_names"] == (names[::-1] if door in ("directly", "saved") else names)
     model, optimizer = made("ab", torch.bfloat16, 1e-6)
     with pytest.warns(UserWarning, match=r"below half a unit .* of (99|100)% of the torch.bfloat16 weights"):
         trained(model, optimizer)

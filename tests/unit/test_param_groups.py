@@ -335,13 +335,63 @@ def test_a_parameter_that_is_frozen_after_its_steps_may_become_anything(use_trit
     assert p.tolist() == [-0.5] * 4
 
 
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "double": Tensor.double,
+    "uint8": lambda t: t.to(torch.uint8),
+    "flat": Tensor.flatten,
+    "expanded": lambda t: t[:1].expand(2, 3),
+    "empty": lambda t: t[:0, :0],
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_parameter_frozen_and_changed_keeps_its_momentum(change: Callable[[Tensor], Tensor]) -> None:
+    """What step() and state_dict() accept, load_state_dict() does too, into a new optimizer as well."""
+    trained, frozen = (nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    opt = Lion([trained, frozen], lr=0.25)
+    for p in (trained, frozen):
+        p.grad = torch.ones(2, 3)
+    opt.step()
+    momentum = opt.state[frozen]["exp_avg"].clone()
+    changed = nn.Parameter(change(frozen.detach()), requires_grad=False)
+    frozen.requires_grad_(False)
+    frozen.grad = None
+    try:
+        frozen.data = change(frozen.detach())
+    except RuntimeError:  # of meta tensors
+        assert changed.is_meta
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(saved)
+    opt.load_state_dict(opt.state_dict())
+    other = Lion([trained, changed], lr=0.25)
+    other.load_state_dict(saved)
+    for loaded, p in ((opt, frozen), (other, changed)):
+        assert_same_bits(loaded.state[p]["exp_avg"], momentum)
+        assert loaded.state[p]["exp_avg"] is not saved["state"][1]["exp_avg"]
+        loaded.step()
+    # It has to be a tensor with memory all the same, and one that fits is loaded as ever.
+    for bad in (None, torch.zeros(2, 3, device="meta")):
+        with pytest.raises((TypeError, ValueError), match="parameter 1"):
+            other.load_state_dict({**saved, "state": {1: {"exp_avg": bad}}})
+    assert_same_bits(other.state[changed]["exp_avg"], momentum)
+    ordinary = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+    other = Lion([trained, ordinary])
+    other.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "momentum_dtype": "bfloat16"}]})
+    assert other.state[ordinary]["exp_avg"].dtype == torch.bfloat16
+
+
 def test_a_momentum_for_what_cannot_have_one_is_refused() -> None:
-    """The run that was saved trained what is quantised here."""
+    """The run that was saved trained what is stepped here in another shape."""
     p = nn.Parameter(torch.zeros(4))
     opt = Lion([p])
     p.grad = torch.ones(4)
     opt.step()
-    quantised = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"has a momentum for parameter 0, which .*uint8"):
-        Lion([quantised]).load_state_dict(opt.state_dict())
+    other = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    new = Lion([other])
+    other.data = torch.zeros(4, dtype=torch.float64)
+    other.requires_grad_(True)
+    with pytest.raises(TypeError, match=r"has a momentum for parameter 0, which .*float64"):
+        new.load_state_dict(opt.state_dict())
     assert math.isclose(float(opt.state[p]["exp_avg"][0]), 0.01, rel_tol=1e-6)
