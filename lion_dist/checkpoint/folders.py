@@ -197,7 +197,8 @@ class Unfinished:
                 raise FileExistsError(
                     f"{self.path} has appeared while it was being saved: another save to the same path was faster, and "
                     "this one is dropped. Let every job save under names of its own, and the ranks of one job save "
-                    "together (where each stage of a pipeline has a ShardedLion of its own, with process_group= of all)"
+                    "together: where each stage of a pipeline has a ShardedLion of its own, pass process_group= of all "
+                    "stages"
                 ) from None
             raise
         sync_folder(self.path.parent)

@@ -112,6 +112,11 @@ def test_what_was_verified_is_read_though_it_goes_away(
         assert (optimizer.state[p]["exp_avg"] == 1).all()
 
 
+def test_without_the_resource_module_few_files_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "resource", None)
+    assert reader._most_open() == 64
+
+
 def test_files_are_closed_again(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "step-1", *trained(1.0))
     other = nn.Linear(3, 3)
