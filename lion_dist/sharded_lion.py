@@ -706,6 +706,10 @@ class ShardedLion(Optimizer):
         their backward must have reached a parameter on every rank; else the next step() raises on every rank. Until
         that step(), gradients of further backwards stay in ``p.grad``, at full size.
         """
+        if self._reducer is not None and self._clipping is None and any(p.requires_grad for p in self._frozen):
+            # A pass may have reached ranks by such parameters alone, of which the reducer does not know yet.
+            if self._reducer.is_open or self._reducer.has_local() or any(p.grad is not None for p in self._frozen):
+                self._settle()
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)
         self._set_clipping(None)
