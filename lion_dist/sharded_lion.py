@@ -96,7 +96,8 @@ class ShardedLion(Optimizer):
     load_state_dict and, of gradients that nothing has used, zero_grad are collective. The constructor
     compares what the ranks were given and broadcasts the parameters of the group's first rank; shards are
     allocated there too. Where a rank has the first rank's parameters in another order, the constructor raises:
-    by their names, or, without names, by their values. Buffers, such as BatchNorm's running statistics, are each
+    by their names, or, without names, by their values where these differ: equal ones, such as biases of zeros, cannot
+    be told apart without names. Buffers, such as BatchNorm's running statistics, are each
     rank's own: `broadcast_buffers` makes them equal once.
 
     torch.compile runs these calls as they are, also within a training step that is compiled as a whole.
@@ -110,7 +111,10 @@ class ShardedLion(Optimizer):
         stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
             Every rank makes the same backward passes; which parameters they reach may differ. A rank where a pass
-            reaches none may make further passes, clip or step next. A parameter that no rank has a gradient of is not
+            reaches none may make further passes, clip or step next. On GPUs, in the first step of several passes outside
+            no_sync(), every rank must be reached by more than one of them or by none; else that step raises on every
+            rank. After it the host waits for the device in every step. Parameters are unfrozen on every rank before
+            the same step; a step raises where they are not (in stage 1 only at the group's time-out). A parameter that no rank has a gradient of is not
             stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_`
             here. Collectives of several optimizers that take part in one backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
@@ -417,7 +421,8 @@ class ShardedLion(Optimizer):
         Hyper-parameters and the max_norm of clip_grad_norm_() (in stage 1 also which gradients are None) must be the
         same on every rank. Where they are not, no parameter changes, and every rank raises ValueError: on CPUs in this
         step, on GPUs in the second after it (or in full_state_dict, check_replicas or resync before that), since the
-        host does not wait; it runs two steps ahead of the device at most. Momenta may have changed.
+        host does not wait; it runs two steps ahead of the device at most. Momenta may have changed. The same where a
+        backward reached some ranks between clip_grad_norm_() and step(); those raise at once.
 
         A step for which no rank had any gradient changes nothing. The first such step warns, on every rank.
 
@@ -630,6 +635,9 @@ class ShardedLion(Optimizer):
         """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a
         collective call, for just before step().
 
+        Called once more before step() it clips what is clipped already or, where any rank has other gradients since, all
+        gradients anew; the ranks' hosts then wait for one another.
+
         The coefficient is multiplied in by the fused step, so ``p.grad`` itself is not written. The
         norm is a float64 sum of squares over the shards, rounded once. In stage 1 it looks, as step() does, for
         gradients that are not averaged.
@@ -703,10 +711,16 @@ class ShardedLion(Optimizer):
         """Drops the gradients, and clipping that no step() has used.
 
         In stage 2, gradients that no step() or clip_grad_norm_() has used are dropped on every rank or on none, and
-        their backward must have reached a parameter on every rank (other than those unfrozen since the last step());
-        else the next step() raises on every rank. Until that step(), gradients of further backwards stay in
-        ``p.grad``, at full size.
+        their backward must have reached a parameter on every rank; else the next step() raises on every rank. (Where it
+        reached a rank by parameters that are unfrozen since the last step alone, call this, not model.zero_grad().) Until
+        that step(), gradients of further backwards stay in ``p.grad``, at full size.
         """
+        # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet.
+        unfrozen = self._clipping is None and any(p.requires_grad for p in self._frozen)
+        if self._reducer is not None and unfrozen:
+            grads = any(p.grad is not None for p in self._frozen)
+            if grads or self._reducer.is_open or self._reducer.has_local():
+                self._settle()
         with nullcontext() if self._reducer is None else self._reducer.zeroing(set_to_none):
             super().zero_grad(set_to_none)
         self._set_clipping(None)

@@ -5,7 +5,8 @@ data, while all replicas stay alike. After an all-reduce every rank has the same
 
 Sketch: two numbers of a gradient, its norm and its dot product with a fixed vector. Gradients whose sketches are close
 differ by rounding at most: bits alone would raise an alarm where ranks of unlike hardware clip an averaged gradient by
-factors that differ in the last bit.
+factors that differ in the last bit. Gradients that nobody averaged but that differ by less than TOLERANCE of the norm
+are not found.
 """
 
 from __future__ import annotations

@@ -413,6 +413,11 @@ class GradReducer:
                 self._flags_under_way.wait()
             self._flags_under_way = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a round is going on."""
+        return self._rounds.is_open
+
     def has_local(self) -> bool:
         """Whether there are gradients that are not in `grads`; raises if those that are have been tampered with."""
         self._follow_zeroing()

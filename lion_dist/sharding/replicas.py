@@ -69,7 +69,7 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     Other values are no fault: those of the first rank are about to overwrite them. A position is evidence of another
     order if its two tensors, the first rank's and this one's, differ, and each is found elsewhere on the other rank,
     at a position of the same shape and dtype that differs too. So equal tensors (biases of zeros) are none, wherever
-    they are.
+    they are, and that they changed places is not found.
 
     Raises:
         ValueError: on every rank.

@@ -104,6 +104,26 @@ def body_unfrozen_unlike(rank: int, world_size: int) -> None:
         assert_unmoved(pair, weights)
 
 
+def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
+    """Dropped before the first step: a pass that reached the first rank by an unfrozen parameter alone."""
+    for set_to_none in (True, False):
+        pair = Pair(rank, world_size)
+        add_group(pair, (77,), requires_grad=False)
+        pair.train(0)
+        for params in (pair.params, pair.copies):
+            params[5].requires_grad_(True)
+        uses = [[5], ALL, [0]]
+        pair.backward(1, uses[rank])
+        pair.sharded.zero_grad(set_to_none)
+        make_period(pair, 2, [FULL])
+        if set_to_none:
+            pair.step("zeroed before the first step")
+            pair.finish()
+        else:
+            pair.sharded.step()
+            pair.sharded.check_replicas()
+
+
 def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
     """As on GPUs, where a rank that has nothing to ask about does not wait for the others' answers."""
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +144,7 @@ def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
 
 
 @spawn_only
-@pytest.mark.parametrize("body", [body_unfrozen_unlike, body_unfrozen_unlike_unwaited])
+@pytest.mark.parametrize("body", [body_unfrozen_unlike, body_unfrozen_unlike_unwaited, body_unfrozen_and_zeroed])
 def test_unfrozen_on_some_ranks(body: Callable[[int, int], None], tmp_path: Path) -> None:
     run_ranks(body, 3, tmp_path, timeout=SHORT, on_cpu=True)
 
