@@ -22,6 +22,7 @@ from .param_groups import (
     check_steppable,
     complete_group,
     dtype_name,
+    names_of,
     normalize_group,
     shown,
     warn_of_unknown_keys,
@@ -244,20 +245,24 @@ def _paired(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> 
 
 def _both_named(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> bool:
     """Whether the names of both sides say which parameter is which."""
+    if any(names_of(group) is None for group in groups):
+        return False
     named = ["param_names" in g for g in saved]
     if any(named) and not all(named):
         raise ValueError(f"the state_dict's parameter group {named.index(False)} has no param_names, though others do")
     for i, group in enumerate(saved if any(named) else []):
-        names, n = group["param_names"], len(group["params"])
-        if not isinstance(names, (list, tuple)) or len(names) != n or not all(isinstance(x, str) for x in names):
-            raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings")
+        if names_of(group) is None:
+            raise ValueError(
+                f"param_names of the state_dict's group {i} must be {len(group['params'])} strings. To load by "
+                "position, delete param_names from the state_dict's groups"
+            )
     # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
     # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
     # names in place of numbers, and FSDP1's gives the parameters that it has flattened, and drops the key by which
     # `Lion.state_dict` says that names and parameters agree.
     by_torch = any(isinstance(i, str) for g in saved for i in g["params"])
     by_torch |= not in_order and any(is_flat_view(p) for g in groups for p in g["params"])
-    return any(named) and not by_torch and any("param_names" in g for g in groups)
+    return any(named) and not by_torch
 
 
 def _unwrapped(names: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion
+from lion_dist.param_groups import describe_groups
 from tests.bits import assert_same_bits, bits
 from tests.mutations import mutated
 
@@ -92,6 +93,26 @@ def test_without_names_on_either_side_by_position(named: tuple[bool, bool]) -> N
         assert_same_bits(other.state[there]["exp_avg"], opt.state[p]["exp_avg"])
     if named[1]:
         assert other.param_groups[0]["param_names"] == NAMES[::-1]
+
+
+@pytest.mark.parametrize("names", [None, [None, None], [0, 1], ["a"], [], "ab"], ids=str)
+def test_names_of_an_optimizer_that_are_no_names_do_not_count(names: Any) -> None:
+    """It loads what it saved, by position, and whatever names another has."""
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    opt = Lion([{"params": params, "param_names": names}], lr=0.25)
+    for i, p in enumerate(params):
+        p.grad = torch.full((3,), i + 1.0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for others in (names, ["b", "a"]):
+        saved["param_groups"][0]["param_names"] = others
+        for p in params:
+            opt.state[p]["exp_avg"].zero_()
+        opt.load_state_dict(saved)
+        assert opt.param_groups[0]["param_names"] == names
+        for i, p in enumerate(params):
+            assert_same_bits(opt.state[p]["exp_avg"], saved["state"][i]["exp_avg"])
+    assert len(describe_groups(opt.param_groups)) == 3
 
 
 def test_several_models_with_the_same_names() -> None:
