@@ -6,7 +6,8 @@ optimizer of torch matches them. A parameter's entry holds ``exp_avg``, and what
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -215,14 +216,23 @@ def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], g
 
 
 def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any = None) -> Any:
-    """``value`` with ``function(tensor, key)`` in place of its tensors, in new dicts, lists and tuples; anything else
-    is itself. The key is that of the dict which holds the tensor."""
+    """``value`` with ``function(tensor, key)`` in place of its tensors, in new containers of the same types: dicts of
+    any kind, lists, tuples, named tuples and deques. Anything else is itself. The key is that of the dict which holds
+    the tensor."""
     if isinstance(value, Tensor):
         return function(value, key)
-    if type(value) is dict:
-        return {k: map_tensors(function, v, k) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(function, v) for v in value)
+    if isinstance(value, dict):
+        mapped = copy.copy(value)  # with its default_factory and the like
+        for k, v in value.items():
+            mapped[k] = map_tensors(function, v, k)
+        return mapped
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(map_tensors(function, v) for v in value)
+    if isinstance(value, tuple) and hasattr(kind, "_make"):
+        return kind._make(map_tensors(function, v) for v in value)
+    if kind is deque:
+        return deque((map_tensors(function, v) for v in value), value.maxlen)
     return value
 
 

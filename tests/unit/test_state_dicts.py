@@ -7,8 +7,9 @@ import copy
 import pickle
 import random
 import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -342,6 +343,40 @@ def test_what_is_another_optimizers_is_refused(entry: Any, message: str) -> None
             {**saved, "param_groups": [{**saved["param_groups"][0], "params": [0, 0]}]}
         )
     assert snapshot(opt) == before
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "OrderedDict": (lambda t: OrderedDict(x=t, a=1), lambda c: c["x"]),
+    "defaultdict": (lambda t: defaultdict(list, x=t), lambda c: c["x"]),
+    "named tuple": (lambda t: Pair([t], "word"), lambda c: c.first[0]),
+    "deque": (lambda t: deque([None, {"x": t}], maxlen=5), lambda c: c[1]["x"]),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_foreign_tensors_in_any_container_are_copied_and_cast(
+    container: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]],
+) -> None:
+    make, tensor_of = container
+    p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    opt = Lion([p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["of a wrapper"] = given = make(torch.tensor([1.001, 2.0, 3.0]))
+    other = Lion([q := nn.Parameter(p.detach().clone())])
+    other.load_state_dict(opt.state_dict())
+    loaded = other.state[q]["of a wrapper"]
+    assert type(loaded) is type(given)
+    assert len(loaded) == len(given)
+    assert_same_bits(tensor_of(loaded), torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
+    assert tensor_of(given).dtype == torch.float32  # the source has its own still
+    assert getattr(loaded, "maxlen", 5) == 5
+    assert getattr(loaded, "default_factory", list) is list
 
 
 # -- Damaged state_dicts
