@@ -118,6 +118,10 @@ def check_and_wrap_state(
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"the state_dict's groups hold parameter {shown(twice[0])} twice")
     param_of = dict(zip(ids, params, strict=True))
+    # A string may be a key of somebody else's; not one of these, and no other where parameters have strings for keys.
+    names = {name for g in (*given_groups, *groups) for name in names_of(g) or ()}
+    if any(isinstance(i, str) for i in ids):
+        names.update(i for i in saved_state if isinstance(i, str))
     checked: dict[Any, Any] = {}
     for i, entry in saved_state.items():
         if i in param_of:
@@ -128,7 +132,7 @@ def check_and_wrap_state(
             if not fits:
                 m = entry["exp_avg"]
                 checked[i]["exp_avg"] = Misfit(m if own.get("exp_avg") is m else m.detach().clone())
-        elif isinstance(i, (int, Tensor)) or (isinstance(entry, Mapping) and "exp_avg" in entry):
+        elif isinstance(i, (int, Tensor)) or (i in names and isinstance(entry, Mapping) and "exp_avg" in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
             checked[i] = entry

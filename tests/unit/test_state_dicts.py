@@ -205,7 +205,7 @@ def with_foreign_entries() -> tuple[list[nn.Parameter], Lion]:
         opt.state[p]["step"] = torch.tensor(5.0)
     opt.state[params[0]]["words"] = ["a word", {"name": "another", "ema": torch.full((3,), 0.5)}, ("x", 1, None)]
     opt.state["lookahead_step"] = 6
-    opt.state["ema"] = {"decay": 0.9, "of": torch.ones(2)}
+    opt.state["ema"] = {"decay": 0.9, "of": torch.ones(2), "exp_avg": torch.ones(1)}
     return [*params, frozen], opt
 
 
@@ -219,6 +219,7 @@ def assert_foreign_entries(opt: Lion, params: list[nn.Parameter], slow: list[Ten
     assert opt.state["lookahead_step"] == 6
     assert opt.state["ema"]["decay"] == 0.9
     assert opt.state["ema"]["of"].tolist() == [1.0, 1.0]
+    assert opt.state["ema"]["exp_avg"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("door", ["state_dict", "deepcopy", "pickle", "step"])
@@ -337,7 +338,13 @@ def test_what_is_another_optimizers_is_refused(entry: Any, message: str) -> None
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict({**saved, "state": {0: entry}})
     with pytest.raises(ValueError, match="in none of its groups"):
-        opt.load_state_dict({**saved, "state": {"a.weight": {"exp_avg": torch.zeros(3)}}})
+        opt.load_state_dict({**saved, "state": {1: {"exp_avg": torch.zeros(3)}}})
+    by_name = Lion([("a.weight", p)])
+    for key, params in (("a.weight", [0]), ("b.weight", ["a.weight"])):
+        wrong = {**by_name.state_dict(), "state": {key: {"exp_avg": torch.zeros(3)}}}
+        wrong["param_groups"][0]["params"] = params
+        with pytest.raises(ValueError, match=f"'{key}', which is in none of its groups"):
+            by_name.load_state_dict(wrong)
     with pytest.raises(ValueError, match="hold parameter 0 twice"):
         Lion([p, nn.Parameter(torch.zeros(3))]).load_state_dict(
             {**saved, "param_groups": [{**saved["param_groups"][0], "params": [0, 0]}]}
