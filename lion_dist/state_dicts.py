@@ -163,9 +163,12 @@ def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) ->
     foreign = OTHERS & entry.keys()
     if foreign or (entry and "exp_avg" not in entry and takes_part(p)):
         expected = f"and {sorted(foreign)} is not Lion's" if foreign else "and Lion's has 'exp_avg'"
+        frozen = (
+            "" if foreign else " Or was the parameter frozen when this was saved? Then load before you unfreeze it."
+        )
         raise ValueError(
             f"state of parameter {shown(i)} has entries {sorted(map(str, entry))}, {expected}. Is this another "
-            "optimizer's state_dict?"
+            f"optimizer's state_dict?{frozen}"
         )
     if "exp_avg" not in entry:
         return True
