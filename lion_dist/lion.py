@@ -292,9 +292,10 @@ class Lion(Optimizer):
         ``ShardedLion.full_state_dict()``, copying its tensors.
 
         Parameters are matched by name where both sides have names (``model.named_parameters()``), in whatever order
-        layers and groups come; what wrappers such as DistributedDataParallel put into names does not count. Without
-        names on either side they are matched by position, as in every torch optimizer, and so are those that torch's
-        own doors hand over, which have put them in order.
+        layers and groups come; what wrappers such as DistributedDataParallel put into names does not count. Where
+        either side has no names (``param_names`` that are not as many strings as parameters are none) they are matched
+        by position, as in every torch optimizer, and so are those that torch's own doors hand over, which have put
+        them in order. A state_dict whose ``param_names`` are damaged is refused where this optimizer has names.
 
         Each momentum keeps the dtype it was saved in, unless the group it lands in names a
         ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over

@@ -303,13 +303,21 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
         seen.add(id(p))
 
 
+def names_of(group: Group) -> list[str] | None:
+    """The names of a group's parameters; None where ``param_names`` are not as many strings as there are parameters."""
+    names, n = group.get("param_names"), len(group["params"])
+    if not isinstance(names, (list, tuple)) or len(names) != n or not all(isinstance(name, str) for name in names):
+        return None
+    return list(names)
+
+
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
     """What must be equal on all ranks, one line a group from number ``first`` and one a parameter."""
     lines = []
     for i, group in enumerate(groups[first:], first):
         values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}
         lines.append(f"group {i}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
-        names = group.get("param_names", [""] * len(group["params"]))
+        names = names_of(group) or [""] * len(group["params"])
         for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
             lines.append(f"parameter {j} of group {i} {name}: {_describe(p)}")
     return lines

@@ -6,7 +6,8 @@ optimizer of torch matches them. A parameter's entry holds ``exp_avg``, and what
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -22,6 +23,7 @@ from .param_groups import (
     check_steppable,
     complete_group,
     dtype_name,
+    names_of,
     normalize_group,
     shown,
     warn_of_unknown_keys,
@@ -116,6 +118,10 @@ def check_and_wrap_state(
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"the state_dict's groups hold parameter {shown(twice[0])} twice")
     param_of = dict(zip(ids, params, strict=True))
+    # A string may be a key of somebody else's; not one of these, and no other where parameters have strings for keys.
+    names = {name for g in (*given_groups, *groups) for name in names_of(g) or ()}
+    if any(isinstance(i, str) for i in ids):
+        names.update(i for i in saved_state if isinstance(i, str))
     checked: dict[Any, Any] = {}
     for i, entry in saved_state.items():
         if i in param_of:
@@ -126,7 +132,7 @@ def check_and_wrap_state(
             if not fits:
                 m = entry["exp_avg"]
                 checked[i]["exp_avg"] = Misfit(m if own.get("exp_avg") is m else m.detach().clone())
-        elif isinstance(i, (int, Tensor)) or (isinstance(entry, Mapping) and "exp_avg" in entry):
+        elif isinstance(i, (int, Tensor)) or (i in names and isinstance(entry, Mapping) and "exp_avg" in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
             checked[i] = entry
@@ -157,9 +163,12 @@ def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) ->
     foreign = OTHERS & entry.keys()
     if foreign or (entry and "exp_avg" not in entry and takes_part(p)):
         expected = f"and {sorted(foreign)} is not Lion's" if foreign else "and Lion's has 'exp_avg'"
+        frozen = (
+            "" if foreign else " Or was the parameter frozen when this was saved? Then load before you unfreeze it."
+        )
         raise ValueError(
             f"state of parameter {shown(i)} has entries {sorted(map(str, entry))}, {expected}. Is this another "
-            "optimizer's state_dict?"
+            f"optimizer's state_dict?{frozen}"
         )
     if "exp_avg" not in entry:
         return True
@@ -214,14 +223,23 @@ def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], g
 
 
 def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any = None) -> Any:
-    """``value`` with ``function(tensor, key)`` in place of its tensors, in new dicts, lists and tuples; anything else
-    is itself. The key is that of the dict which holds the tensor."""
+    """``value`` with ``function(tensor, key)`` in place of its tensors, in new containers of the same types: dicts of
+    any kind, lists, tuples, named tuples and deques. Anything else is itself. The key is that of the dict which holds
+    the tensor."""
     if isinstance(value, Tensor):
         return function(value, key)
-    if type(value) is dict:
-        return {k: map_tensors(function, v, k) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(function, v) for v in value)
+    if isinstance(value, dict):
+        mapped = copy.copy(value)  # with its default_factory and the like
+        for k, v in value.items():
+            mapped[k] = map_tensors(function, v, k)
+        return mapped
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(map_tensors(function, v) for v in value)
+    if isinstance(value, tuple) and hasattr(kind, "_make"):
+        return kind._make(map_tensors(function, v) for v in value)
+    if kind is deque:
+        return deque((map_tensors(function, v) for v in value), value.maxlen)
     return value
 
 
@@ -244,20 +262,24 @@ def _paired(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> 
 
 def _both_named(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> bool:
     """Whether the names of both sides say which parameter is which."""
+    if any(names_of(group) is None for group in groups):
+        return False
     named = ["param_names" in g for g in saved]
     if any(named) and not all(named):
         raise ValueError(f"the state_dict's parameter group {named.index(False)} has no param_names, though others do")
     for i, group in enumerate(saved if any(named) else []):
-        names, n = group["param_names"], len(group["params"])
-        if not isinstance(names, (list, tuple)) or len(names) != n or not all(isinstance(x, str) for x in names):
-            raise ValueError(f"param_names of the state_dict's group {i} must be {n} strings")
+        if names_of(group) is None:
+            raise ValueError(
+                f"param_names of the state_dict's group {i} must be {len(group['params'])} strings. To load by "
+                "position, delete param_names from the state_dict's groups"
+            )
     # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
     # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
     # names in place of numbers, and FSDP1's gives the parameters that it has flattened, and drops the key by which
     # `Lion.state_dict` says that names and parameters agree.
     by_torch = any(isinstance(i, str) for g in saved for i in g["params"])
     by_torch |= not in_order and any(is_flat_view(p) for g in groups for p in g["params"])
-    return any(named) and not by_torch and any("param_names" in g for g in groups)
+    return any(named) and not by_torch
 
 
 def _unwrapped(names: Sequence[str]) -> list[str]:

@@ -7,14 +7,16 @@ import copy
 import pickle
 import random
 import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion
+from lion_dist.param_groups import describe_groups
 from tests.bits import assert_same_bits, bits
 from tests.mutations import mutated
 
@@ -92,6 +94,26 @@ def test_without_names_on_either_side_by_position(named: tuple[bool, bool]) -> N
         assert_same_bits(other.state[there]["exp_avg"], opt.state[p]["exp_avg"])
     if named[1]:
         assert other.param_groups[0]["param_names"] == NAMES[::-1]
+
+
+@pytest.mark.parametrize("names", [None, [None, None], [0, 1], ["a"], [], "ab"], ids=str)
+def test_names_of_an_optimizer_that_are_no_names_do_not_count(names: Any) -> None:
+    """It loads what it saved, by position, and whatever names another has."""
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    opt = Lion([{"params": params, "param_names": names}], lr=0.25)
+    for i, p in enumerate(params):
+        p.grad = torch.full((3,), i + 1.0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for others in (names, ["b", "a"]):
+        saved["param_groups"][0]["param_names"] = others
+        for p in params:
+            opt.state[p]["exp_avg"].zero_()
+        opt.load_state_dict(saved)
+        assert opt.param_groups[0]["param_names"] == names
+        for i, p in enumerate(params):
+            assert_same_bits(opt.state[p]["exp_avg"], saved["state"][i]["exp_avg"])
+    assert len(describe_groups(opt.param_groups)) == 3
 
 
 def test_several_models_with_the_same_names() -> None:
@@ -183,7 +205,7 @@ def with_foreign_entries() -> tuple[list[nn.Parameter], Lion]:
         opt.state[p]["step"] = torch.tensor(5.0)
     opt.state[params[0]]["words"] = ["a word", {"name": "another", "ema": torch.full((3,), 0.5)}, ("x", 1, None)]
     opt.state["lookahead_step"] = 6
-    opt.state["ema"] = {"decay": 0.9, "of": torch.ones(2)}
+    opt.state["ema"] = {"decay": 0.9, "of": torch.ones(2), "exp_avg": torch.ones(1)}
     return [*params, frozen], opt
 
 
@@ -197,6 +219,7 @@ def assert_foreign_entries(opt: Lion, params: list[nn.Parameter], slow: list[Ten
     assert opt.state["lookahead_step"] == 6
     assert opt.state["ema"]["decay"] == 0.9
     assert opt.state["ema"]["of"].tolist() == [1.0, 1.0]
+    assert opt.state["ema"]["exp_avg"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("door", ["state_dict", "deepcopy", "pickle", "step"])
@@ -297,7 +320,7 @@ def test_foreign_tensors_are_cast_as_torchs_optimizers_cast_them(dtype: torch.dt
         ({"exp_avg": torch.zeros(3), "exp_avg_sq": 0}, r"\['exp_avg_sq'\] is not Lion's.*another optimizer"),
         ({"momentum_buffer": torch.zeros(3)}, "another optimizer"),
         ({"exp_avg": torch.zeros(3), "hessian": 1}, "another optimizer"),
-        ({"lookahead_slow_buff": torch.zeros(3)}, "Lion's has 'exp_avg'"),
+        ({"lookahead_slow_buff": torch.zeros(3)}, "Lion's has 'exp_avg'.*frozen when this was saved.*before you unfr"),
         ({"m": torch.zeros(3)}, "Lion's has 'exp_avg'"),
         ({"exp_avg": torch.zeros(3, device="meta")}, "without memory"),
         (None, "is a NoneType"),
@@ -315,12 +338,52 @@ def test_what_is_another_optimizers_is_refused(entry: Any, message: str) -> None
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict({**saved, "state": {0: entry}})
     with pytest.raises(ValueError, match="in none of its groups"):
-        opt.load_state_dict({**saved, "state": {"a.weight": {"exp_avg": torch.zeros(3)}}})
+        opt.load_state_dict({**saved, "state": {1: {"exp_avg": torch.zeros(3)}}})
+    by_name = Lion([("a.weight", p)])
+    for key, params in (("a.weight", [0]), ("b.weight", ["a.weight"])):
+        wrong = {**by_name.state_dict(), "state": {key: {"exp_avg": torch.zeros(3)}}}
+        wrong["param_groups"][0]["params"] = params
+        with pytest.raises(ValueError, match=f"'{key}', which is in none of its groups"):
+            by_name.load_state_dict(wrong)
     with pytest.raises(ValueError, match="hold parameter 0 twice"):
         Lion([p, nn.Parameter(torch.zeros(3))]).load_state_dict(
             {**saved, "param_groups": [{**saved["param_groups"][0], "params": [0, 0]}]}
         )
     assert snapshot(opt) == before
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "OrderedDict": (lambda t: OrderedDict(x=t, a=1), lambda c: c["x"]),
+    "defaultdict": (lambda t: defaultdict(list, x=t), lambda c: c["x"]),
+    "named tuple": (lambda t: Pair([t], "word"), lambda c: c.first[0]),
+    "deque": (lambda t: deque([None, {"x": t}], maxlen=5), lambda c: c[1]["x"]),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS.keys())
+def test_foreign_tensors_in_any_container_are_copied_and_cast(
+    container: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]],
+) -> None:
+    make, tensor_of = container
+    p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    opt = Lion([p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["of a wrapper"] = given = make(torch.tensor([1.001, 2.0, 3.0]))
+    other = Lion([q := nn.Parameter(p.detach().clone())])
+    other.load_state_dict(opt.state_dict())
+    loaded = other.state[q]["of a wrapper"]
+    assert type(loaded) is type(given)
+    assert len(loaded) == len(given)
+    assert_same_bits(tensor_of(loaded), torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
+    assert tensor_of(given).dtype == torch.float32  # the source has its own still
+    assert getattr(loaded, "maxlen", 5) == 5
+    assert getattr(loaded, "default_factory", list) is list
 
 
 # -- Damaged state_dicts
