@@ -110,6 +110,7 @@ def check_and_wrap_state(
         for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
     ):
         raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
+    given_groups = saved_groups
     saved_groups = [
         _completed(*pair, defaults) for pair in _paired(saved_groups, groups, IN_ORDER_OF_NAMES in state_dict)
     ]
