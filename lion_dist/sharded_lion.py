@@ -111,12 +111,13 @@ class ShardedLion(Optimizer):
         stage: 2: the optimizer averages the gradients itself, and the model is not wrapped: as they arrive in the
             backward they are reduce-scattered to the ranks that own them, in buckets, and leave ``p.grad``.
             Every rank makes the same backward passes; which parameters they reach may differ. A rank where a pass
-            reaches none may make further passes, clip or step next. On GPUs, in the first step of several passes outside
-            no_sync(), every rank must be reached by more than one of them or by none; else that step raises on every
-            rank. After it the host waits for the device in every step. Parameters are unfrozen on every rank before
-            the same step; a step raises where they are not (in stage 1 only at the group's time-out). A parameter that no rank has a gradient of is not
-            stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_`
-            here. Collectives of several optimizers that take part in one backward need process groups of their own.
+            reaches none may make further passes, clip or step next. On GPUs, in the first step of several passes
+            outside no_sync(), every rank must be reached by more than one of them or by none; else that step raises on
+            every rank. After it the host waits for the device in every step. Parameters are unfrozen on every rank
+            before the same step; a step raises where they are not (in stage 1 only at the group's time-out). A
+            parameter that no rank has a gradient of is not stepped. GradScaler and torch's clip_grad_norm_ are refused:
+            use bfloat16 or stage 1, and `clip_grad_norm_` here. Collectives of several optimizers that take part in one
+            backward need process groups of their own.
             1: ``p.grad`` is already averaged over the ranks at step(), as DistributedDataParallel leaves it, and
             is None on all ranks or on none. The first two steps compare the gradients over the ranks.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first
@@ -635,8 +636,8 @@ class ShardedLion(Optimizer):
         """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a
         collective call, for just before step().
 
-        Called once more before step() it clips what is clipped already or, where any rank has other gradients since, all
-        gradients anew; the ranks' hosts then wait for one another.
+        Called once more before step() it clips what is clipped already or, where any rank has other gradients since,
+        all gradients anew; the ranks' hosts then wait for one another.
 
         The coefficient is multiplied in by the fused step, so ``p.grad`` itself is not written. The
         norm is a float64 sum of squares over the shards, rounded once. In stage 1 it looks, as step() does, for
@@ -712,8 +713,8 @@ class ShardedLion(Optimizer):
 
         In stage 2, gradients that no step() or clip_grad_norm_() has used are dropped on every rank or on none, and
         their backward must have reached a parameter on every rank; else the next step() raises on every rank. (Where it
-        reached a rank by parameters that are unfrozen since the last step alone, call this, not model.zero_grad().) Until
-        that step(), gradients of further backwards stay in ``p.grad``, at full size.
+        reached a rank by parameters that are unfrozen since the last step alone, call this, not model.zero_grad().)
+        Until that step(), gradients of further backwards stay in ``p.grad``, at full size.
         """
         # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet.
         unfrozen = self._clipping is None and any(p.requires_grad for p in self._frozen)
