@@ -189,7 +189,7 @@ class _Writer:
         i = random.randrange(len(self.trainable))
         if not self.trainable[i]:
             self.write("unfreeze", i)
-        elif sum(self.trainable) > 1 and (i in self.adopted or i not in self.pending):
+        elif sum(self.trainable) > 1:
             self.write("freeze", i)
         else:
             return
@@ -268,9 +268,17 @@ class _Writer:
                 "clip", random.choice([0.5, 0.25, 2.0]) if self.dtypes != DTYPES[:1] else random.uniform(0.1, 1.5)
             )
             self.end_period()
-            if random.random() < 0.2:  # clipped in vain
+            what = random.random()
+            if what < 0.2:  # clipped in vain
                 self.zero(random.choice(ZEROING[:2]))  # the others leave the clipping, of gradients that are gone
                 return
+            if what < 0.4 and self.stage == 2:  # clipped, more gradients on some ranks, and clipped anew
+                for _ in range(random.randint(1, 2)):
+                    self.a_pass()
+                    self.missed = False  # nothing is under way: they wait
+                if self.pending:  # else the norm would be of what is clipped already
+                    self.write("clip", 0.5)
+                self.end_period()
         self.write("step")
         self.stepped |= {i for i, trainable in enumerate(self.trainable) if trainable} | self.uses.keys()
         self.end_period()
