@@ -24,7 +24,9 @@ class RoundingWarnings:
     """Warns once where weight decay, lr * weight_decay of a weight a step, rounds to nothing, and once where the update
     itself does: where lr is below half a unit in the last place of most 16-bit weights.
 
-    During warm-up either is negligible; what counts is the lr that the schedule works towards.
+    During warm-up either is negligible; what counts is the lr that the schedule works towards, as it is when the
+    weights are looked at: an lr that is lowered afterwards, by hand or by a load, is not judged again, since it may be
+    the end of a schedule.
     """
 
     def __init__(self) -> None:
@@ -32,15 +34,18 @@ class RoundingWarnings:
         self._decays: dict[int, tuple[float, float]] = {}
         self._update_done = False
         self._looked: set[int] = set()  # groups whose weights have been compared with their lr
+        self._idle: list[tuple[int, Tensor]] = []  # by number of such a group, its parameters that were frozen then
         self._reads = 2  # steps in which lr tensors on a GPU may still be read, for which the host waits
 
     def check(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
         """Called before each step. In the first in which the lr of a group is not 0 it looks at the group's weights,
-        for which the host waits; in no later one."""
+        for which the host waits; in a later one at those that were frozen until then, alone."""
         if not self._decay_done:
             for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
                 self._check_decay(i, group, hyper)
-        if not self._update_done and len(self._looked) < len(groups):
+        if self._update_done:
+            return
+        if len(self._looked) < len(groups) or any(takes_part(p) for _, p in self._idle):
             self._check_update(groups, hypers)
 
     def _check_decay(self, index: int, group: Group, hyper: HyperParameters) -> None:
@@ -67,8 +72,9 @@ class RoundingWarnings:
     def _check_update(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
         weights: list[tuple[float, Tensor]] = []
         waited = False
+        unfrozen = {i for i, p in self._idle if takes_part(p)}
         for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
-            if i in self._looked or not group["params"]:
+            if (i in self._looked and i not in unfrozen) or not group["params"]:
                 continue
             if _on_gpu(hyper.lr):
                 if not self._reads:
@@ -76,8 +82,11 @@ class RoundingWarnings:
                 waited = True
             lr = _aim(group, hyper)
             if lr > 0:
+                params = [p for j, p in self._idle if j == i] if i in unfrozen else group["params"]
                 self._looked.add(i)
-                halves = (local(p) for p in group["params"] if p.dtype in _HALVES and takes_part(p))
+                self._idle = [(j, p) for j, p in self._idle if j != i]
+                self._idle += [(i, p) for p in params if not takes_part(p)]
+                halves = (local(p) for p in params if p.dtype in _HALVES and takes_part(p))
                 weights += [(lr, w) for w in halves if is_plain(w) and w.numel()]
         self._reads -= waited
         if not weights:
@@ -88,8 +97,8 @@ class RoundingWarnings:
             largest, dtypes = max(lr for lr, _ in weights), sorted({str(w.dtype) for _, w in weights})
             warn(
                 f"lr = {largest:.3g} is below half a unit in the last place of {share:.0%} of the "
-                f"{' and '.join(dtypes)} weights, so that their update rounds to nothing and they do not move. Use "
-                "float32 weights (autocast keeps compute in 16 bits), or a larger lr."
+                f"{' and '.join(dtypes)} weights other than 0, so that their update rounds to nothing and they do not "
+                "move. Use float32 weights (autocast keeps compute in 16 bits), or a larger lr."
             )
 
 
@@ -113,15 +122,15 @@ def _noted(lr: Any) -> float:
 
 @torch.no_grad()
 def _share_that_stays(weights: Sequence[tuple[float, Tensor]]) -> float:
-    """The share of weights, from 0 to 1 and by a sample, that neither +lr nor -lr moves to another value."""
+    """The share of weights other than 0, from 0 to 1 and by a sample, that neither +lr nor -lr moves to another value.
+    A weight of 0, which any lr moves, says nothing about what it will be once it is trained."""
     total = sum(w.numel() for _, w in weights)
-    stay: dict[torch.device, list[Tensor]] = {}
-    looked_at = 0
+    found: dict[torch.device, list[Tensor]] = {}
     for lr, w in weights:
         count = -(-w.numel() * _SAMPLE // max(total, _SAMPLE))
         sample = flat(w)[:: max(1, w.numel() // count)]
         exact = sample.float()
-        stays = ((exact - lr).to(w.dtype) == sample) & ((exact + lr).to(w.dtype) == sample)
-        stay.setdefault(w.device, []).append(stays.sum())
-        looked_at += sample.numel()
-    return sum(float(torch.stack(counts).sum()) for counts in stay.values()) / looked_at
+        stays = ((exact - lr).to(w.dtype) == sample) & ((exact + lr).to(w.dtype) == sample) & (sample != 0)
+        found.setdefault(w.device, []).append(torch.stack([stays.sum(), sample.count_nonzero()]))
+    stay, looked_at = torch.stack([torch.stack(counts).sum(0).cpu() for counts in found.values()]).sum(0).tolist()
+    return float(stay / max(looked_at, 1))

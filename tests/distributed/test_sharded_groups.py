@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lion_dist import Lion, ShardedLion
 from tests.bits import assert_same_bits, bits
 from tests.harness import device_of, run_ranks
-from tests.mutations import mutated
+from tests.mutations import assert_loaded, mutated
 
 SHAPES = {"a.weight": (20, 30), "a.bias": (30,), "b.weight": (20, 30), "b.bias": (30,), "scale": ()}
 
@@ -274,9 +274,12 @@ def check_damaged(seeds: range, world_size: int, device: torch.device) -> tuple[
         else:
             loaded += 1
             try:
+                whole = optimizer.full_state_dict()["state"]
+                ids = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+                assert_loaded(optimizer, damaged, lambda p: whole.get(ids[id(p)], {}).get("exp_avg"))  # noqa: B023
                 optimizer.load_state_dict(optimizer.full_state_dict())
             except Exception as error:
-                raise AssertionError(f"seed {seed} was loaded, and then failed") from error
+                raise AssertionError(f"seed {seed} was loaded wrong, or failed then") from error
         feed(params.values(), world_size)
         optimizer.step()
     return refused, loaded

@@ -164,6 +164,32 @@ def test_by_the_lr_of_each_group_and_once() -> None:
     assert len(caught) == 1
 
 
+def test_what_is_unfrozen_later_is_looked_at_then() -> None:
+    """Alone, and once; and if lr is 0 in that step, in the first in which it is not."""
+    few, many = (nn.Parameter(torch.full((n,), 0.02, dtype=BF16)) for n in (10, 1000))
+    opt = Lion([few, many.requires_grad_(False)], lr=1e-2)
+    few.grad = torch.ones_like(few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        many.requires_grad_(True)
+        many.grad = torch.ones_like(many)
+        opt.param_groups[0]["lr"] = 0.0
+        opt.step()
+    opt.param_groups[0]["lr"] = 1e-6
+    with pytest.warns(UserWarning, match="of 100% of the torch.bfloat16 weights"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+
+
+def test_zeros_hide_nothing() -> None:
+    """Any lr moves them, as long as they are 0: biases, the half of an adapter."""
+    p, zeros = nn.Parameter(torch.full((300,), 0.02, dtype=BF16)), nn.Parameter(torch.zeros(3000, dtype=BF16))
+    assert len(messages([p, zeros], "lr = 1e-06 is below half a unit in the last place of 100% of", lr=1e-6)) == 1
+
+
 def test_onecycle_is_judged_by_its_peak() -> None:
     """Its first lr is a twenty-fifth of that."""
     with warnings.catch_warnings():

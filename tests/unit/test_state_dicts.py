@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lion_dist import Lion
 from lion_dist.param_groups import describe_groups
 from tests.bits import assert_same_bits, bits
-from tests.mutations import mutated
+from tests.mutations import assert_loaded, mutated
 
 NAMES = ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight"]
 
@@ -441,12 +441,13 @@ def load_damaged(seeds: range) -> tuple[int, int]:
             raise AssertionError(f"seed {seed}") from error
         loaded += 1
         try:
+            assert_loaded(opt, damaged, lambda p: opt.state.get(p, {}).get("exp_avg"))  # noqa: B023
             feed(opt)
             opt.step()
             opt.load_state_dict(opt.state_dict())
             opt.step()
         except Exception as error:
-            raise AssertionError(f"seed {seed} was loaded, and then failed") from error
+            raise AssertionError(f"seed {seed} was loaded wrong, or failed then") from error
     return refused, loaded
 
 
@@ -457,6 +458,21 @@ def load_damaged(seeds: range) -> tuple[int, int]:
 def test_damaged_state_dicts_are_refused_whole_or_loaded(seeds: range) -> None:
     refused, loaded = load_damaged(seeds)
     assert min(refused, loaded) > len(seeds) / 10, (refused, loaded)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_load_of_a_damaged_state_dict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = Lion._copy_momenta
+
+    def lost(self: Lion, checked: dict[str, Any]) -> None:
+        copied(self, checked)
+        for entry in checked["state"].values():
+            if isinstance(entry, dict) and "exp_avg" in entry:
+                entry["exp_avg"].value.zero_()
+
+    monkeypatch.setattr(Lion, "_copy_momenta", lost)
+    with pytest.raises(AssertionError, match="was loaded wrong"):
+        load_damaged(range(20))
 
 
 def test_warnings_made_errors_change_nothing_either() -> None:
