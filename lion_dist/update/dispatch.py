@@ -149,6 +149,8 @@ class LionUpdate:
     """
 
     def __init__(self, use_triton: bool | None) -> None:
+        if use_triton is not None and not isinstance(use_triton, bool):
+            raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
         if use_triton and not HAS_TRITON:
             raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
         self.use_triton = use_triton

@@ -395,3 +395,9 @@ def test_a_momentum_for_what_cannot_have_one_is_refused() -> None:
     with pytest.raises(TypeError, match=r"has a momentum for parameter 0, which .*float64"):
         new.load_state_dict(opt.state_dict())
     assert math.isclose(float(opt.state[p]["exp_avg"][0]), 0.01, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("use_triton", ["no", "false", 1, 0], ids=repr)
+def test_use_triton_is_a_bool_or_none(use_triton: Any) -> None:
+    with pytest.raises(TypeError, match="use_triton must be None, True or False"):
+        Lion([nn.Parameter(torch.zeros(3))], use_triton=use_triton)
