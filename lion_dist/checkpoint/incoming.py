@@ -446,12 +446,13 @@ def _schedulers(
     if len(keys) != len(given):
         raise ValueError(f"the checkpoint has {len(keys)} schedulers, and {len(given)} were given to load into")
     found = []
+    saved_groups = len(_groups(objects))
     for i, (key, scheduler) in enumerate(zip(keys, given, strict=True)):
         saved, mine = objects[key], scheduler.state_dict()
         lists = {}
         for path, here in by_group(mine, len(optimizer.param_groups)):
             there = _at(saved, path)
-            if isinstance(there, list) and all(j is None or j < len(there) for j in matches):
+            if isinstance(there, list) and len(there) == saved_groups:
                 lists[path] = [here[k] if j is None else there[j] for k, j in enumerate(matches)]
         saved = with_lists(saved, lists)
         if type(saved) is not dict or not _same_form(saved, mine):
