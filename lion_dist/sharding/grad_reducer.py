@@ -193,7 +193,10 @@ class GradReducer:
         witness = self._witness
         assert witness is not None
         if i == witness.index and witness.watches:
-            witness.saw()  # after `look`
+            if witness.replaced:
+                self._forget()
+            else:
+                witness.saw()  # after `look`
         elif current not in self._passes:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)
@@ -296,6 +299,8 @@ class GradReducer:
         if not self._learned:
             self._learn()
         self._hooks.add()
+        if self._witness is not None:
+            self._witness.hook()
         self.generation += 1
         return any_unfrozen
 

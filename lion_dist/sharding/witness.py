@@ -83,12 +83,22 @@ class Witness:
         if index != self.index or self._hook is None:
             self.dismiss()
             self.index = index
-            # Called before autograd adds to the witness's own gradient, which covers every trace.
-            if self._param.requires_grad:
-                look = self._look
-                self._hook = self._param.register_hook(lambda _: look())
+            self.hook()
         self.place()
         self._has_left = bool(left[index])
+
+    def hook(self) -> None:
+        """Has `look` called before autograd adds to the witness's own gradient, which covers every trace. A frozen
+        parameter takes no hook: to be called again once it may have been unfrozen."""
+        if self._hook is None and self.index >= 0 and self._param.requires_grad:
+            look = self._look
+            self._hook = self._param.register_hook(lambda _: look())
+
+    @property
+    def replaced(self) -> bool:
+        """Whether autograd has put a new gradient where another was set to None, and `look` was not called: the
+        parameter was frozen when it began to watch."""
+        return self._hook is None and self._seen is not None and self._param.grad is not self._seen[0]
 
     @property
     def _param(self) -> Tensor:
