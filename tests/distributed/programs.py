@@ -243,9 +243,11 @@ class _Writer:
             if self.stage == 2:
                 kinds += ["hand", "model to zeros", "torch clip"]
             self.numbers += 1
-            self.write("error", random.choice(kinds), self.numbers, self.draw_uses(hooked))
+            refused = random.choice(kinds)
+            self.write("error", refused, self.numbers, self.draw_uses(hooked))
             self.begin_period()
-            self.dropped = self.stage == 2
+            # Clipping has ended the round of the first backward, and a pass after it begins none.
+            self.dropped = self.stage == 2 and refused != "pass after clip"
 
     def period(self) -> None:
         random = self.random
