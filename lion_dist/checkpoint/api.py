@@ -292,7 +292,7 @@ def _load(
         return reader.prepare_local_plan(planner.create_local_plan())  # verifies what this rank will read
 
     def tell(step: Callable[[], Any], how: str) -> None:
-        """What is wrong only now has changed the tensors, unless there is a copy of them to put back."""
+        """Runs a step whose errors come after tensors were changed, and says so if there is no copy to put back."""
         try:
             step()
         except Exception as error:

@@ -472,6 +472,6 @@ def latest(folder: Key, *, stem: str | None = None, default: T | _Raise = _RAISE
 
 
 def _named(folder: Path) -> str:
-    """Of checkpoints without a number, for an error's message."""
+    """Names the checkpoints without a number, for an error's message."""
     names = sorted(path.parent.name for path in folder.glob(f"*/{NAME}"))
     return f", but {', '.join(map(repr, names[:5]))}: give its path, or stem={names[0]!r}" if names else ""

@@ -331,7 +331,7 @@ class Incoming:
             _attempt(f"{key}, of a {type(module).__name__},", module.set_extra_state, state)
 
     def apply(self) -> None:
-        """What follows from the tensors that were loaded; under `ShardedLion` a collective call."""
+        """Loads the groups, schedulers and values, once the tensors are there; under `ShardedLion` a collective call."""
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -464,7 +464,7 @@ def _schedulers(
 
 
 def _at(state: Any, path: Sequence[Any]) -> Any:
-    """What stands at a place of a scheduler's state; None if there is no such place."""
+    """Returns the value at a place of a scheduler's state; None if there is no such place."""
     for step in path:
         if type(state) is dict:
             state = state.get(step)
