@@ -292,7 +292,7 @@ def _load(
         return reader.prepare_local_plan(planner.create_local_plan())  # verifies what this rank will read
 
     def tell(step: Callable[[], Any], how: str) -> None:
-        """Runs a step whose errors come after tensors were changed, and says so if there is no copy to put back."""
+        """Runs a step that changes tensors; its error says so if there is no copy to put back."""
         try:
             step()
         except Exception as error:

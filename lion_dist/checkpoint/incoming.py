@@ -331,7 +331,7 @@ class Incoming:
             _attempt(f"{key}, of a {type(module).__name__},", module.set_extra_state, state)
 
     def apply(self) -> None:
-        """Loads the groups, schedulers and values, once the tensors are there; under `ShardedLion` a collective call."""
+        """Loads groups, schedulers and values once the tensors are there; a collective call under `ShardedLion`."""
         optimizer = self._optimizer
         if optimizer is None:
             return
