@@ -33,7 +33,7 @@ from torch.optim.optimizer import ParamsT
 from .lion import Lion, Members
 from .param_groups import to_dtype
 from .update.dispatch import LionUpdate
-from .update.segments import Columns
+from .update.segments import StepTensors
 
 TESTED_VERSION = "0.19.8"
 
@@ -86,7 +86,7 @@ class DeepSpeedLion(Lion):
             self._update.forget_momenta()  # offload_states() is to free them
             self._prepared[ids] = self._update, self._members
 
-    def _columns(self) -> Columns:
+    def _columns(self) -> StepTensors:
         # DeepSpeed loads a universal checkpoint into the groups, as they were saved, and into the state, in float32. It
         # links to what is there after a step.
         for group in self.param_groups:

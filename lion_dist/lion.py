@@ -35,7 +35,7 @@ from .state_dicts import (
     with_named_dtypes,
 )
 from .update.dispatch import LionUpdate
-from .update.segments import Columns
+from .update.segments import StepTensors
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Members:
     dtensors: bool
     entry_ids: list[int]
 
-    def columns(self) -> Columns:
+    def columns(self) -> StepTensors:
         """Of this step; of DTensors, this rank's part."""
         params: list[Tensor] = self.params
         grads: list[Tensor | None] = [p.grad for p in params]
@@ -63,7 +63,7 @@ class Members:
         if self.dtensors:
             grads = local_gradients(params, grads)
             params, exp_avgs = locals_of(params), locals_of(exp_avgs)
-        return Columns(params, grads, exp_avgs, self.groups)
+        return StepTensors(params, grads, exp_avgs, self.groups)
 
 
 class Lion(Optimizer):
@@ -175,7 +175,7 @@ class Lion(Optimizer):
             stepped = zip(self._members.params, columns.grads, strict=True)
             torch.autograd.graph.increment_version([p for p, g in stepped if g is not None])
 
-    def _columns(self) -> Columns:
+    def _columns(self) -> StepTensors:
         """This step's columns, prepared. Makes the state that is missing, once nothing is found that cannot be
         stepped."""
         members, new = self._current_members()
@@ -198,7 +198,7 @@ class Lion(Optimizer):
         self._members = members
         return columns
 
-    def _prepare(self, members: Members) -> Columns:
+    def _prepare(self, members: Members) -> StepTensors:
         columns = members.columns()
         self._update.prepare(columns)
         return columns

@@ -49,13 +49,13 @@ from .sharding.collectives import (
     start_all_gather,
 )
 from .sharding.grad_reducer import GradReducer
-from .sharding.replicas import Comparison, broadcast, comparable, differing, gathered, refuse_permuted
+from .sharding.replicas import DeferredCheck, broadcast, comparable, differing, gathered, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .uncompiled import uncompiled
 from .update.dispatch import LionUpdate
 from .update.reference import HyperParameters, checksum, clip_coefficient
-from .update.segments import Columns, Segment, check_no_shared_memory
+from .update.segments import Segment, StepTensors, check_no_shared_memory
 from .update.signs import REFUSED, SignUpdate
 from .upload import upload
 
@@ -192,7 +192,7 @@ class ShardedLion(Optimizer):
                 "param_sync: %s", "signs, exact as every replica holds whole weights" if self._signs else
                 "params, as there is one rank and nothing to send",
             )  # fmt: skip
-        self._comparison = Comparison()
+        self._deferred = DeferredCheck()
         self._parts: list[_Part] = []
         self._frozen: list[Tensor] = []
         self._never_equal: set[int] = set()  # ids of frozen parameters that could not be broadcast
@@ -466,7 +466,7 @@ class ShardedLion(Optimizer):
 
     def _refuse(self) -> None:
         """Takes part in the collectives of a step that this rank cannot make, and changes nothing. Ranks that make it
-        leave their parameters as they are, and raise as `Comparison` does; if all refuse it, they agree."""
+        leave their parameters as they are, and raise as `DeferredCheck` does; if all refuse it, they agree."""
         if dist.get_world_size(self._group) == 1 or not self._parts:
             return
         message = mismatch([], None)
@@ -477,18 +477,18 @@ class ShardedLion(Optimizer):
                 with self._membership.collective():
                     start_all_gather([part.signs.mail.flatten()], self._group).wait()
                 if part is self._parts[-1]:
-                    self._comparison.compare(part.signs.checksums, message)
+                    self._deferred.compare(part.signs.checksums, message)
         else:
             with self._membership.collective() as group:
                 own = torch.full((), REFUSED, dtype=torch.int64, device=self._parts[0].shard.exp_avg.device)
-                self._comparison.compare(gathered(own, group), message)
-                for part in reversed(self._parts) if self._comparison.under_way else ():
+                self._deferred.compare(gathered(own, group), message)
+                for part in reversed(self._parts) if self._deferred.under_way else ():
                     gather = part.shard.start_gather(group)
                     if gather is not None:
                         gather.wait()
                     part.shard.finish_gather()
         with suppress(ValueError):  # the caller's says more
-            self._comparison.check()
+            self._deferred.check()
 
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts:
@@ -552,9 +552,9 @@ class ShardedLion(Optimizer):
                 part.shard.finish_gather()
                 continue
             if agree is None:
-                agree = self._comparison.compare(part.signs.checksums, message)
+                agree = self._deferred.compare(part.signs.checksums, message)
             part.signs.apply(own, agree)
-        self._comparison.check()  # once nothing is under way any more
+        self._deferred.check()  # once nothing is under way any more
 
     def _agreed(
         self, hypers: list[HyperParameters], scale: Tensor | None, salt: int, message: Callable[[], str]
@@ -573,13 +573,13 @@ class ShardedLion(Optimizer):
         table = part.update.hyper_table(hypers, part.shard.exp_avg.device)
         with self._membership.collective() as group:
             numbers = gathered(checksum(table, salt, scale), group)
-        agree = self._comparison.compare(numbers, message)
-        if self._comparison.under_way:
+        agree = self._deferred.compare(numbers, message)
+        if self._deferred.under_way:
             return [h._replace(lr=_lr_if(agree, h.lr)) for h in hypers]
-        self._comparison.check()
+        self._deferred.check()
         return hypers
 
-    def _check_averaged(self, columns: Sequence[Columns]) -> None:
+    def _check_averaged(self, columns: Sequence[StepTensors]) -> None:
         """In stage 1: raises, in the first steps, where gradients are not the same on all ranks."""
         if self._averaged is None or not self._averaged.left:
             return
@@ -603,7 +603,7 @@ class ShardedLion(Optimizer):
             self._ids = ids
         return self._groups
 
-    def _columns(self) -> list[Columns]:
+    def _columns(self) -> list[StepTensors]:
         """One for each part."""
         reducer, columns = self._reducer, []
         for number, (part, groups) in enumerate(zip(self._parts, self._group_numbers(), strict=True)):
@@ -619,7 +619,7 @@ class ShardedLion(Optimizer):
                 grads = [reducer.grads[number]] * len(params)
                 active = None  # it may still be on its way
             exp_avgs = [shard.exp_avg] * len(params)
-            columns.append(Columns(params, grads, exp_avgs, groups, part.segments, active, shard.numbers))
+            columns.append(StepTensors(params, grads, exp_avgs, groups, part.segments, active, shard.numbers))
         return columns
 
     @staticmethod
@@ -736,7 +736,7 @@ class ShardedLion(Optimizer):
             RuntimeError: on every rank, where a replica differs: the parameters, and the ranks.
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._comparison.check(all=True)
+        self._deferred.check(all=True)
         self._check_bits()
 
     def _check_bits(self) -> None:
@@ -757,7 +757,7 @@ class ShardedLion(Optimizer):
             pass
         self._settle()
         broadcast([p for group in self.param_groups for p in group["params"]], self._group)
-        self._comparison.check(all=True)
+        self._deferred.check(all=True)
 
     # State --------------------------------------------------------------------------------------
 
@@ -771,7 +771,7 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._comparison.check(all=True)
+        self._deferred.check(all=True)
         self._group_numbers()
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
@@ -792,7 +792,7 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
-            self._comparison.check(all=True)
+            self._deferred.check(all=True)
             self._group_numbers()
             agreement.says([f"rank0_only={rank0_only}"])
         self._settle()
@@ -848,7 +848,7 @@ class ShardedLion(Optimizer):
         for shard in self._shards:
             shard.take_exp_avgs(incoming.momenta, self._rank)
         self._set_clipping(None)
-        self._comparison = Comparison()  # what the last steps did is gone
+        self._deferred = DeferredCheck()  # what the last steps did is gone
         with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
             for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
                 hook(self)

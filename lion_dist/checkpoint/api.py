@@ -29,7 +29,7 @@ from .ranks import Ranks, as_error
 from .reader import Reader
 from .saving import PendingSave, Saving
 from .undo import remember
-from .union import Held, unite
+from .union import RankState, unite
 
 T = TypeVar("T")
 _running: PendingSave | None = None
@@ -132,7 +132,7 @@ def _begin(
     _init_state("save", path, optimizer, ranks)
     outgoing: list[Outgoing] = []
 
-    def hold() -> Held:
+    def hold() -> RankState:
         outgoing.append(Outgoing(model, optimizer, _as_list(schedulers), extra, ranks))
         return outgoing[0].held
 

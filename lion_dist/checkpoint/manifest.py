@@ -61,7 +61,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorEntry:
     """A tensor of the checkpoint; ``dtype`` by its name."""
 
     dtype: str
@@ -78,7 +78,7 @@ class Manifest:
     """``files``: bytes of each. ``objects``: what is not a tensor, as `plain.to_plain` makes it."""
 
     files: dict[str, int]
-    tensors: dict[str, Held]
+    tensors: dict[str, TensorEntry]
     objects: dict[str, Any]
     block_bytes: int
     format: str = field(default=FORMAT, init=False)
@@ -266,7 +266,7 @@ def _numbers(value: Any, what: str) -> tuple[int, ...]:
     return tuple(_number(v, what) for v in value)
 
 
-def _held(name: str, raw: Any) -> Held:
+def _held(name: str, raw: Any) -> TensorEntry:
     held = _dict(raw, name)
     dtype = held.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -276,7 +276,7 @@ def _held(name: str, raw: Any) -> Held:
     shape = _numbers(held.get("shape"), f"the shape of {name}")
     if len(shape) > MAX_DIMS:
         raise ValueError(f"{name} has {len(shape)} dimensions; expected at most {MAX_DIMS}")
-    return Held(dtype, shape, tuple(_chunks(name, held["chunks"])))
+    return TensorEntry(dtype, shape, tuple(_chunks(name, held["chunks"])))
 
 
 def _chunks(name: str, raw: list[Any]) -> Iterator[Chunk]:

@@ -14,7 +14,7 @@ from .manifest import BLOCK_BYTES
 from .named import GROUPS, Logical, ModelState, Names, groups_by_name, state_of
 from .plain import from_plain, to_plain
 from .ranks import Ranks
-from .union import Held, Share, by_group, describe, samples, with_lists
+from .union import RankState, Share, by_group, describe, samples, with_lists
 
 
 class Outgoing:
@@ -48,7 +48,7 @@ class Outgoing:
             self._once.update(others)
             for i, group in enumerate(groups_by_name(optimizer, names)):
                 groups.append({key: to_plain(value, f"{GROUPS}{i}.{key}") for key, value in group.items()})
-        self.held = Held(
+        self.held = RankState(
             {**describe(self._tensors), **describe(of_model.buffers)},
             samples(self._tensors) if ranks.size > 1 else {},
             set(self._once),

@@ -33,7 +33,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by s
 
 
 @dataclass
-class Held:
+class RankState:
     """What one rank would save. Values are plain (`plain.to_plain`), since they are sent to the first rank.
 
     Attributes:
@@ -66,13 +66,13 @@ class Share:
 
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """`Held.tensors`."""
+    """`RankState.tensors`."""
     return {key: (tuple(t.shape), dtype_name(t.dtype)) for key, t in tensors.items()}
 
 
 @torch.no_grad()
 def samples(tensors: dict[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], int]:
-    """`Held.samples`. Of tensors on a GPU one copy is waited for."""
+    """`RankState.samples`. Of tensors on a GPU one copy is waited for."""
     found: dict[torch.device, list[tuple[tuple[str, tuple[int, ...]], Tensor]]] = {}
     for key, t in tensors.items():
         begin, part = _first_part(t)
@@ -127,7 +127,7 @@ def with_lists(state: Any, lists: dict[Place, list[Any]], path: Place = ()) -> A
     return type(state)(with_lists(value, lists, (*path, i)) for i, value in enumerate(state))
 
 
-def unite(ranks: Sequence[Held]) -> list[Share]:
+def unite(ranks: Sequence[RankState]) -> list[Share]:
     """Each rank's share.
 
     Raises:
@@ -158,7 +158,7 @@ def _check_same(ranks: Sequence[dict[str, Any]], what: str) -> None:
                 )
 
 
-def _check_kinds(ranks: Sequence[Held]) -> None:
+def _check_kinds(ranks: Sequence[RankState]) -> None:
     """That nothing is sharded on one rank and saved once, as another has it."""
     sharded: dict[str, int] = {}
     for rank, held in enumerate(ranks):
@@ -173,7 +173,7 @@ def _check_kinds(ranks: Sequence[Held]) -> None:
             )
 
 
-def _check_samples(ranks: Sequence[Held]) -> None:
+def _check_samples(ranks: Sequence[RankState]) -> None:
     first: dict[Any, tuple[int, int]] = {}
     for rank, held in enumerate(ranks):
         for place, total in held.samples.items():
@@ -187,7 +187,7 @@ def _check_samples(ranks: Sequence[Held]) -> None:
                 )
 
 
-def _unite_groups(ranks: Sequence[Held]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+def _unite_groups(ranks: Sequence[RankState]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
     """The groups, and of each a rank and its number there."""
     groups: list[dict[str, Any]] = []
     origins: list[tuple[int, int]] = []
@@ -218,7 +218,7 @@ def _unite_groups(ranks: Sequence[Held]) -> tuple[list[dict[str, Any]], list[tup
     return groups, origins
 
 
-def _unite_schedulers(ranks: Sequence[Held], origins: Sequence[tuple[int, int]]) -> list[dict[Place, list[Any]]]:
+def _unite_schedulers(ranks: Sequence[RankState], origins: Sequence[tuple[int, int]]) -> list[dict[Place, list[Any]]]:
     counts = [len(held.schedulers) for held in ranks]
     if len(set(counts)) > 1:
         raise ValueError(f"the ranks have {counts} schedulers; give as many on every rank")

@@ -25,12 +25,12 @@ from torch.futures import Future
 from . import folders
 from .blocks import Buffers, checksum, copy_out, finished, in_threads, synchronize, write_block
 from .folders import BEFORE, RUN, Key, Run, Unfinished, local_path
-from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Held, Manifest, data_name, read_small, size_of
+from .manifest import BLOCK_BYTES, DIGEST, NAME, Chunk, Manifest, TensorEntry, data_name, read_small, size_of
 from .plain import DTYPES, dtype_name, to_plain
 
 
 @dataclass(frozen=True)
-class _Place:
+class _DataFile:
     """Where a rank writes: the coordinator's decision, sent with the plan."""
 
     folder: str
@@ -94,11 +94,11 @@ class Writer(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.unfinished = Unfinished.make(self._path, self._run)
         folder = str(self.unfinished.folder)
-        places = (_Place(folder, data_name(rank)) for rank in range(len(plans)))
+        places = (_DataFile(folder, data_name(rank)) for rank in range(len(plans)))
         return [replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        place: _Place = plan.storage_data
+        place: _DataFile = plan.storage_data
         results, tensors = [], []
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
@@ -203,7 +203,7 @@ class Writer(StorageWriter):
         for name, of_tensor in chunks.items():
             known = metadata.state_dict_metadata[name]
             assert isinstance(known, TensorStorageMetadata)
-            tensors[name] = Held(dtypes[name].pop(), tuple(known.size), tuple(of_tensor))
+            tensors[name] = TensorEntry(dtypes[name].pop(), tuple(known.size), tuple(of_tensor))
         manifest = Manifest(files, tensors, objects, BLOCK_BYTES)
         manifest.check()
         return manifest

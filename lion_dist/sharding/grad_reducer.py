@@ -32,8 +32,8 @@ from .buckets import complete_order
 from .collectives import Membership, broadcast_from_first, start_all_reduce_max
 from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
 from .rounds import Rounds
+from .sentinel import Sentinel
 from .shard import Shard
-from .witness import Witness
 
 # Devices whose collectives the host waits for in any case, so that it may as well read what comes of them.
 WAITING_DEVICES = {"cpu"}
@@ -73,7 +73,7 @@ class GradReducer:
 
     def __init__(self, membership: Membership, bucket_bytes: int) -> None:
         self._hooks: GradHooks | None = None
-        self._witness: Witness | None = None
+        self._sentinel: Sentinel | None = None
         self._membership = membership
         self._world_size = dist.get_world_size(membership.group)
         self._bucket_bytes = bucket_bytes
@@ -120,8 +120,8 @@ class GradReducer:
         self._membership.check()
         self.settle()
         self.finish()
-        if self._witness is not None:
-            self._witness.dismiss()
+        if self._sentinel is not None:
+            self._sentinel.dismiss()
         kept = {tuple(map(id, s.params)): g for s, g in zip(self._shards, self.grads, strict=True)}
         lost = kept.keys() - {tuple(map(id, s.params)) for s in shards}
         if self._ended_rounds and lost:
@@ -143,13 +143,13 @@ class GradReducer:
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = GradHooks(self._params, self._arrived, self._taken_over)
-        self._witness = Witness(self._params, self._witness_look()) if self._params else None
-        if self._witness is not None and self._ended_rounds:
-            self._witness.watch(self._used)
+        self._sentinel = Sentinel(self._params, self._sentinel_look()) if self._params else None
+        if self._sentinel is not None and self._ended_rounds:
+            self._sentinel.watch(self._used)
         self._learned = False
         self._seen = []
 
-    def _witness_look(self) -> Callable[[], None]:
+    def _sentinel_look(self) -> Callable[[], None]:
         self_ref = weakref.ref(self)
 
         @_disable_dynamo
@@ -169,8 +169,8 @@ class GradReducer:
         """Leaves the parameters as if it had never been."""
         if self._hooks is not None:
             self._hooks.remove()
-        if self._witness is not None:
-            self._witness.dismiss()
+        if self._sentinel is not None:
+            self._sentinel.dismiss()
 
     def __del__(self) -> None:
         self._release()
@@ -190,13 +190,13 @@ class GradReducer:
         self._membership.check()
         self.generation += 1
         current = torch._C._current_graph_task_id()
-        witness = self._witness
-        assert witness is not None
-        if i == witness.index and witness.watches:
-            if witness.replaced:
+        sentinel = self._sentinel
+        assert sentinel is not None
+        if i == sentinel.index and sentinel.watches:
+            if sentinel.replaced:
                 self._forget()
             else:
-                witness.saw()  # after `look`
+                sentinel.saw()  # after `look`
         elif current not in self._passes:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)
@@ -234,8 +234,8 @@ class GradReducer:
             self._watch()
 
     def _watch(self) -> None:
-        if self._witness is not None:
-            self._witness.watch(self._used)
+        if self._sentinel is not None:
+            self._sentinel.watch(self._used)
 
     def _backward_raised(self) -> None:
         if self._world_size > 1:
@@ -254,8 +254,8 @@ class GradReducer:
         self._used[i] = 1
         self._late.pop(i, None)
         p.grad = None
-        if self._witness is not None and i == self._witness.index and self._witness.watches:
-            self._witness.place()
+        if self._sentinel is not None and i == self._sentinel.index and self._sentinel.watches:
+            self._sentinel.place()
         if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
             return grad.view(-1)  # the usual case, in a third of the time
         return flat(laid_out_like(grad, p))
@@ -299,8 +299,8 @@ class GradReducer:
         if not self._learned:
             self._learn()
         self._hooks.add()
-        if self._witness is not None:
-            self._witness.hook()
+        if self._sentinel is not None:
+            self._sentinel.hook()
         self.generation += 1
         return any_unfrozen
 
@@ -429,7 +429,7 @@ class GradReducer:
         return any(p.grad is not None and not self._is_placeholder(i) for i, p in enumerate(self._params))
 
     def _is_placeholder(self, i: int) -> bool:
-        return self._witness is not None and i == self._witness.index and self._witness.holds_none()
+        return self._sentinel is not None and i == self._sentinel.index and self._sentinel.holds_none()
 
     def _learn(self) -> None:
         """Takes the order that the group's first rank has seen, if it has seen any."""
@@ -458,12 +458,12 @@ class GradReducer:
             self._forget()
             yield
             return
-        if self._witness is not None and self._witness.zeroed:
+        if self._sentinel is not None and self._sentinel.zeroed:
             self._forget()  # there is nothing to make zeros of
         self._drop_round()
         self.finish()
-        if self._witness is not None:
-            self._witness.remove()
+        if self._sentinel is not None:
+            self._sentinel.remove()
         for grad in self.grads:
             grad.zero_()
         self.generation += 1
@@ -475,13 +475,13 @@ class GradReducer:
 
     def _follow_zeroing(self) -> None:
         """Where gradients were set to None behind this object's back (model.zero_grad()), those here go too."""
-        if self._witness is not None and self._witness.gone():
+        if self._sentinel is not None and self._sentinel.gone():
             self._forget()
 
     def _forget(self) -> None:
         self._drop_round()
-        if self._witness is not None:
-            self._witness.remove()
+        if self._sentinel is not None:
+            self._sentinel.remove()
         self._ended_rounds = 0
         self._used = bytearray(len(self._params))
         self._late.clear()

@@ -114,7 +114,7 @@ def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     return numbers
 
 
-class Comparison:
+class DeferredCheck:
     """Numbers that all ranks should have alike, compared on the device at once, and on the host LAG calls later:
     by then they have got there as a rule, so that the host does not wait; and all ranks raise in the same call."""
 

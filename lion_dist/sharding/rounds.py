@@ -28,7 +28,7 @@ Take = Callable[[int], Tensor | None]
 
 
 @dataclass
-class _Place:
+class _Destination:
     """Where one parameter's gradient goes: its head's average to ``output``, its tail through ``tail`` of the
     pack of its shard (None: it has no head, or no tail)."""
 
@@ -78,7 +78,7 @@ class Rounds:
         self._numbers = [n for shard in shards for n in shard.numbers]
         self._dtypes = [shard.pack.dtype for shard in shards for _ in shard.params]
         self._device = shards[0].pack.device if shards else None
-        self._places: list[_Place] = []
+        self._places: list[_Destination] = []
         self._packs: list[Tensor] = []
         self.grads: list[Tensor] = []
         world_size = dist.get_world_size(membership.group)
@@ -91,7 +91,7 @@ class Rounds:
             for i, head in enumerate(layout.heads):
                 length = head // world_size
                 output = grad.narrow(0, offset, length) if head else None
-                self._places.append(_Place(head, output, tails.get(i)))
+                self._places.append(_Destination(head, output, tails.get(i)))
                 offset += length
             self.grads.append(grad)
             self._packs.append(pack)

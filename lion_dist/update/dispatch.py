@@ -23,9 +23,9 @@ from ..upload import upload
 from . import reference
 from .reference import HYPER_COLUMNS, LR, HyperParameters
 from .segments import (
-    Columns,
     Segment,
     SegmentTable,
+    StepTensors,
     check_no_shared_memory,
 )
 
@@ -154,7 +154,7 @@ class LionUpdate:
         if use_triton and not HAS_TRITON:
             raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
         self.use_triton = use_triton
-        self._prepared: Columns | None = None
+        self._prepared: StepTensors | None = None
         self._key: list[Any] | None = None
         self._exp_avgs: list[Tensor] = []
         self._described: tuple[list[Any], ...] = ([], [], [])
@@ -168,7 +168,7 @@ class LionUpdate:
         self._hypers: dict[torch.device, tuple[list[HyperParameters], Tensor]] = {}
         self._scalars: dict[tuple[torch.device, int], tuple[Tensor, reference.Scalars]] = {}  # with their table
 
-    def prepare(self, columns: Columns) -> None:
+    def prepare(self, columns: StepTensors) -> None:
         """Validates the columns and brings tables and views up to date. Changes no parameter and no
         momentum; what it raises, it raises before anything else happens.
 
@@ -224,19 +224,19 @@ class LionUpdate:
             self._described = addresses, list(map(_DTYPE, exp_avgs)), list(map(_STRIDE, exp_avgs))
         return self._described
 
-    def prepare_once(self, columns: Columns) -> None:
+    def prepare_once(self, columns: StepTensors) -> None:
         """`prepare`, unless these very columns have just been prepared."""
         if self._prepared is not columns:
             self.prepare(columns)
 
     @staticmethod
-    def _check_gradients(columns: Columns) -> None:
+    def _check_gradients(columns: StepTensors) -> None:
         for i, g in enumerate(columns.grads):
             if g is not None:
                 columns.check_gradient(i, g)
 
     @staticmethod
-    def _relaid(index: int, g: Tensor, columns: Columns) -> Tensor:
+    def _relaid(index: int, g: Tensor, columns: StepTensors) -> Tensor:
         """A gradient in its parameter's memory order: itself, or a copy if it lies otherwise."""
         p = columns.params[index]
         columns.check_gradient(index, g)
@@ -244,7 +244,7 @@ class LionUpdate:
             return g
         return laid_out_like(g, p) if g.shape == p.shape else g
 
-    def _build(self, columns: Columns) -> None:
+    def _build(self, columns: StepTensors) -> None:
         params, exp_avgs = columns.params, columns.exp_avgs
         by_device: dict[torch.device, list[Tensor]] = {}
         for i, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
@@ -320,7 +320,7 @@ class LionUpdate:
             kept = self._scalars[device, group] = table, reference.scalars(table[group])
         return kept[1]
 
-    def step(self, columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
+    def step(self, columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
         """Steps every parameter that has a gradient: one launch a device and mix of dtypes on GPUs.
         To be called without gradients enabled (torch.no_grad).
 
@@ -352,7 +352,7 @@ class LionUpdate:
         """Between steps, where others may put new ones into the state and count on the old ones' memory."""
         self._exp_avgs = []
 
-    def silence_plain(self, columns: Columns) -> None:
+    def silence_plain(self, columns: StepTensors) -> None:
         """Leaves out the gradients of inactive entries, for plain torch: kernels read ``columns.active`` themselves.
         The host waits for the flags if they are on a GPU, so nothing is read where every segment is fused."""
         if self.plain and columns.active is not None:
@@ -379,9 +379,9 @@ class LionUpdate:
                 _chunked_step_(p, g, m, by_group[at])
 
     @torch.no_grad()
-    def sum_of_squares(self, columns: Columns) -> Tensor | None:
+    def sum_of_squares(self, columns: StepTensors) -> Tensor | None:
         """The sum of squares of the gradients' segments: float64, shape (), or None where there are
-        no segments. Columns must be on one device."""
+        no segments. StepTensors must be on one device."""
         self.prepare(columns)
         sums = [triton_norm.sum_of_squares(table, mix.grad, columns.active) for mix, table in self.fused]
         self.silence_plain(columns)

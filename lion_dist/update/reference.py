@@ -53,7 +53,7 @@ class HyperParameters(NamedTuple):
     maximize: bool
 
 
-# Columns of a hyper-parameter table, float64, one row a parameter group.
+# StepTensors of a hyper-parameter table, float64, one row a parameter group.
 LR, WEIGHT_DECAY, BETA1, BETA2, GRAD_SIGN = range(5)
 HYPER_COLUMNS = 5
 

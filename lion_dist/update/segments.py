@@ -1,6 +1,6 @@
 """Many tensors described once, so that one launch can step them all.
 
-Columns: parameters, gradients and momenta of one step as parallel lists, one entry a parameter.
+StepTensors: parameters, gradients and momenta of one step as parallel lists, one entry a parameter.
 Segment: a run of elements, contiguous in memory, of one entry of the columns.
 SegmentTable: the segments of one device and one mix of dtypes, as tensors that a kernel reads.
 Tile: TILE consecutive elements of one segment (the last one of a segment may hold fewer). The
@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 
 
 @dataclass
-class Columns:
+class StepTensors:
     """The tensors of one step, one entry a parameter, and the parameter group of each.
 
     grads: None where the parameter takes no part in the step.
@@ -104,7 +104,7 @@ class SegmentTable:
 
     ROW = 6
 
-    def __init__(self, columns: Columns, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(self, columns: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
         self.device = device
         rows, lengths, first_tile = [], [], 0
         for s in segments:

@@ -16,7 +16,7 @@ from ..memory_order import flat
 from . import dispatch, reference
 from .dispatch import CHUNK, LionUpdate
 from .reference import PER_BYTE, HyperParameters
-from .segments import Columns, Segment, SegmentTable
+from .segments import Segment, SegmentTable, StepTensors
 
 FOOTER = 128  # bytes, so that every rank's mail begins at a multiple of what the vectorised copies of NCCL need
 
@@ -62,7 +62,7 @@ class SignUpdate:
         self._hypers: Tensor | None = None  # those of `pack`
         self._views: list[tuple[int, Tensor, Tensor]] = []  # entry, the parameter's run, its packed signs
 
-    def pack(self, columns: Columns, hypers: list[HyperParameters], grad_scale: Tensor | None, salt: int) -> None:
+    def pack(self, columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None, salt: int) -> None:
         """The owner's half: new momenta, and this rank's row of the mail. Parameters are not touched.
 
         Args:
@@ -100,7 +100,7 @@ class SignUpdate:
         """Instead of `pack`: a row of the mail with which no rank's parameters change. `apply` must not follow."""
         self._checksum.fill_(REFUSED)
 
-    def apply(self, columns: Columns, agree: Tensor) -> None:
+    def apply(self, columns: StepTensors, agree: Tensor) -> None:
         """The other half: every slice of every rank, by the signs in the mail and the hyper-parameters of `pack`.
 
         Args:
@@ -132,12 +132,12 @@ class SignUpdate:
         moved = [p for p, g in zip(params, columns.grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
 
-    def _build(self, columns: Columns) -> None:
+    def _build(self, columns: StepTensors) -> None:
         mail = self.mail.flatten()
         params = columns.params
         self._table, self._views = None, []
         if self._update.takes_triton(mail.device):
-            packed = Columns(params, [None] * len(params), [mail] * len(params), columns.groups)
+            packed = StepTensors(params, [None] * len(params), [mail] * len(params), columns.groups)
             self._table = SegmentTable(packed, self._segments, mail.device)
             self._table.set_gradients(packed.grads)
         else:

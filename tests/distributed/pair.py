@@ -19,7 +19,7 @@ from tests.distributed.test_stage2 import TINY
 from tests.distributed.toy import coefficient
 from tests.harness import device_of
 
-# Heads and tails, tails alone, and a small witness.
+# Heads and tails, tails alone, and a small sentinel.
 SIZES: tuple[tuple[int, ...], ...] = ((40, 33), (300,), (24, 48), (129,), (3,))
 LR = 0.25
 SHORT = timedelta(seconds=6)

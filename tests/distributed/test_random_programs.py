@@ -267,7 +267,7 @@ def body_programs(rank: int, world_size: int, seeds: Sequence[int]) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_programs(world_size: int, tmp_path: Path) -> None:
-    run_ranks(body_programs, world_size, tmp_path, ([*SEEDS, 1356],), on_cpu=True)  # 1356: a witness unfrozen
+    run_ranks(body_programs, world_size, tmp_path, ([*SEEDS, 1356],), on_cpu=True)  # 1356: a sentinel unfrozen
 
 
 @pytest.mark.exhaustive

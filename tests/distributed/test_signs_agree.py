@@ -14,7 +14,7 @@ from torch import nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.collectives import all_reduce_sum
-from lion_dist.sharding.replicas import Comparison
+from lion_dist.sharding.replicas import DeferredCheck
 from tests.bits import assert_same_bits, bits
 from tests.harness import device_of, run_ranks, spawn_only
 
@@ -306,11 +306,11 @@ def no_growth(rank: int, world_size: int, sync: str) -> None:
     for _ in range(50):
         trained.step()
         if trained.device.type == "cpu":  # where the outcome is known at once
-            assert not trained.optimizer._comparison._pending
+            assert not trained.optimizer._deferred._pending
     if trained.device.type == "cuda":
         torch.cuda.synchronize()
         trained.step()
-        assert len(trained.optimizer._comparison._pending) <= Comparison.LAG
+        assert len(trained.optimizer._deferred._pending) <= DeferredCheck.LAG
 
 
 def test_comparisons_do_not_pile_up(tmp_path: Path) -> None:
@@ -328,9 +328,9 @@ def body_judged_before_they_count(
     rank: int, world_size: int, sync: str, monkeypatch: pytest.MonkeyPatch
 ) -> list[torch.Tensor]:
     """Returns the bits of all weights."""
-    compare = Comparison.compare
+    compare = DeferredCheck.compare
 
-    def compare_late(self: Comparison, *args: Any) -> torch.Tensor:
+    def compare_late(self: DeferredCheck, *args: Any) -> torch.Tensor:
         agree = compare(self, *args)
         event, numbers, message = self._pending.pop()
         if event is None:
@@ -338,7 +338,7 @@ def body_judged_before_they_count(
         self._pending.append((event, numbers, message))
         return agree
 
-    monkeypatch.setattr(Comparison, "compare", compare_late)
+    monkeypatch.setattr(DeferredCheck, "compare", compare_late)
     weights = []
     for call in ("check_replicas", "full_state_dict", "resync", "load_state_dict"):
         trained = Trained(rank, world_size, 2, sync)
@@ -357,7 +357,7 @@ def body_judged_before_they_count(
         else:
             with pytest.raises(ValueError, match=rf"ranks \[1\] .*tensor\({0.125 * (1 + rank)}0*\)"):
                 getattr(optimizer, call)()
-        for _ in range(2 * Comparison.LAG):
+        for _ in range(2 * DeferredCheck.LAG):
             before = [bits(p) for p in trained.params]
             trained.step()
             assert all((bits(p) != b).any() for p, b in zip(trained.params, before, strict=True))

@@ -260,7 +260,7 @@ def body_torch_clipping(rank: int, world_size: int) -> None:
         for call in (
             pair.sharded.step,
             lambda: pair.sharded.clip_grad_norm_(1.0),
-            lambda: pair.backward(2),  # in which the witness's own gradient comes first
+            lambda: pair.backward(2),  # in which the sentinel's own gradient comes first
             lambda: pair.backward(2, [0, 1, 2, 3]),
         ):
             pair.backward(1)

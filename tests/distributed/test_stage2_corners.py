@@ -26,7 +26,7 @@ from tests.distributed.pair import LR, SHORT, SIZES, Fails, OwnError, Pair, asse
 from tests.distributed.test_stage2 import TINY, some
 from tests.harness import device_of, run_ranks, spawn_only
 
-# Orders of a backward's gradients: autograd takes the term made last first. Parameter 4 is the smallest, the witness.
+# Orders of a backward's gradients: autograd takes the term made last first. Parameter 4 is the smallest, the sentinel.
 WITNESS_LAST, WITNESS_FIRST = [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]
 ALL = list(range(len(SIZES)))
 
@@ -136,7 +136,7 @@ def body_zeroed_before_group(rank: int, world_size: int) -> None:
 
 
 def body_create_graph(rank: int, world_size: int) -> None:
-    """With create_graph autograd replaces p.grad, the witness's too, instead of adding to it."""
+    """With create_graph autograd replaces p.grad, the sentinel's too, instead of adding to it."""
     pair = Pair(rank, world_size)
     pair.train(0)
     for step, (count, by_model) in enumerate([(1, True), (1, True), (2, False), (2, True), (3, False)]):
@@ -172,7 +172,7 @@ def test_zeroing(body: Callable[[int, int], None], tmp_path: Path) -> None:
 def body_own_collectives(rank: int, world_size: int) -> None:
     """A reduce-scatter as long as a bucket's would take that one's place on another rank, without an error."""
     pair = Pair(rank, world_size)
-    pair.train(0)  # the order is learned: the witness first, and the first parameter last
+    pair.train(0)  # the order is learned: the sentinel first, and the first parameter last
     for step in range(1, 8):
         # The first rank uses all, the others not what is first in the order.
         uses = subsets(step, world_size) if step % 2 else [ALL, *[[0]] * (world_size - 1)]
@@ -440,15 +440,15 @@ def body_unused(rank: int, world_size: int) -> None:
         backward_expect(pair, step, of)
         smallest = of[-1]  # of those whose gradients have left
         assert left(pair) == [smallest]
-        witness = pair.params[smallest].grad
-        assert witness is not None
-        assert not witness.any()
+        sentinel = pair.params[smallest].grad
+        assert sentinel is not None
+        assert not sentinel.any()
         pair.step(f"step {step}")
     pair.finish()
 
 
 def assert_hooks(params: Sequence[Tensor], post: int, pre: int) -> None:
-    """Counts post-accumulate hooks of each parameter, and pre-hooks (the witness's) of all."""
+    """Counts post-accumulate hooks of each parameter, and pre-hooks (the sentinel's) of all."""
     assert [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in params] == [post] * len(params)
     assert sum(len(p._backward_hooks or {}) for p in params) == pre
 
@@ -490,7 +490,7 @@ def body_gone(rank: int, world_size: int) -> None:
         pair, old = replaced(rank, world_size, last)
         assert left(pair) == [], last
         assert_hooks(pair.params, 1, 0)
-        backward_expect(pair, 2, [0, 1])  # not the old one's witness
+        backward_expect(pair, 2, [0, 1])  # not the old one's sentinel
         pair.step("the new one steps what it has gradients of")
         del old
         gc.collect()

@@ -43,7 +43,7 @@ def body_groups_grow(rank: int, world_size: int) -> None:
         for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
             optimizer.add_param_group({"params": [params[-1]], "lr": 0.125})
         pair.train(2, 3)
-        # Used in a backward before it is given to the optimizer, and the smallest, so the next witness.
+        # Used in a backward before it is given to the optimizer, and the smallest, so the next sentinel.
         pair.add((2,))
         pair.backward(4)
         pair.expect(4)
@@ -79,7 +79,7 @@ def body_freezing(rank: int, world_size: int) -> None:
     pair.train(0)
     freeze(1)
     pair.train(1, 2)
-    freeze(4)  # the witness itself
+    freeze(4)  # the sentinel itself
     pair.train(3, 4)
     freeze(4, frozen=False)
     freeze(5, frozen=False)  # frozen when it was given
@@ -343,7 +343,7 @@ def body_released(rank: int, world_size: int) -> None:
             pair.expect(step)
             pair.expect(10 + step)
             left = [p for p in pair.params if p.grad is not None]
-            assert [p.numel() for p in left] == [3]  # the witness, with zeros
+            assert [p.numel() for p in left] == [3]  # the sentinel, with zeros
             assert left[0].grad is not None
             assert not left[0].grad.any()
             pair.step(f"step {step}")

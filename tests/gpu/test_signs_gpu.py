@@ -18,7 +18,7 @@ from lion_dist.sharding.replicas import Comparison, checksum
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
-from lion_dist.update.segments import TILE, Columns, Segment
+from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.signs import SignUpdate
 from tests.bits import assert_same_bits, bits
 from tests.distributed.test_signs import BF16 as ALL_BF16
@@ -83,7 +83,7 @@ class Ranks:
                 Segment(s.param, s.start, s.shard_offset if flat else s.start, s.shard_offset, s.length)
                 for s in self.layout.slices(r)
             ]
-            columns.append(Columns(params, given, [self.shards[r].at] * len(params), self.groups, segments, active))
+            columns.append(StepTensors(params, given, [self.shards[r].at] * len(params), self.groups, segments, active))
         before = [[bits(p.at) for p in replica] for replica in self.replicas]
         for update, own in zip(self.updates, columns, strict=True):
             update.pack(own, hypers, grad_scale, SALT)
@@ -139,7 +139,7 @@ def test_kernels_give_the_references_bits(mix: tuple[torch.dtype, ...]) -> None:
 def test_of_no_elements_at_all() -> None:
     update = SignUpdate(LionUpdate(None), 0, 0, [[]], GPU)
     p = torch.zeros(0, 3, device=GPU)
-    columns = Columns([p], [torch.zeros_like(p)], [torch.zeros(0, device=GPU)], [0], [])
+    columns = StepTensors([p], [torch.zeros_like(p)], [torch.zeros(0, device=GPU)], [0], [])
     hypers = [HyperParameters(0.1, 0.0, 0.9, 0.99, False)]
     update.pack(columns, hypers, None, SALT)
     update.apply(columns, torch.tensor(True, device=GPU))

@@ -112,8 +112,8 @@ def body_gradients_leave(rank: int, world_size: int) -> None:
         grown = torch.cuda.max_memory_allocated() - before
         optimizer.step()
         optimizer.zero_grad()
-    assert grown < 5 * size  # of 16: the buckets under way, the one that is filling, and the witness
-    # Parameters, half of the momentum, half of the gradients, and the witness's zeros.
+    assert grown < 5 * size  # of 16: the buckets under way, the one that is filling, and the sentinel
+    # Parameters, half of the momentum, half of the gradients, and the sentinel's zeros.
     assert torch.cuda.memory_allocated() - base < 16 * size * (1 + 1 / 2 + 1 / 2) + 2 * size
 
 

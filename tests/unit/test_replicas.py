@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.sharding import replicas
-from lion_dist.sharding.replicas import Comparison, checksum
+from lion_dist.sharding.replicas import DeferredCheck, checksum
 from tests.bits import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,11 +110,11 @@ def test_memory_order_is_what_counts() -> None:
     assert of(view) == before == of(view.clone())
 
 
-# -- Comparison
+# -- DeferredCheck
 
 
 def test_ranks_that_are_alike() -> None:
-    comparison = Comparison()
+    comparison = DeferredCheck()
     for numbers in ([7], [7, 7, 7], [-(1 << 63)] * 2):
         agree = comparison.compare(torch.tensor(numbers), lambda: pytest.fail("asked for nothing"))
         assert agree.shape == ()
@@ -136,7 +136,7 @@ def test_ranks_that_are_alike() -> None:
 )
 def test_ranks_that_are_not(numbers: list[int], named: str) -> None:
     """The error names those that are unlike the first, says what this rank did, and is raised once."""
-    comparison = Comparison()
+    comparison = DeferredCheck()
     assert comparison.compare(torch.tensor(numbers), lambda: "step 5, lr=0.1").item() is False
     with pytest.raises(ValueError, match=r"step 5, lr=0\.1") as error:
         comparison.check()
@@ -147,7 +147,7 @@ def test_ranks_that_are_not(numbers: list[int], named: str) -> None:
 
 def test_several_comparisons_before_a_check() -> None:
     """The first that failed is told of; what followed from it is forgotten."""
-    comparison = Comparison()
+    comparison = DeferredCheck()
     for number, numbers in enumerate([[1, 1], [1, 2], [3, 4], [5, 5]]):
         comparison.compare(torch.tensor(numbers), lambda number=number: f"step {number}")
     with pytest.raises(ValueError, match="step 1"):
@@ -160,7 +160,7 @@ def test_several_comparisons_before_a_check() -> None:
 def test_numbers_between_others() -> None:
     """As they lie in the mail: every other of a buffer."""
     buffer = torch.tensor([[5, 1], [5, 2], [6, 3]])
-    comparison = Comparison()
+    comparison = DeferredCheck()
     assert not comparison.compare(buffer[:, 0], str)
     with pytest.raises(ValueError, match=r"ranks \[2\]"):
         comparison.check()
@@ -176,7 +176,7 @@ class Late:
         self.waited = True
 
 
-def late(comparison: Comparison, numbers: list[int], message: str) -> Late:
+def late(comparison: DeferredCheck, numbers: list[int], message: str) -> Late:
     """As if the numbers lay on a GPU."""
     comparison.compare(torch.tensor(numbers), lambda: message)
     _, kept, say = comparison._pending.pop()
@@ -186,7 +186,7 @@ def late(comparison: Comparison, numbers: list[int], message: str) -> Late:
 
 
 def test_numbers_on_a_gpu_are_judged_two_calls_later() -> None:
-    comparison = Comparison()
+    comparison = DeferredCheck()
     first = late(comparison, [1, 2], "step 0")
     comparison.check()
     late(comparison, [1, 1], "step 1")
@@ -199,7 +199,7 @@ def test_numbers_on_a_gpu_are_judged_two_calls_later() -> None:
 
 
 def test_all_numbers_are_judged_where_asked() -> None:
-    comparison = Comparison()
+    comparison = DeferredCheck()
     events = [late(comparison, numbers, f"step {i}") for i, numbers in enumerate(([1, 1], [1, 2]))]
     with pytest.raises(ValueError, match="step 1"):
         comparison.check(all=True)

@@ -20,7 +20,7 @@ from lion_dist.sharding.layout import ShardLayout
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import CHUNK, LionUpdate
 from lion_dist.update.reference import HYPER_COLUMNS, HyperParameters, pack_signs, unpack_signs
-from lion_dist.update.segments import Columns, Segment
+from lion_dist.update.segments import Segment, StepTensors
 from lion_dist.update.signs import FOOTER, SignUpdate
 from tests.bits import assert_canonical_nan, assert_same_bits, bits
 from tests.unit.test_backends import HYPERS, MIXES, Mix, awkward, both, name, on_triton
@@ -122,7 +122,7 @@ class Ranks:
             into[s.shard_offset : s.shard_offset + s.length] = whole[s.param][s.start : s.start + s.length]
         return into
 
-    def columns(self, rank: int, grads: Sequence[Tensor | None], active: Tensor | None) -> Columns:
+    def columns(self, rank: int, grads: Sequence[Tensor | None], active: Tensor | None) -> StepTensors:
         params, shard = self.replicas[rank], self.shards[rank]
         mine: list[Tensor | None] = list(grads)
         if self.stage == 2:  # a flat buffer of averages, laid out as the momentum, and garbage for who is not active
@@ -133,7 +133,7 @@ class Ranks:
             Segment(s.param, s.start, s.shard_offset if self.stage == 2 else s.start, s.shard_offset, s.length)
             for s in self.layout.slices(rank)
         ]
-        return Columns(params, mine, [shard] * len(params), self.groups, segments, active)
+        return StepTensors(params, mine, [shard] * len(params), self.groups, segments, active)
 
     def step(
         self, hypers: list[HyperParameters], inactive: Sequence[int] = (), scale: float | None = None,
@@ -161,7 +161,7 @@ class Ranks:
         sums = {int(c) for update in self.updates for c in update.checksums}
         assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
-            self.lion.step(Columns(self.whole, list(grads), self.whole_exp_avgs, self.groups), hypers, grad_scale)
+            self.lion.step(StepTensors(self.whole, list(grads), self.whole_exp_avgs, self.groups), hypers, grad_scale)
         for r, update in enumerate(self.updates):
             update.apply(columns[r], torch.tensor(agree))
             if not agree:
@@ -319,7 +319,7 @@ def test_what_is_not_finite_is_sent_as_nan(use_triton: bool) -> None:
     exp_avg[:10] = m
     segments = [Segment(0, 0, 0, 0, 10)]
     update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
-    columns = Columns([torch.ones(10)], [g], [exp_avg], [0], segments)
+    columns = StepTensors([torch.ones(10)], [g], [exp_avg], [0], segments)
     update.pack(columns, ONE, None, SALT)
     packed = [byte >> shift & 3 for byte in update.mail[0, :3].tolist() for shift in (0, 2, 4, 6)]
     assert packed == [*codes, 0, 0]
@@ -359,7 +359,7 @@ def test_flags_of_what_is_fused_are_read_by_kernels_alone(use_triton: bool) -> N
     active = on_device(torch.tensor([1, 0, 1, 1], dtype=torch.uint8))
     hypers, scale = [ONE[0]._replace(lr=0.25, weight_decay=0.0)], on_device(torch.tensor(1.0))
     update = SignUpdate(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
-    columns = Columns(params, [g] * 3, [exp_avg] * 3, [0] * 3, segments, active)
+    columns = StepTensors(params, [g] * 3, [exp_avg] * 3, [0] * 3, segments, active)
     update.pack(columns, hypers, scale, SALT)
     update.apply(columns, on_device(torch.tensor(True)))
     assert [p[299].item() for p in params] == [0.75, 1.0, 0.75]
@@ -384,10 +384,10 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
     segments = [Segment(param, start, start, at, length) for param, start, at, length in slices]
     exp_avg = torch.zeros(layout.shard_numel)
     update = SignUpdate(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
-    columns = Columns(params, grads, [exp_avg] * 2, [0, 1], segments)
+    columns = StepTensors(params, grads, [exp_avg] * 2, [0, 1], segments)
     update.pack(columns, HYPERS, None, SALT)
     update.apply(columns, torch.tensor(True))
-    LionUpdate(use_triton).step(Columns(whole, grads, momenta, [0, 1]), HYPERS)
+    LionUpdate(use_triton).step(StepTensors(whole, grads, momenta, [0, 1]), HYPERS)
     for i, (p, want) in enumerate(zip(params, whole, strict=True)):
         assert_same_bits(flat(p), flat(want), f"parameter {i}")
     assert_same_bits(torch.cat([buffer[:3], buffer[1004:]]), around, "beside a parameter")
@@ -411,7 +411,7 @@ def test_autograd_notices(use_triton: bool) -> None:
     segments = [Segment(0, 0, 0, 0, 300)]
     update = SignUpdate(LionUpdate(use_triton), 384, 0, [[(0, 0, 0, 300)]], CPU)
     loss = (w * w).sum()
-    columns = Columns([w], [torch.ones(300)], [torch.zeros(384)], [0], segments)
+    columns = StepTensors([w], [torch.ones(300)], [torch.zeros(384)], [0], segments)
     with torch.no_grad():
         update.pack(columns, HYPERS, None, SALT)
         update.apply(columns, torch.tensor(True))
@@ -427,7 +427,7 @@ def of_kernel(
 ) -> int:
     """What `pack` writes behind the signs."""
     update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
-    columns = Columns([torch.ones(100)], [torch.ones(100)], [torch.zeros(128)], [0], [Segment(0, 0, 0, 0, 100)])
+    columns = StepTensors([torch.ones(100)], [torch.ones(100)], [torch.zeros(128)], [0], [Segment(0, 0, 0, 0, 100)])
     update.pack(columns, hypers, grad_scale, salt)
     return int(update.mail[0, 128 // 4 :][:8].view(torch.int64))
 

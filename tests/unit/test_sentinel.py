@@ -1,4 +1,4 @@
-"""The witness notices whoever zeroes or scales gradients that are no longer in p.grad, and nothing else."""
+"""The sentinel notices whoever zeroes or scales gradients that are no longer in p.grad, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist.sharding.witness import Witness
+from lion_dist.sharding.sentinel import Sentinel
 
 
-def make(*numels: int) -> tuple[Witness, list[nn.Parameter]]:
+def make(*numels: int) -> tuple[Sentinel, list[nn.Parameter]]:
     params = [nn.Parameter(torch.ones(n)) for n in numels]
-    return Witness(params, lambda: None), params
+    return Sentinel(params, lambda: None), params
 
 
-def watching(params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> Witness:
-    """A witness of the smallest parameter."""
-    witness = Witness(params, look)  # type: ignore[arg-type]
-    witness.watch([1] * len(params))
-    return witness
+def watching(params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> Sentinel:
+    """A sentinel of the smallest parameter."""
+    sentinel = Sentinel(params, look)  # type: ignore[arg-type]
+    sentinel.watch([1] * len(params))
+    return sentinel
 
 
 def test_is_the_first_of_the_smallest() -> None:
@@ -31,61 +31,61 @@ def test_is_the_first_of_the_smallest() -> None:
         # Of those whose gradients have left, if any has.
         ((5, 3, 4, 3), [1, 0, 1, 1], 3), ((5, 3, 4, 3), [1, 0, 0, 0], 0), ((5, 3, 4, 3), [0, 0, 0, 0], 1),
     ]:  # fmt: skip
-        witness, params = make(*numels)
-        witness.watch(left)
-        assert witness.index == index
+        sentinel, params = make(*numels)
+        sentinel.watch(left)
+        assert sentinel.index == index
         assert [p.grad is not None for p in params] == [i == index for i in range(len(numels))]
 
 
 def test_stays_until_removed() -> None:
-    witness, params = make(5, 3, 4)
-    witness.watch([1, 0, 0])
-    witness.watch([1, 1, 1])
-    assert witness.index == 0
-    witness.remove()
+    sentinel, params = make(5, 3, 4)
+    sentinel.watch([1, 0, 0])
+    sentinel.watch([1, 1, 1])
+    assert sentinel.index == 0
+    sentinel.remove()
     assert [p.grad for p in params] == [None] * 3
-    witness.watch([1, 1, 1])
-    assert witness.index == 1
+    sentinel.watch([1, 1, 1])
+    assert sentinel.index == 1
     assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
-    witness.dismiss()
+    sentinel.dismiss()
     assert [len(p._backward_hooks or {}) for p in params] == [0, 0, 0]
-    witness.watch([0, 1, 0])  # the same one once more
+    sentinel.watch([0, 1, 0])  # the same one once more
     assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
 
 
 def test_knows_nothing_until_it_watches() -> None:
-    witness, (_, p) = make(5, 3)
-    assert not witness.watches
-    assert not witness.gone()
+    sentinel, (_, p) = make(5, 3)
+    assert not sentinel.watches
+    assert not sentinel.gone()
     p.grad = torch.ones_like(p)
-    assert not witness.gone()
-    witness.remove()
-    assert p.grad is not None  # it is not the witness's
+    assert not sentinel.gone()
+    sentinel.remove()
+    assert p.grad is not None  # it is not the sentinel's
 
 
 def test_placeholder_is_no_gradient() -> None:
-    witness, (other, p) = make(5, 3)
-    witness.watch([1, 1])
-    assert witness.watches
+    sentinel, (other, p) = make(5, 3)
+    sentinel.watch([1, 1])
+    assert sentinel.watches
     assert other.grad is None
     assert p.grad is not None
     assert not p.grad.any()
     assert not p.grad.requires_grad
-    assert witness.holds_none()
-    assert not witness.gone()
-    witness.remove()
+    assert sentinel.holds_none()
+    assert not sentinel.gone()
+    sentinel.remove()
     assert p.grad is None
-    assert not witness.watches
+    assert not sentinel.watches
 
 
 def test_keeps_a_gradient_that_is_there() -> None:
-    witness, (_, p) = make(5, 3)
+    sentinel, (_, p) = make(5, 3)
     p.grad = grad = torch.full_like(p, 2.0)
-    witness.watch([1, 1])
+    sentinel.watch([1, 1])
     assert p.grad is grad
-    assert not witness.holds_none()
-    assert not witness.gone()
-    witness.remove()
+    assert not sentinel.holds_none()
+    assert not sentinel.gone()
+    sentinel.remove()
     assert p.grad is grad
 
 
@@ -128,50 +128,50 @@ def clipped_by_value_one_by_one(p: nn.Parameter) -> None:
 @pytest.mark.parametrize("numel", [0, 1, 3])  # a parameter without elements may be the smallest
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_change_is_an_error(change: Callable[[nn.Parameter], None], numel: int, with_gradient: bool) -> None:
-    witness, (_, p) = make(5, numel)
+    sentinel, (_, p) = make(5, numel)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    witness.watch([1, 1])
+    sentinel.watch([1, 1])
     change(p)
     for _ in range(2):  # asking does not make it forget
         with pytest.raises(RuntimeError, match=r"changed after they had been reduced.*ShardedLion's own"):
-            witness.gone()
-    witness.remove()
-    assert not witness.gone()
+            sentinel.gone()
+    sentinel.remove()
+    assert not sentinel.gone()
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_gradients_set_to_none(with_gradient: bool) -> None:
-    witness, (_, p) = make(5, 3)
+    sentinel, (_, p) = make(5, 3)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    witness.watch([1, 1])
+    sentinel.watch([1, 1])
     p.grad = None
-    assert witness.gone()
-    witness.remove()
-    assert not witness.gone()
+    assert sentinel.gone()
+    sentinel.remove()
+    assert not sentinel.gone()
     assert p.grad is None
 
 
 def test_autograd_adds_to_the_placeholder() -> None:
-    witness, (_, p) = make(5, 3)
-    witness.watch([1, 1])
+    sentinel, (_, p) = make(5, 3)
+    sentinel.watch([1, 1])
     for expected in (2.0, 4.0):
         (2 * p).sum().backward()
-        witness.saw()
-        assert not witness.gone()
-        assert not witness.holds_none()  # a gradient now, even if it were of zeros
+        sentinel.saw()
+        assert not sentinel.gone()
+        assert not sentinel.holds_none()  # a gradient now, even if it were of zeros
         assert p.grad is not None
         assert torch.equal(p.grad, torch.full_like(p, expected))
-    witness.remove()
+    sentinel.remove()
     assert p.grad is not None
 
 
 def test_zeros_that_autograd_added_are_a_gradient() -> None:
-    witness, (_, p) = make(5, 3)
-    witness.watch([1, 1])
+    sentinel, (_, p) = make(5, 3)
+    sentinel.watch([1, 1])
     (0 * p).sum().backward()
-    assert not witness.holds_none()
+    assert not sentinel.holds_none()
 
 
 def test_looks_before_autograd_adds() -> None:
@@ -182,18 +182,18 @@ def test_looks_before_autograd_adds() -> None:
 
         def look(seen: list[bool | str] = seen) -> None:
             try:
-                seen.append(witness.gone())  # noqa: B023  (made below, and called within this iteration)
+                seen.append(sentinel.gone())  # noqa: B023  (made below, and called within this iteration)
             except RuntimeError:
                 seen.append("changed")
 
-        witness = watching([p], look)
+        sentinel = watching([p], look)
         if change is not None:
             change(p)
         for _ in range(2):
             p.sum().backward()
-            witness.saw()
+            sentinel.saw()
         assert seen == [outcome, False]
-        witness.dismiss()
+        sentinel.dismiss()
         p.sum().backward()
         assert len(seen) == 2
 
@@ -217,30 +217,30 @@ def test_recorded_additions_are_no_change() -> None:
     """With create_graph=True autograd adds out of place, so that the tensor is another one."""
     p = nn.Parameter(torch.ones(3))
     seen: list[bool] = []
-    witness = watching([p], lambda: seen.append(witness.gone()))
+    sentinel = watching([p], lambda: seen.append(sentinel.gone()))
     for _ in range(2):
         before = p.grad
         (p * p).sum().backward(create_graph=True)
         assert p.grad is not before
-        witness.saw()
+        sentinel.saw()
     assert seen == [False, False]
-    assert not witness.gone()
+    assert not sentinel.gone()
     p.grad = None  # breaks the cycle of which torch warns
 
 
 @pytest.mark.parametrize("with_late_gradient", [False, True])
 def test_placeholder_refuses_to_be_unscaled(with_late_gradient: bool) -> None:
     """torch's operator does it without a trace: not even the version of the tensor changes."""
-    witness, params = make(5, 3)
-    witness.watch([1, 1])
+    sentinel, params = make(5, 3)
+    sentinel.watch([1, 1])
     if with_late_gradient:
         params[1].sum().backward()
-        witness.saw()
+        sentinel.saw()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(params[0].sum()).backward()
     with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(\) .* use stage=1"):
         scaler.unscale_(torch.optim.SGD(params))
-    assert not witness.gone()
+    assert not sentinel.gone()
 
 
 def test_placeholder_refuses_data() -> None:
@@ -262,7 +262,7 @@ def test_placeholder_is_copied_and_saved_as_a_plain_tensor() -> None:
         assert saved.tolist() == [0.0, 0.0, 0.0]
 
 
-def watching_one() -> tuple[Witness, nn.Parameter]:
+def watching_one() -> tuple[Sentinel, nn.Parameter]:
     p = nn.Parameter(torch.ones(3))
     return watching([p]), p
 
@@ -270,15 +270,15 @@ def watching_one() -> tuple[Witness, nn.Parameter]:
 def test_placeholder_is_a_tensor_like_others() -> None:
     """In the hands of torch.compile, Module.to(), copy.deepcopy() and arithmetic."""
     model = nn.Linear(3, 1)
-    witness = Witness(list(model.parameters()), lambda: None)
-    witness.watch([1, 1])
+    sentinel = Sentinel(list(model.parameters()), lambda: None)
+    sentinel.watch([1, 1])
     compiled = torch.compile(model, backend="aot_eager")
     compiled(torch.ones(2, 3)).sum().backward()
-    witness.saw()
+    sentinel.saw()
     assert model.bias.grad is not None
     assert model.bias.grad.tolist() == [2.0]
     assert type(model.bias.grad + 1) is Tensor
-    assert not witness.gone()
+    assert not sentinel.gone()
     model.to(torch.float64)
     assert model.bias.grad.dtype == torch.float64
     assert copy.deepcopy(model).bias.dtype == torch.float64

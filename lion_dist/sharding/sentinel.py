@@ -1,8 +1,8 @@
 """How to notice that somebody zeroed or scaled gradients which are no longer in ``p.grad``.
 
 Once gradients have left for the shards, ``model.zero_grad()`` finds nothing to zero and torch's
-``clip_grad_norm_`` nothing to scale, and neither says so. So one small parameter, the witness, keeps a gradient
-of zeros in its place: whoever deals with "all gradients" deals with that one too, and leaves a trace. The witness is
+``clip_grad_norm_`` nothing to scale, and neither says so. So one small parameter, the sentinel, keeps a gradient
+of zeros in its place: whoever deals with "all gradients" deals with that one too, and leaves a trace. The sentinel is
 a parameter whose gradient has left, so that others, whose gradients are None, can be given one by hand.
 """
 
@@ -49,11 +49,11 @@ class _Zeros(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
-class Witness:
+class Sentinel:
     """One of the parameters: the smallest of those whose gradients have left.
 
     Args:
-        look: called when autograd is about to add to the witness's gradient, to ask `gone` in time.
+        look: called when autograd is about to add to the sentinel's gradient, to ask `gone` in time.
 
     Attributes:
         index: its number; -1 before the first `watch`.
@@ -88,7 +88,7 @@ class Witness:
         self._has_left = bool(left[index])
 
     def hook(self) -> None:
-        """Has `look` called before autograd adds to the witness's own gradient, which covers every trace. A frozen
+        """Has `look` called before autograd adds to the sentinel's own gradient, which covers every trace. A frozen
         parameter takes no hook: to be called again once it may have been unfrozen."""
         if self._hook is None and self.index >= 0 and self._param.requires_grad:
             look = self._look
