@@ -314,15 +314,15 @@ class ShardedLion(Optimizer):
         layout, update = shard.layout, LionUpdate(self._use_triton)
         segments = []
         for s in layout.slices(self._rank):
-            grad_start = s.start if self._reducer is None else s.shard_offset
-            segments.append(Segment(s.param, s.start, grad_start, s.shard_offset, s.length))
+            grad_start = s.start if self._reducer is None else s.offset
+            segments.append(Segment(s.param, s.start, grad_start, s.offset, s.length))
         signs = exchange = None
         if self._signs:
             exchange = ExchangeBuffer(
                 layout.shard_numel // PER_BYTE, self._rank, layout.world_size, shard.exp_avg.device
             )
             everywhere = [
-                Segment(s.param, s.start, 0, exchange.position(r, s.shard_offset // PER_BYTE), s.length)
+                Segment(s.param, s.start, 0, exchange.position(r, s.offset // PER_BYTE), s.length)
                 for r in range(layout.world_size)
                 for s in layout.slices(r)
             ]

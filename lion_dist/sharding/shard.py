@@ -14,7 +14,7 @@ from ..memory_order import flat, is_dense, laid_out_like
 from .box_tensor import BoxTensor
 from .boxes import Box
 from .collectives import all_gather_in_place, check_device, start_all_gather
-from .layout import ParamSlice, ShardLayout
+from .layout import Run, ShardLayout
 
 # Elements of the parameters of a shard, if they are more than one. Shards are stepped and synchronised one after
 # another, so that the collective of one hides behind the work of the next; it must be large enough to be efficient.
@@ -66,7 +66,7 @@ class Shard:
         numbers: theirs, as the user counts them, for messages.
         layout: their cut; parameter numbers are indices into ``params``.
         exp_avg: the momentum shard, shape (layout.shard_numel,).
-        pack: staging for the tails, shape (layout.pack_numel,), dtype of the parameters.
+        tail_buffer: staging for the tails, shape (layout.tail_buffer_numel,), dtype of the parameters.
     """
 
     def __init__(self, params: list[Tensor], dtype: torch.dtype, world_size: int) -> None:
@@ -75,8 +75,8 @@ class Shard:
         self.layout = ShardLayout.make([p.numel() for p in params], world_size)
         device = params[0].device
         self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)
-        self.pack = torch.zeros(self.layout.pack_numel, dtype=params[0].dtype, device=device)
-        self._slices: dict[int, list[list[ParamSlice]]] = {}
+        self.tail_buffer = torch.zeros(self.layout.tail_buffer_numel, dtype=params[0].dtype, device=device)
+        self._slices: dict[int, list[list[Run]]] = {}
         self._described = self._describe()
         self._addresses: list[int] = []
         self._buffers: list[Tensor] = []  # what the all-gather completes: heads in place, and the pack
@@ -99,12 +99,12 @@ class Shard:
         if addresses == self._addresses:
             return
         heads = [flat(p, 0, head) for p, head in zip(self.params, self.layout.heads, strict=True) if head]
-        self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
+        self._buffers = [*heads, self.tail_buffer] if self.layout.tail_buffer_numel else heads
         # As integers: copies of 16-bit floats on a GPU may change the bits of a NaN.
-        bits = {2: torch.int16, 4: torch.int32}[self.pack.element_size()]
-        pack = self.pack.view(bits)
+        bits = {2: torch.int16, 4: torch.int32}[self.tail_buffer.element_size()]
+        pack = self.tail_buffer.view(bits)
         self._tails = [flat(self.params[t.param], t.start, t.length).view(bits) for t in self.layout.tails]
-        self._packed_tails = [pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
+        self._packed_tails = [pack[t.offset : t.offset + t.length] for t in self.layout.tails]
         self._addresses = addresses
 
     def start_gather(self, group: dist.ProcessGroup) -> Any:
@@ -134,7 +134,7 @@ class Shard:
             all_gather_in_place([whole] if numel else [], group)
             return whole
 
-        pack = gathered(layout.pack_numel // layout.world_size, layout.pack_shard_offset)
+        pack = gathered(layout.tail_buffer_numel // layout.world_size, layout.tail_shard_offset)
         tails, offset = {t.param: t for t in layout.tails}, 0
         for i, p in enumerate(self.params):
             numel = layout.heads[i] // layout.world_size
@@ -147,7 +147,7 @@ class Shard:
             flat(exp_avg, 0, head.numel()).copy_(head)
             if i in tails:
                 t = tails[i]
-                flat(exp_avg, t.start).copy_(pack[t.pack_offset : t.pack_offset + t.length])
+                flat(exp_avg, t.start).copy_(pack[t.offset : t.offset + t.length])
             yield exp_avg.contiguous()
 
     def take_exp_avgs(self, exp_avgs: dict[int, Tensor], rank: int) -> None:
@@ -160,13 +160,13 @@ class Shard:
                 continue
             in_order = None if given is None else laid_out_like(given, p)
             for s in self.slices(i, rank):
-                own = self.exp_avg.narrow(0, s.shard_offset, s.length)
+                own = self.exp_avg.narrow(0, s.offset, s.length)
                 if in_order is None:
                     own.zero_()
                 else:
                     own.copy_(flat(in_order, s.start, s.length))
 
-    def slices(self, param: int, rank: int) -> list[ParamSlice]:
+    def slices(self, param: int, rank: int) -> list[Run]:
         """What a rank owns of a parameter."""
         if rank not in self._slices:
             owned = self._slices[rank] = [[] for _ in self.params]
@@ -180,5 +180,5 @@ class Shard:
         if rank == 0 and not p.numel():
             nothing = self.exp_avg[:0].view(p.shape)
             return BoxTensor(p.shape, [Box((0,) * p.dim(), tuple(p.shape))], [nothing], nothing.dtype, nothing.device)
-        runs = [(s.start, self.exp_avg.narrow(0, s.shard_offset, s.length)) for s in self.slices(param, rank)]
+        runs = [(s.start, self.exp_avg.narrow(0, s.offset, s.length)) for s in self.slices(param, rank)]
         return BoxTensor.of_runs(p.shape, p.stride(), runs, self.exp_avg)
