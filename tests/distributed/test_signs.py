@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.sharding import collectives
-from lion_dist.update.signs import FOOTER
+from lion_dist.sharding.exchange import FOOTER
 from tests.distributed.test_sharded_lion import FP32, MAX_NORM, MIXED, assert_same_model, assert_same_momentum, warm_up
 from tests.distributed.test_stage2 import BF16, FEW, TRAINABLE, some
 from tests.distributed.toy import SHAPES, Toy, coefficient, hash_of

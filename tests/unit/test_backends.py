@@ -27,6 +27,7 @@ from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import CHUNK, COMPILE_FROM, LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import SegmentTable, StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.bits import assert_same_bits
 from tests.harness import DEADLINE_S
 from tests.marks import needs_interpreter
@@ -72,8 +73,8 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 def tensors(mix: Mix, shapes: list[tuple[int, ...]], seed: int = 0) -> StepTensors:
     generator = torch.Generator().manual_seed(seed)
-    made = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
-    return StepTensors(*made, groups=[i % len(HYPERS) for i in range(len(shapes))])
+    params, grads, exp_avgs = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
+    return StepTensors(params, grads, {EXP_AVG: exp_avgs}, [i % len(HYPERS) for i in range(len(shapes))])
 
 
 def copy_of(columns: StepTensors) -> StepTensors:
@@ -82,19 +83,23 @@ def copy_of(columns: StepTensors) -> StepTensors:
     def clones(ts: list[Any]) -> list[Any]:
         return [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in ts]
 
-    return StepTensors(clones(columns.params), clones(columns.grads), clones(columns.exp_avgs), columns.groups)
+    return StepTensors(
+        clones(columns.params), clones(columns.grads), {EXP_AVG: clones(columns.state[EXP_AVG])}, columns.groups
+    )
 
 
 def reference_step(columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
     """The definition, tensor by tensor."""
     table = dispatch.hyper_table(hypers, CPU)
-    for p, g, m, group in zip(columns.params, columns.grads, columns.exp_avgs, columns.groups, strict=True):
+    for p, g, m, group in zip(columns.params, columns.grads, columns.state[EXP_AVG], columns.groups, strict=True):
         if g is not None:
             reference.lion_step_(p, g, m, reference.scalars(table[group], grad_scale))
 
 
 def assert_same(got: StepTensors, expected: StepTensors) -> None:
-    for i, pairs in enumerate(zip(got.params, expected.params, got.exp_avgs, expected.exp_avgs, strict=True)):
+    for i, pairs in enumerate(
+        zip(got.params, expected.params, got.state[EXP_AVG], expected.state[EXP_AVG], strict=True)
+    ):
         assert_same_bits(*pairs[:2], f"parameter {i}")
         assert_same_bits(*pairs[2:], f"momentum {i}")
 
@@ -114,7 +119,7 @@ def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
         expected.grads = columns.grads
         reference_step(expected, HYPERS)
         assert_same(columns, expected)
-    assert not torch.equal(columns.exp_avgs[-1], start.exp_avgs[-1])
+    assert not torch.equal(columns.state[EXP_AVG][-1], start.state[EXP_AVG][-1])
 
 
 @needs_interpreter
@@ -156,7 +161,9 @@ def test_compiled(mix: Mix) -> None:
     expected, update, before = copy_of(columns), LionUpdate(False), graphs()
     for hypers in ([HYPERS[0], HYPERS[1], HYPERS[3]], [HYPERS[3], HYPERS[4], HYPERS[1]]):
         update.step(columns, hypers)
-        reference_step(StepTensors(expected.params, columns.grads, expected.exp_avgs, columns.groups), hypers)
+        reference_step(
+            StepTensors(expected.params, columns.grads, {EXP_AVG: expected.state[EXP_AVG]}, columns.groups), hypers
+        )
     assert_same(columns, expected)
     assert not dispatch._not_compiled
     assert graphs() - before == 1
@@ -180,7 +187,9 @@ def test_one_graph_for_all_shapes() -> None:
         expected, m = p.detach().clone(), torch.zeros(p.shape)
         p.grad = torch.randn(p.shape)
         Lion([p], lr=0.25, use_triton=False).step()
-        reference_step(StepTensors([expected], [p.grad], [m], [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
+        reference_step(
+            StepTensors([expected], [p.grad], {EXP_AVG: [m]}, [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)]
+        )
         assert_same_bits(p.detach(), expected, shape)
         found[shape] = graphs() - before
     assert not dispatch._not_compiled
@@ -263,7 +272,7 @@ def expected_run(params: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]
     ms = [m if p.dtype == F16 else m.to(p.dtype) for p, m in zip(ps, ms, strict=True)]
 
     def step(grads: list[Tensor | None], hypers: list[HyperParameters]) -> None:
-        reference_step(StepTensors(ps, grads, ms, [0, 0, 1, 1, 2, 2, 2]), hypers)
+        reference_step(StepTensors(ps, grads, {EXP_AVG: ms}, [0, 0, 1, 1, 2, 2, 2]), hypers)
 
     return ps, ms, step
 
@@ -407,14 +416,15 @@ def test_what_is_not_finite(use_triton: bool, mix: Mix) -> None:
     pairs = torch.cartesian_prod(torch.tensor(specials(mix[1])), torch.tensor(specials(mix[2])))
     g, m = (column.repeat(-(-2500 // len(pairs))) for column in pairs.unbind(1))
     p = torch.linspace(-2, 2, len(g))
-    columns = StepTensors(*([x.to(dtype)] * len(HYPERS) for x, dtype in zip((p, g, m), mix, strict=True)), [*range(5)])
+    p, g, m = (x.to(dtype) for x, dtype in zip((p, g, m), mix, strict=True))
+    columns = StepTensors([p] * 5, [g] * 5, {EXP_AVG: [m] * 5}, [*range(len(HYPERS))])
     for scale in (None, 0.37, 0.0, -1e30, math.inf):
         got, expected = copy_of(columns), copy_of(columns)
         grad_scale = None if scale is None else torch.tensor(scale)
         LionUpdate(use_triton).step(got, HYPERS, grad_scale)
         reference_step(expected, HYPERS, grad_scale)
         assert_same(got, expected)
-        for p, m, hyper in zip(got.params, got.exp_avgs, HYPERS, strict=True):
+        for p, m, hyper in zip(got.params, got.state[EXP_AVG], HYPERS, strict=True):
             assert not m.isinf().any()
             assert hyper.lr == 0 or torch.equal(p.isnan(), m.isnan())
 
@@ -452,7 +462,9 @@ def test_strides(use_triton: bool, make_p: Callable[[], Tensor], make_g: Callabl
         p.grad, plain_neighbour.grad = make_g(), torch.randn(130)
         grads = [q.grad.clone() for q in params]
         opt.step()
-        reference_step(StepTensors(expected, grads, momenta, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)])
+        reference_step(
+            StepTensors(expected, grads, {EXP_AVG: momenta}, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)]
+        )
     for q, e, m in zip(params, expected, momenta, strict=True):
         assert_same_bits(q.detach(), e)
         assert_same_bits(opt.state[q]["exp_avg"], m)
@@ -474,8 +486,8 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
     expected = sum(int(g.long().square().sum()) for g in grads if g is not None)
     assert expected > 1 << 26
     params, exp_avgs = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
-    columns = StepTensors(params, [*grads, None], exp_avgs, [0] * len(shapes))
-    columns.params, columns.exp_avgs = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
+    columns = StepTensors(params, [*grads, None], {EXP_AVG: exp_avgs}, [0] * len(shapes))
+    columns.params, columns.state[EXP_AVG] = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
     columns.groups = [0] * 6
     total = LionUpdate(use_triton).sum_of_squares(columns)
     assert total is not None
@@ -486,8 +498,8 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
 
 @both
 def test_sum_of_squares_of_nothing(use_triton: bool) -> None:
-    assert LionUpdate(use_triton).sum_of_squares(StepTensors([], [], [], [])) is None
-    inactive = StepTensors([torch.zeros(5)], [None], [torch.zeros(5)], [0])
+    assert LionUpdate(use_triton).sum_of_squares(StepTensors([], [], {EXP_AVG: []}, [])) is None
+    inactive = StepTensors([torch.zeros(5)], [None], {EXP_AVG: [torch.zeros(5)]}, [0])
     total = LionUpdate(use_triton).sum_of_squares(inactive)
     assert total is None or total.item() == 0
 
@@ -500,7 +512,9 @@ def test_sum_of_squares_of_infinite_gradients(use_triton: bool, dtype: torch.dty
     for special, expected in ((largest, None), (math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
         g = torch.full((2049,), largest, dtype=dtype)
         g[2048] = special
-        total = LionUpdate(use_triton).sum_of_squares(StepTensors([torch.zeros(2049)], [g], [torch.zeros(2049)], [0]))
+        total = LionUpdate(use_triton).sum_of_squares(
+            StepTensors([torch.zeros(2049)], [g], {EXP_AVG: [torch.zeros(2049)]}, [0])
+        )
         assert total is not None
         if expected is None:
             assert total.item() == pytest.approx(2049 * largest**2, rel=1e-12)

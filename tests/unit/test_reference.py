@@ -30,6 +30,7 @@ from lion_dist.update.reference import (
     sum_of_squares,
 )
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.bits import assert_canonical_nan, assert_same_bits, bits
 from tests.marks import needs_interpreter
 
@@ -180,7 +181,7 @@ def plain(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor
 
 
 def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(False).step(StepTensors([p], [g], [m], [0]), [hyper], scale)
+    dispatch.LionUpdate(False).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
@@ -190,7 +191,7 @@ def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Ten
 
 
 def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(True).step(StepTensors([p], [g], [m], [0]), [hyper], scale)
+    dispatch.LionUpdate(True).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 Backend = Callable[..., None]
