@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_copy_
 from ..frozen import takes_part
 from ..memory_order import flat, is_dense, laid_out_like
 from .box_tensor import BoxTensor
@@ -158,13 +159,13 @@ class Shard:
         """
         # All tails are staged, though only this rank's part of the buffer is sent: the gather overwrites the rest.
         if self._tails:
-            torch._foreach_copy_(self._staged_tails, self._tails)
+            foreach_copy_(self._staged_tails, self._tails)
         return start_all_gather(self._gathered, group) if self._gathered else None
 
     def finish_gather(self) -> None:
         """Copies the tails into the parameters. Autograd does not notice any of these writes."""
         if self._tails:
-            torch._foreach_copy_(self._tails, self._staged_tails)
+            foreach_copy_(self._tails, self._staged_tails)
 
     # State ----------------------------------------------------------------------------------------
 
