@@ -27,6 +27,7 @@ from ..fsdp import local, new_momenta
 from ..param_groups import KEYS, check_group, momentum_dtype
 from ..sharded_lion import ShardedLion
 from ..sharding.box_tensor import BoxTensor
+from ..update.state import StateColumn
 from .manifest import check_name
 from .named import (
     BESIDE,
@@ -296,8 +297,8 @@ class Incoming:
         ]
         if isinstance(optimizer, ShardedLion):
             if pairs:
-                undo.callback(optimizer._take_back, optimizer._shards, list(optimizer._frozen))
-                optimizer._shard_frozen([p for p, _ in pairs], {id(p): dtype for p, dtype in pairs})
+                undo.callback(optimizer._set_shards, optimizer._shards)
+                optimizer._shard([p for p, _ in pairs], {id(p): (StateColumn(EXP_AVG, dtype),) for p, dtype in pairs})
         else:
             momenta = new_momenta([p for p, _ in pairs], [dtype for _, dtype in pairs])
             for (p, _), m in zip(pairs, momenta, strict=True):

@@ -249,9 +249,7 @@ class Shard:
 
     def _runs(self, param: int, column: Column, rank: int) -> list[tuple[int, Tensor]]:
         """The runs of a parameter's state that a rank owns: where each starts, and a view of its elements."""
-        return [
-            (s.start // column.block, self._state_of(column, s.length, s.offset)) for s in self.slices(param, rank)
-        ]
+        return [(s.start // column.block, self._state_of(column, s.length, s.offset)) for s in self.slices(param, rank)]
 
     def _state_of(self, column: Column, length: int, offset: int) -> Tensor:
         """The state of ``length`` elements of parameters from ``offset`` of the shard: a view, 1-D."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.layout import ShardLayout
-from lion_dist.sharding.replicas import Comparison, checksum
+from lion_dist.sharding.replicas import DeferredCheck, bits_checksum
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
@@ -151,7 +151,7 @@ def test_of_no_elements_at_all() -> None:
 
 def calls_until_told(slow: bool) -> int:
     """Steps that are begun until one of them raises for the first."""
-    comparison = Comparison()
+    comparison = DeferredCheck()
     numbers = torch.tensor([[1, 0], [1, 0], [2, 0]], device=GPU)[:, 0]
     for call in range(10):
         try:
@@ -184,7 +184,7 @@ def test_checksums_are_those_of_the_cpu() -> None:
     for n in (0, 1, 129, (1 << 22) + 77):
         for dtype in (F32, torch.bfloat16, torch.float16):
             t = awkward(n, dtype, torch.Generator().manual_seed(n))
-            assert int(checksum(t.to(GPU))) == int(checksum(t))
+            assert int(bits_checksum(t.to(GPU))) == int(bits_checksum(t))
 
 
 # -- Over NCCL
@@ -286,7 +286,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
     assert seen[-1][2] <= seen[1][2] * 2, seen
     life.step()
     for optimizer in life.optimizers:
-        assert len(optimizer._comparison._pending) <= Comparison.LAG
+        assert len(optimizer._deferred._pending) <= DeferredCheck.LAG
 
 
 @needs_gpu

@@ -81,9 +81,7 @@ def test_heads_are_cut_alike_on_every_rank(numels: list[int], world_size: int) -
         assert 0 <= numel - head < unit
     heads = [[s for s in layout.slices(r) if s.start < layout.heads[s.param]] for r in range(world_size)]
     for rank, of_rank in enumerate(heads):
-        assert [(s.param, s.length, s.offset) for s in of_rank] == [
-            (s.param, s.length, s.offset) for s in heads[0]
-        ]
+        assert [(s.param, s.length, s.offset) for s in of_rank] == [(s.param, s.length, s.offset) for s in heads[0]]
         assert all(s.start == rank * s.length and s.length * world_size == layout.heads[s.param] for s in of_rank)
         assert all(s.offset + s.length <= layout.tail_shard_offset for s in of_rank)
 
