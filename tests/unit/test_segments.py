@@ -15,7 +15,7 @@ from lion_dist.memory_order import flat, is_dense, laid_out_like, may_overlap, s
 from lion_dist.update import dispatch
 from lion_dist.update.reference import HyperParameters, lion_step_, scalars
 from lion_dist.update.segments import TILE, Segment, SegmentTable, StepTensors, check_no_shared_memory
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
 CPU = torch.device("cpu")
