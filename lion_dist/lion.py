@@ -36,6 +36,7 @@ from .state_dicts import (
 )
 from .update.dispatch import LionUpdate
 from .update.segments import StepTensors
+from .update.state import EXP_AVG
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Members:
         if self.dtensors:
             grads = local_gradients(params, grads)
             params, exp_avgs = locals_of(params), locals_of(exp_avgs)
-        return StepTensors(params, grads, exp_avgs, self.groups)
+        return StepTensors(params, grads, {EXP_AVG: exp_avgs}, self.groups)
 
 
 class Lion(Optimizer):

@@ -25,6 +25,7 @@ from .frozen import is_plain, takes_part
 from .fsdp import local
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
+from .update.state import EXP_AVG, StateColumn
 
 Group = dict[str, Any]
 
@@ -247,6 +248,11 @@ def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
     if explicit is not None:
         return explicit
     return torch.float32 if p.dtype == torch.float16 else p.dtype
+
+
+def state_columns(p: Tensor, group: Group) -> tuple[StateColumn, ...]:
+    """The state that Lion keeps for a parameter of this group."""
+    return (StateColumn(EXP_AVG, momentum_dtype(p, group)),)
 
 
 def hyper_parameters(group: Group) -> HyperParameters:

@@ -46,17 +46,18 @@ from .sharding.collectives import (
     all_reduce_sum,
     broadcast_from_first,
     check_device,
-    start_all_gather,
 )
+from .sharding.exchange import REFUSED, ExchangeBuffer
 from .sharding.grad_reducer import GradReducer
 from .sharding.replicas import DeferredCheck, broadcast, comparable, differing, gathered, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .uncompiled import uncompiled
 from .update.dispatch import LionUpdate
-from .update.reference import HyperParameters, checksum, clip_coefficient
+from .update.reference import PER_BYTE, HyperParameters, checksum, clip_coefficient
 from .update.segments import Segment, StepTensors, check_no_shared_memory
-from .update.signs import REFUSED, SignUpdate
+from .update.signs import SignUpdate
+from .update.state import EXP_AVG
 from .upload import upload
 
 logger = logging.getLogger("lion_dist")
@@ -67,7 +68,7 @@ class _Part:
     """A shard and what steps it.
 
     segments: what this rank owns of it.
-    signs: where parameters are synchronised by signs.
+    signs, exchange: where parameters are synchronised by signs.
     present: in stage 1: of which parameters the gradient is not None, a byte each; and the same as a tensor, or None
         if it is all.
     """
@@ -76,6 +77,7 @@ class _Part:
     segments: list[Segment]
     update: LionUpdate
     signs: SignUpdate | None
+    exchange: ExchangeBuffer | None
     present: tuple[bytes, Tensor | None] = (b"", None)
 
 
@@ -314,14 +316,18 @@ class ShardedLion(Optimizer):
         for s in layout.slices(self._rank):
             grad_start = s.start if self._reducer is None else s.shard_offset
             segments.append(Segment(s.param, s.start, grad_start, s.shard_offset, s.length))
-        signs = None
+        signs = exchange = None
         if self._signs:
-            slices = [
-                [(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)]
+            exchange = ExchangeBuffer(
+                layout.shard_numel // PER_BYTE, self._rank, layout.world_size, shard.exp_avg.device
+            )
+            everywhere = [
+                Segment(s.param, s.start, 0, exchange.position(r, s.shard_offset // PER_BYTE), s.length)
                 for r in range(layout.world_size)
+                for s in layout.slices(r)
             ]
-            signs = SignUpdate(update, layout.shard_numel, self._rank, slices, shard.exp_avg.device)
-        return _Part(shard, segments, update, signs)
+            signs = SignUpdate(update, everywhere, exchange.bytes)
+        return _Part(shard, segments, update, signs, exchange)
 
     def _unfrozen(self) -> list[int]:
         """Indices into ``_frozen`` of parameters that no longer are."""
@@ -472,12 +478,12 @@ class ShardedLion(Optimizer):
         message = mismatch([], None)
         if self._signs:
             for part in reversed(self._parts):
-                assert part.signs is not None
-                part.signs.refuse()
+                assert part.exchange is not None
+                part.exchange.refuse()
                 with self._membership.collective():
-                    start_all_gather([part.signs.mail.flatten()], self._group).wait()
+                    part.exchange.start_gather(self._group).wait()
                 if part is self._parts[-1]:
-                    self._deferred.compare(part.signs.checksums, message)
+                    self._deferred.compare(part.exchange.numbers, message)
         else:
             with self._membership.collective() as group:
                 own = torch.full((), REFUSED, dtype=torch.int64, device=self._parts[0].shard.exp_avg.device)
@@ -531,15 +537,15 @@ class ShardedLion(Optimizer):
             if self._reducer is not None:
                 self._reducer.finish(number)
                 own.active = self._reducer.active(number)
-            if part.signs is None:
+            if part.signs is None or part.exchange is None:
                 part.update.step(own, hypers, scale)
             else:
-                part.signs.pack(own, hypers, scale, salt)
+                part.signs.pack(own, hypers, scale, salt, part.exchange.own, part.exchange.own_number)
             with self._membership.collective():
-                if part.signs is None:
+                if part.exchange is None:
                     gather = part.shard.start_gather(self._group)
                 else:
-                    gather = start_all_gather([part.signs.mail.flatten()], self._group)
+                    gather = part.exchange.start_gather(self._group)
             under_way.append((part, own, gather))
         if self._reducer is not None:
             self._reducer.finish()
@@ -548,11 +554,11 @@ class ShardedLion(Optimizer):
             if gather is not None:
                 with self._membership.collective():
                     gather.wait()
-            if part.signs is None:
+            if part.signs is None or part.exchange is None:
                 part.shard.finish_gather()
                 continue
             if agree is None:
-                agree = self._deferred.compare(part.signs.checksums, message)
+                agree = self._deferred.compare(part.exchange.numbers, message)
             part.signs.apply(own, agree)
         self._deferred.check()  # once nothing is under way any more
 
@@ -618,8 +624,8 @@ class ShardedLion(Optimizer):
             else:
                 grads = [reducer.grads[number]] * len(params)
                 active = None  # it may still be on its way
-            exp_avgs = [shard.exp_avg] * len(params)
-            columns.append(StepTensors(params, grads, exp_avgs, groups, part.segments, active, shard.numbers))
+            state = {EXP_AVG: [shard.exp_avg] * len(params)}
+            columns.append(StepTensors(params, grads, state, groups, part.segments, active, shard.numbers))
         return columns
 
     @staticmethod

@@ -17,6 +17,7 @@ from lion_dist import Lion
 from lion_dist.param_groups import to_dtype
 from lion_dist.update.reference import NAN_BITS
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 
 if TYPE_CHECKING:
     from tests.scenarios.fsdp_toy import Twin
@@ -120,7 +121,9 @@ def assert_loaded(optimizer: torch.optim.Optimizer, given: Any, momentum_of: Cal
 
 
 def assert_same_step(got: StepTensors, expected: StepTensors) -> None:
-    for i, pairs in enumerate(zip(got.params, expected.params, got.exp_avgs, expected.exp_avgs, strict=True)):
+    for i, pairs in enumerate(
+        zip(got.params, expected.params, got.state[EXP_AVG], expected.state[EXP_AVG], strict=True)
+    ):
         assert_same_bits(*pairs[:2], f"parameter {i}")
         assert_same_bits(*pairs[2:], f"momentum {i}")
 

@@ -28,6 +28,7 @@ from .segments import (
     StepTensors,
     check_no_shared_memory,
 )
+from .state import EXP_AVG
 
 try:
     from . import triton_norm, triton_step
@@ -177,7 +178,7 @@ class LionUpdate:
             ValueError: shapes or devices that do not match, parameters that share memory,
                 use_triton=True on tensors that Triton cannot reach.
         """
-        params, grads, exp_avgs = columns.params, columns.grads, columns.exp_avgs
+        params, grads, exp_avgs = columns.params, columns.grads, columns.state[EXP_AVG]
         strides, numels = list(map(_STRIDE, params)), list(map(_NUMEL, params))
         if len(self._grad_dtypes) != len(grads):
             self._grad_dtypes = [p.dtype for p in params]
@@ -245,7 +246,7 @@ class LionUpdate:
         return laid_out_like(g, p) if g.shape == p.shape else g
 
     def _build(self, columns: StepTensors) -> None:
-        params, exp_avgs = columns.params, columns.exp_avgs
+        params, exp_avgs = columns.params, columns.state[EXP_AVG]
         by_device: dict[torch.device, list[Tensor]] = {}
         for i, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
             by_device.setdefault(p.device, []).append(p)
@@ -286,7 +287,7 @@ class LionUpdate:
             else:
                 views.segments.append(s)
                 views.params.append(flat(p, s.param_start, s.length))
-                views.exp_avgs.append(flat(m, s.exp_avg_start, s.length))
+                views.exp_avgs.append(flat(m, s.state_start, s.length))
         self.plain = [plain for plain in (views, whole) if plain.segments]
         self.fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.sharding import collectives
-from lion_dist.update.signs import FOOTER
+from lion_dist.sharding.exchange import FOOTER
 from tests.asserts import assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
 from tests.scenarios.hostile import equals, hostile_averages, hostile_backward

@@ -19,9 +19,10 @@ from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
-from lion_dist.update.signs import SignUpdate
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of
+from tests.scenarios.exchanged_signs import ExchangedSigns
 from tests.scenarios.hostile import equals
 from tests.scenarios.mixes import MIXES, name
 from tests.scenarios.replicas import Trained, other_lr
@@ -56,7 +57,7 @@ class Ranks:
         ]
         self.shards = [Guarded(self.cut(m, r), 0) for r in range(world_size)]
         slices = [[(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
-        self.updates = [SignUpdate(LionUpdate(None), layout.shard_numel, r, slices, GPU) for r in range(world_size)]
+        self.updates = [ExchangedSigns(LionUpdate(None), layout.shard_numel, r, slices, GPU) for r in range(world_size)]
 
     def cut(self, whole: Sequence[Tensor], rank: int) -> Tensor:
         shard = torch.full((self.layout.shard_numel,), 77.0, dtype=whole[0].dtype, device=whole[0].device)
@@ -83,7 +84,9 @@ class Ranks:
                 Segment(s.param, s.start, s.shard_offset if flat else s.start, s.shard_offset, s.length)
                 for s in self.layout.slices(r)
             ]
-            columns.append(StepTensors(params, given, [self.shards[r].at] * len(params), self.groups, segments, active))
+            columns.append(
+                StepTensors(params, given, {EXP_AVG: [self.shards[r].at] * len(params)}, self.groups, segments, active)
+            )
         before = [[bits(p.at) for p in replica] for replica in self.replicas]
         for update, own in zip(self.updates, columns, strict=True):
             update.pack(own, hypers, grad_scale, SALT)
@@ -91,9 +94,9 @@ class Ranks:
             assert all(torch.equal(bits(p.at), b) for p, b in zip(replica, old, strict=True)), "pack wrote a parameter"
         for a, update in enumerate(self.updates):
             for other in self.updates:
-                other.mail[a] = update.mail[a]
+                other.rows[a] = update.rows[a]
         want = int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT, grad_scale))
-        assert self.updates[0].checksums.tolist() == [want] * self.world_size
+        assert self.updates[0].numbers.tolist() == [want] * self.world_size
         for agree in (False, True):
             for replica, old in zip(self.replicas, before, strict=True):
                 assert all(torch.equal(bits(p.at), b) for p, b in zip(replica, old, strict=True)), "without agreement"
@@ -137,13 +140,13 @@ def test_kernels_give_the_references_bits(mix: tuple[torch.dtype, ...]) -> None:
 
 @needs_gpu
 def test_of_no_elements_at_all() -> None:
-    update = SignUpdate(LionUpdate(None), 0, 0, [[]], GPU)
+    update = ExchangedSigns(LionUpdate(None), 0, 0, [[]], GPU)
     p = torch.zeros(0, 3, device=GPU)
-    columns = StepTensors([p], [torch.zeros_like(p)], [torch.zeros(0, device=GPU)], [0], [])
+    columns = StepTensors([p], [torch.zeros_like(p)], {EXP_AVG: [torch.zeros(0, device=GPU)]}, [0], [])
     hypers = [HyperParameters(0.1, 0.0, 0.9, 0.99, False)]
     update.pack(columns, hypers, None, SALT)
     update.apply(columns, torch.tensor(True, device=GPU))
-    assert int(update.checksums[0]) == int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
+    assert int(update.numbers[0]) == int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
 
 
 def calls_until_told(slow: bool) -> int:

@@ -18,6 +18,7 @@ from lion_dist.update.reference import (
     scalars,
 )
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.marks import needs_interpreter
 
 CPU = torch.device("cpu")
@@ -54,8 +55,8 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 def tensors(mix: Mix, shapes: list[tuple[int, ...]], seed: int = 0) -> StepTensors:
     generator = torch.Generator().manual_seed(seed)
-    made = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
-    return StepTensors(*made, groups=[i % len(HYPERS) for i in range(len(shapes))])
+    params, grads, exp_avgs = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
+    return StepTensors(params, grads, {EXP_AVG: exp_avgs}, [i % len(HYPERS) for i in range(len(shapes))])
 
 
 def copy_of(columns: StepTensors) -> StepTensors:
@@ -64,13 +65,15 @@ def copy_of(columns: StepTensors) -> StepTensors:
     def clones(ts: list[Any]) -> list[Any]:
         return [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in ts]
 
-    return StepTensors(clones(columns.params), clones(columns.grads), clones(columns.exp_avgs), columns.groups)
+    return StepTensors(
+        clones(columns.params), clones(columns.grads), {EXP_AVG: clones(columns.state[EXP_AVG])}, columns.groups
+    )
 
 
 def reference_step(columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
     """The definition, tensor by tensor."""
     table = dispatch.hyper_table(hypers, CPU)
-    for p, g, m, group in zip(columns.params, columns.grads, columns.exp_avgs, columns.groups, strict=True):
+    for p, g, m, group in zip(columns.params, columns.grads, columns.state[EXP_AVG], columns.groups, strict=True):
         if g is not None:
             reference.lion_step_(p, g, m, reference.scalars(table[group], grad_scale))
 

@@ -24,6 +24,7 @@ from lion_dist.update import dispatch
 from lion_dist.update.dispatch import CHUNK, COMPILE_FROM, LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, assert_same_step
 from tests.harness import DEADLINE_S
 from tests.marks import needs_interpreter
@@ -53,7 +54,7 @@ def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
         expected.grads = columns.grads
         reference_step(expected, HYPERS)
         assert_same_step(columns, expected)
-    assert not torch.equal(columns.exp_avgs[-1], start.exp_avgs[-1])
+    assert not torch.equal(columns.state[EXP_AVG][-1], start.state[EXP_AVG][-1])
 
 
 @needs_interpreter
@@ -95,7 +96,9 @@ def test_compiled(mix: Mix) -> None:
     expected, update, before = copy_of(columns), LionUpdate(False), graphs()
     for hypers in ([HYPERS[0], HYPERS[1], HYPERS[3]], [HYPERS[3], HYPERS[4], HYPERS[1]]):
         update.step(columns, hypers)
-        reference_step(StepTensors(expected.params, columns.grads, expected.exp_avgs, columns.groups), hypers)
+        reference_step(
+            StepTensors(expected.params, columns.grads, {EXP_AVG: expected.state[EXP_AVG]}, columns.groups), hypers
+        )
     assert_same_step(columns, expected)
     assert not dispatch._not_compiled
     assert graphs() - before == 1
@@ -119,7 +122,9 @@ def test_one_graph_for_all_shapes() -> None:
         expected, m = p.detach().clone(), torch.zeros(p.shape)
         p.grad = torch.randn(p.shape)
         Lion([p], lr=0.25, use_triton=False).step()
-        reference_step(StepTensors([expected], [p.grad], [m], [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
+        reference_step(
+            StepTensors([expected], [p.grad], {EXP_AVG: [m]}, [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)]
+        )
         assert_same_bits(p.detach(), expected, shape)
         found[shape] = graphs() - before
     assert not dispatch._not_compiled

@@ -15,6 +15,7 @@ from lion_dist.update import dispatch
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import SegmentTable, StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, assert_same_step
 from tests.marks import needs_interpreter
 from tests.scenarios.mixes import HYPERS, INTERPRETED, MIXES, Mix, both, copy_of, name, reference_step, tensors
@@ -52,7 +53,7 @@ def expected_run(params: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]
     ms = [m if p.dtype == F16 else m.to(p.dtype) for p, m in zip(ps, ms, strict=True)]
 
     def step(grads: list[Tensor | None], hypers: list[HyperParameters]) -> None:
-        reference_step(StepTensors(ps, grads, ms, [0, 0, 1, 1, 2, 2, 2]), hypers)
+        reference_step(StepTensors(ps, grads, {EXP_AVG: ms}, [0, 0, 1, 1, 2, 2, 2]), hypers)
 
     return ps, ms, step
 
@@ -196,14 +197,15 @@ def test_what_is_not_finite(use_triton: bool, mix: Mix) -> None:
     pairs = torch.cartesian_prod(torch.tensor(specials(mix[1])), torch.tensor(specials(mix[2])))
     g, m = (column.repeat(-(-2500 // len(pairs))) for column in pairs.unbind(1))
     p = torch.linspace(-2, 2, len(g))
-    columns = StepTensors(*([x.to(dtype)] * len(HYPERS) for x, dtype in zip((p, g, m), mix, strict=True)), [*range(5)])
+    p, g, m = (x.to(dtype) for x, dtype in zip((p, g, m), mix, strict=True))
+    columns = StepTensors([p] * 5, [g] * 5, {EXP_AVG: [m] * 5}, [*range(len(HYPERS))])
     for scale in (None, 0.37, 0.0, -1e30, math.inf):
         got, expected = copy_of(columns), copy_of(columns)
         grad_scale = None if scale is None else torch.tensor(scale)
         LionUpdate(use_triton).step(got, HYPERS, grad_scale)
         reference_step(expected, HYPERS, grad_scale)
         assert_same_step(got, expected)
-        for p, m, hyper in zip(got.params, got.exp_avgs, HYPERS, strict=True):
+        for p, m, hyper in zip(got.params, got.state[EXP_AVG], HYPERS, strict=True):
             assert not m.isinf().any()
             assert hyper.lr == 0 or torch.equal(p.isnan(), m.isnan())
 
@@ -241,7 +243,9 @@ def test_strides(use_triton: bool, make_p: Callable[[], Tensor], make_g: Callabl
         p.grad, plain_neighbour.grad = make_g(), torch.randn(130)
         grads = [q.grad.clone() for q in params]
         opt.step()
-        reference_step(StepTensors(expected, grads, momenta, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)])
+        reference_step(
+            StepTensors(expected, grads, {EXP_AVG: momenta}, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)]
+        )
     for q, e, m in zip(params, expected, momenta, strict=True):
         assert_same_bits(q.detach(), e)
         assert_same_bits(opt.state[q]["exp_avg"], m)

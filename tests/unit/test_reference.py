@@ -26,6 +26,7 @@ from lion_dist.update.reference import (
     lion_step_,
 )
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_canonical_nan, assert_same_bits
 from tests.marks import needs_interpreter
 from tests.scenarios.mixes import HYPER, scalars_of
@@ -170,7 +171,7 @@ def plain(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor
 
 
 def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(False).step(StepTensors([p], [g], [m], [0]), [hyper], scale)
+    dispatch.LionUpdate(False).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
@@ -180,7 +181,7 @@ def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Ten
 
 
 def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(True).step(StepTensors([p], [g], [m], [0]), [hyper], scale)
+    dispatch.LionUpdate(True).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 Backend = Callable[..., None]

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from lion_dist.memory_order import flat
+from lion_dist.sharding.exchange import FOOTER
 from lion_dist.sharding.layout import ShardLayout
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import CHUNK, LionUpdate
 from lion_dist.update.reference import HyperParameters, pack_signs
 from lion_dist.update.segments import Segment, StepTensors
-from lion_dist.update.signs import FOOTER, SignUpdate
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_canonical_nan, assert_same_bits, bits
+from tests.scenarios.exchanged_signs import ExchangedSigns
 from tests.scenarios.mixes import HYPERS, MIXES, Mix, awkward, both, name, on_triton
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
@@ -53,7 +55,7 @@ class Ranks:
         for r, shard in enumerate(self.shards):
             self.cut(self.whole_exp_avgs, r, shard)
         self.updates = [
-            SignUpdate(LionUpdate(use_triton), layout.shard_numel, r, slices, CPU) for r in range(world_size)
+            ExchangedSigns(LionUpdate(use_triton), layout.shard_numel, r, slices, CPU) for r in range(world_size)
         ]
 
     def draw(self, n: int, dtype: torch.dtype) -> Tensor:
@@ -75,7 +77,7 @@ class Ranks:
             Segment(s.param, s.start, s.shard_offset if self.stage == 2 else s.start, s.shard_offset, s.length)
             for s in self.layout.slices(rank)
         ]
-        return StepTensors(params, mine, [shard] * len(params), self.groups, segments, active)
+        return StepTensors(params, mine, {EXP_AVG: [shard] * len(params)}, self.groups, segments, active)
 
     def step(
         self, hypers: list[HyperParameters], inactive: Sequence[int] = (), scale: float | None = None,
@@ -91,19 +93,21 @@ class Ranks:
         before = [[bits(p) for p in replica] for replica in self.replicas]
         for r, update in enumerate(self.updates):
             others = [q for q in range(self.world_size) if q != r]
-            update.mail[others] = 0xAA
+            update.rows[others] = 0xAA
             update.pack(columns[r], hypers, grad_scale, SALT)
-            assert (update.mail[others] == 0xAA).all(), "pack wrote another rank's row"
-            assert not update.mail[r, -FOOTER + 8 :].any(), "pack wrote behind the checksum"
+            assert (update.rows[others] == 0xAA).all(), "pack wrote another rank's row"
+            assert not update.rows[r, -FOOTER + 8 :].any(), "pack wrote behind the checksum"
         for replica, old in zip(self.replicas, before, strict=True):
             for p, b in zip(replica, old, strict=True):
                 assert torch.equal(bits(p), b), "pack wrote a parameter"
         for a, b in itertools.permutations(range(self.world_size), 2):
-            self.updates[b].mail[a] = self.updates[a].mail[a]
-        sums = {int(c) for update in self.updates for c in update.checksums}
+            self.updates[b].rows[a] = self.updates[a].rows[a]
+        sums = {int(c) for update in self.updates for c in update.numbers}
         assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
-            self.lion.step(StepTensors(self.whole, list(grads), self.whole_exp_avgs, self.groups), hypers, grad_scale)
+            self.lion.step(
+                StepTensors(self.whole, list(grads), {EXP_AVG: self.whole_exp_avgs}, self.groups), hypers, grad_scale
+            )
         for r, update in enumerate(self.updates):
             update.apply(columns[r], torch.tensor(agree))
             if not agree:
@@ -247,7 +251,7 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
             scalars = reference.scalars(table[ranks.groups[s.param]])
             g = grads[s.param][s.start : s.start + s.length]
             sign, _ = reference.momentum_rule(g, momenta[r][at], scalars)
-            got = ranks.updates[1 - r].mail[r, s.shard_offset // 4 :][: -(-s.length // 4)]
+            got = ranks.updates[1 - r].rows[r, s.shard_offset // 4 :][: -(-s.length // 4)]
             assert got.tolist() == pack_signs(sign).tolist()
 
 
@@ -260,10 +264,10 @@ def test_what_is_not_finite_is_sent_as_nan(use_triton: bool) -> None:
     exp_avg = torch.zeros(128, dtype=F16)
     exp_avg[:10] = m
     segments = [Segment(0, 0, 0, 0, 10)]
-    update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
-    columns = StepTensors([torch.ones(10)], [g], [exp_avg], [0], segments)
+    update = ExchangedSigns(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
+    columns = StepTensors([torch.ones(10)], [g], {EXP_AVG: [exp_avg]}, [0], segments)
     update.pack(columns, ONE, None, SALT)
-    packed = [byte >> shift & 3 for byte in update.mail[0, :3].tolist() for shift in (0, 2, 4, 6)]
+    packed = [byte >> shift & 3 for byte in update.rows[0, :3].tolist() for shift in (0, 2, 4, 6)]
     assert packed == [*codes, 0, 0]
     update.apply(columns, torch.tensor(True))
     nan = torch.tensor(codes) == 3
@@ -300,8 +304,8 @@ def test_flags_of_what_is_fused_are_read_by_kernels_alone(use_triton: bool) -> N
     segments = [Segment(i, 0, 384 * i, 384 * i, 300) for i in range(3)]
     active = on_device(torch.tensor([1, 0, 1, 1], dtype=torch.uint8))
     hypers, scale = [ONE[0]._replace(lr=0.25, weight_decay=0.0)], on_device(torch.tensor(1.0))
-    update = SignUpdate(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
-    columns = StepTensors(params, [g] * 3, [exp_avg] * 3, [0] * 3, segments, active)
+    update = ExchangedSigns(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
+    columns = StepTensors(params, [g] * 3, {EXP_AVG: [exp_avg] * 3}, [0] * 3, segments, active)
     update.pack(columns, hypers, scale, SALT)
     update.apply(columns, on_device(torch.tensor(True)))
     assert [p[299].item() for p in params] == [0.75, 1.0, 0.75]
@@ -325,11 +329,11 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
     slices = [(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(0)]
     segments = [Segment(param, start, start, at, length) for param, start, at, length in slices]
     exp_avg = torch.zeros(layout.shard_numel)
-    update = SignUpdate(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
-    columns = StepTensors(params, grads, [exp_avg] * 2, [0, 1], segments)
+    update = ExchangedSigns(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
+    columns = StepTensors(params, grads, {EXP_AVG: [exp_avg] * 2}, [0, 1], segments)
     update.pack(columns, HYPERS, None, SALT)
     update.apply(columns, torch.tensor(True))
-    LionUpdate(use_triton).step(StepTensors(whole, grads, momenta, [0, 1]), HYPERS)
+    LionUpdate(use_triton).step(StepTensors(whole, grads, {EXP_AVG: momenta}, [0, 1]), HYPERS)
     for i, (p, want) in enumerate(zip(params, whole, strict=True)):
         assert_same_bits(flat(p), flat(want), f"parameter {i}")
     assert_same_bits(torch.cat([buffer[:3], buffer[1004:]]), around, "beside a parameter")
@@ -351,9 +355,9 @@ def test_autograd_notices(use_triton: bool) -> None:
     """Kernels write by address; a graph that saved a weight must not use it changed."""
     w = torch.ones(300, requires_grad=True)
     segments = [Segment(0, 0, 0, 0, 300)]
-    update = SignUpdate(LionUpdate(use_triton), 384, 0, [[(0, 0, 0, 300)]], CPU)
+    update = ExchangedSigns(LionUpdate(use_triton), 384, 0, [[(0, 0, 0, 300)]], CPU)
     loss = (w * w).sum()
-    columns = StepTensors([w], [torch.ones(300)], [torch.zeros(384)], [0], segments)
+    columns = StepTensors([w], [torch.ones(300)], {EXP_AVG: [torch.zeros(384)]}, [0], segments)
     with torch.no_grad():
         update.pack(columns, HYPERS, None, SALT)
         update.apply(columns, torch.tensor(True))

@@ -13,7 +13,8 @@ from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HYPER_COLUMNS, HyperParameters
 from lion_dist.update.segments import Segment, StepTensors
-from lion_dist.update.signs import SignUpdate
+from lion_dist.update.state import EXP_AVG
+from tests.scenarios.exchanged_signs import ExchangedSigns
 from tests.scenarios.mixes import both
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
@@ -28,10 +29,12 @@ def of_kernel(
     hypers: list[HyperParameters], salt: int, use_triton: bool = True, grad_scale: Tensor | None = None
 ) -> int:
     """What `pack` writes behind the signs."""
-    update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
-    columns = StepTensors([torch.ones(100)], [torch.ones(100)], [torch.zeros(128)], [0], [Segment(0, 0, 0, 0, 100)])
+    update = ExchangedSigns(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
+    columns = StepTensors(
+        [torch.ones(100)], [torch.ones(100)], {EXP_AVG: [torch.zeros(128)]}, [0], [Segment(0, 0, 0, 0, 100)]
+    )
     update.pack(columns, hypers, grad_scale, salt)
-    return int(update.mail[0, 128 // 4 :][:8].view(torch.int64))
+    return int(update.rows[0, 128 // 4 :][:8].view(torch.int64))
 
 
 def of_definition(hypers: list[HyperParameters], salt: int, grad_scale: Tensor | None = None) -> int:

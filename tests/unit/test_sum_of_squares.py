@@ -14,6 +14,7 @@ from lion_dist.update.reference import (
     sum_of_squares,
 )
 from lion_dist.update.segments import StepTensors
+from lion_dist.update.state import EXP_AVG
 from tests.asserts import bits
 from tests.scenarios.mixes import both
 
@@ -33,8 +34,8 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
     expected = sum(int(g.long().square().sum()) for g in grads if g is not None)
     assert expected > 1 << 26
     params, exp_avgs = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
-    columns = StepTensors(params, [*grads, None], exp_avgs, [0] * len(shapes))
-    columns.params, columns.exp_avgs = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
+    columns = StepTensors(params, [*grads, None], {EXP_AVG: exp_avgs}, [0] * len(shapes))
+    columns.params, columns.state[EXP_AVG] = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
     columns.groups = [0] * 6
     total = LionUpdate(use_triton).sum_of_squares(columns)
     assert total is not None
@@ -45,8 +46,8 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
 
 @both
 def test_sum_of_squares_of_nothing(use_triton: bool) -> None:
-    assert LionUpdate(use_triton).sum_of_squares(StepTensors([], [], [], [])) is None
-    inactive = StepTensors([torch.zeros(5)], [None], [torch.zeros(5)], [0])
+    assert LionUpdate(use_triton).sum_of_squares(StepTensors([], [], {EXP_AVG: []}, [])) is None
+    inactive = StepTensors([torch.zeros(5)], [None], {EXP_AVG: [torch.zeros(5)]}, [0])
     total = LionUpdate(use_triton).sum_of_squares(inactive)
     assert total is None or total.item() == 0
 
@@ -59,7 +60,9 @@ def test_sum_of_squares_of_infinite_gradients(use_triton: bool, dtype: torch.dty
     for special, expected in ((largest, None), (math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
         g = torch.full((2049,), largest, dtype=dtype)
         g[2048] = special
-        total = LionUpdate(use_triton).sum_of_squares(StepTensors([torch.zeros(2049)], [g], [torch.zeros(2049)], [0]))
+        total = LionUpdate(use_triton).sum_of_squares(
+            StepTensors([torch.zeros(2049)], [g], {EXP_AVG: [torch.zeros(2049)]}, [0])
+        )
         assert total is not None
         if expected is None:
             assert total.item() == pytest.approx(2049 * largest**2, rel=1e-12)
