@@ -286,7 +286,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
     assert seen[-1][2] <= seen[1][2] * 2, seen
     life.step()
     for optimizer in life.optimizers:
-        assert len(optimizer._comparison._pending) <= DeferredCheck.LAG
+        assert len(optimizer._deferred._pending) <= DeferredCheck.LAG
 
 
 @needs_gpu

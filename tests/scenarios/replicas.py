@@ -15,12 +15,17 @@ from tests.harness import device_of
 LR = 0.25
 
 
-def step_until_known(optimizer: ShardedLion, device: torch.device) -> None:
-    """A step that is refused raises on the CPU at once. On a GPU one of the next does, the same on every rank, which
-    these still fit together badly in."""
+def step_until_known(optimizer: ShardedLion, device: torch.device, max_norm: float | None = None) -> None:
+    """Makes steps until one is refused: on a CPU the first, on a GPU one of the next, the same on every rank.
+
+    The ranks still disagree in the further steps, so the gradients are clipped for each of them. Those of the first
+    step are clipped already.
+    """
     optimizer.step()
     assert device.type == "cuda", "the step was not refused"
     for _ in range(3):
+        if max_norm is not None:
+            optimizer.clip_grad_norm_(max_norm)
         optimizer.step()
 
 
@@ -63,7 +68,7 @@ class Trained:
         before = [bits(t) for t in unchanged]
         self.gradients()
         with pytest.raises(ValueError, match="made a step that is not that of its first rank") as error:
-            step_until_known(self.optimizer, self.device)
+            step_until_known(self.optimizer, self.device, self.max_norm)
         for t, b in zip(unchanged, before, strict=True):
             assert torch.equal(bits(t), b), "a weight or momentum moved"
         self.optimizer.zero_grad()
