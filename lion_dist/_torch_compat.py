@@ -57,7 +57,7 @@ def in_compiled_autograd() -> bool:
 
 # Calls a function without arguments when the running backward ends, as DDP and FSDP do. Stage 2 completes its rounds
 # of reductions there.
-queue_backward_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+queue_backward_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 
 # Number of the running backward, -1 outside of any. It tells nested and consecutive backwards apart.
 current_graph_task_id: Callable[[], int] = torch._C._current_graph_task_id

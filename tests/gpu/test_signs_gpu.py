@@ -20,16 +20,16 @@ from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
-from tests.bits import assert_same_bits, bits
-from tests.distributed.test_signs import BF16 as ALL_BF16
-from tests.distributed.test_signs import FP32 as ALL_FP32
-from tests.distributed.test_signs import equals
-from tests.distributed.test_signs_agree import Trained, other_lr
-from tests.exchanged_signs import ExchangedSigns
+from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of
+from tests.scenarios.exchanged_signs import ExchangedSigns
+from tests.scenarios.hostile import equals
+from tests.scenarios.mixes import MIXES, name
+from tests.scenarios.replicas import Trained, other_lr
+from tests.scenarios.toy import BF16 as ALL_BF16
+from tests.scenarios.toy import FP32 as ALL_FP32
 
-from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
-from .test_step_gpu import MIXES, SHIFTS, name
+from .common import F32, GPU, SHIFTS, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
 
 SALT = 1 << 62 | 777
 

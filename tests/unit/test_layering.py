@@ -151,3 +151,18 @@ def test_the_wings_meet_only_in_the_sharded_optimizer_and_its_protocols() -> Non
 
     both = {str(path.relative_to(PACKAGE)) for path in FILES if uses(path, "update") and uses(path, "sharding")}
     assert both <= {"sharded_lion.py", "stepper.py", "grad_source.py", "param_sync.py", "intake.py"}
+
+
+TESTS_FOLDER = Path(__file__).parents[1]
+TESTS = sorted(TESTS_FOLDER.rglob("*.py"))
+
+
+def test_no_test_module_imports_another() -> None:
+    """Helpers that several modules need stand in tests/scenarios and tests/asserts.py."""
+    found = {
+        f"{path.relative_to(TESTS_FOLDER)}: {name}"
+        for path in TESTS
+        for name in imports_of(parse(path), f"tests.{path.parent.name}.{path.stem}")
+        if any(part.startswith("test_") for part in name.split(".")) and name.startswith("tests.")
+    }
+    assert not found
