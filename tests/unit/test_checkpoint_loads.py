@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, named, reader
+from lion_dist.checkpoint import Reader, files, optimizer_state
 from tests.bits import assert_same_bits
 from tests.unit.test_checkpoint_storage import rewrite, toy
 
@@ -90,7 +90,7 @@ def test_what_was_verified_is_read_though_it_goes_away(
     path = tmp_path / "step-1"
     checkpoint.save(path, *trained(1.0))
     if few_files:
-        monkeypatch.setattr(reader, "_most_open", lambda: 0)
+        monkeypatch.setattr(files, "max_open_files", lambda: 0)
 
     def go() -> None:
         path.rename(tmp_path / "gone")
@@ -113,8 +113,8 @@ def test_what_was_verified_is_read_though_it_goes_away(
 
 
 def test_without_the_resource_module_few_files_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "resource", None)
-    assert reader._most_open() == 64
+    monkeypatch.setattr(files, "resource", None)
+    assert files.max_open_files() == 64
 
 
 def test_files_are_closed_again(tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch:
     model, optimizer = trained(1.0)
     optimizer.state["large"] = torch.zeros(1 << 20)
     with monkeypatch.context() as patch:
-        patch.setattr(named, "entry_limit", lambda shape: 1 << 30)
+        patch.setattr(optimizer_state, "max_entry_bytes", lambda shape: 1 << 30)
         checkpoint.save(tmp_path / "step-1", model, optimizer)
     model, optimizer = trained(-1.0)
     before = Before(model, optimizer)
