@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
+from ._torch_compat import WRAPPER_PREFIXES
 from .fsdp import is_flat_view
 from .param_groups import Group, names_of
 
 # Parts of a name that wrappers put into it: DDP, torch.compile, FSDP1 and activation checkpointing.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = WRAPPER_PREFIXES | {"module"}
 _ADVICE = "To load by position, delete param_names from the state_dict's groups"
 
 

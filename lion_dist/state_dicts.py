@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from ._torch_compat import value_like_param
 from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, misfit
@@ -265,7 +265,7 @@ def _copy_for(p: Tensor, i: Any, key: Any, value: Any, groups: Sequence[Group]) 
         plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.layout == torch.strided and not t.is_meta
         if plain and is_freed(t):
             raise RuntimeError("a tensor without memory")
-        moved = Optimizer._process_value_according_to_param_policy(p, t, i, groups, key)  # type: ignore[arg-type]
+        moved = value_like_param(p, t, i, groups, key)
         return moved.clone() if moved is t else moved
 
     try:

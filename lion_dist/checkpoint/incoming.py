@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._torch_compat import load_state_dict_post_hooks, load_state_dict_pre_hooks
 from ..fsdp import local
 from ..sharding.box_tensor import BoxTensor
 from .contents import Contents
@@ -73,9 +74,7 @@ class Incoming:
             self.unclaimed |= state.unclaimed
             self._schedulers = match_schedulers(contents.objects, schedulers, state.saved_count, state.matches)
             self._generators = saved_states(contents, ranks)
-            self.hooked = bool(
-                optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
-            )
+            self.hooked = bool(load_state_dict_pre_hooks(optimizer) or load_state_dict_post_hooks(optimizer))
 
     def _check_model(self, contents: Contents, other_names: set[str]) -> set[str]:
         """Compares the model's tensors and extra states with the checkpoint's.

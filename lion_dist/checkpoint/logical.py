@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch_compat_distributed import flat_param_slices
 from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
 
@@ -34,23 +35,7 @@ def flat_slices(model: nn.Module) -> dict[int, FlatSlice]:
     Raises:
         ValueError: the model is wrapped with use_orig_params=False.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-
-    found: dict[int, FlatSlice] = {}
-    for module in FSDP.fsdp_modules(model):
-        handle = module._handle
-        if handle is None:
-            continue
-        flat = handle.flat_param
-        if flat._params is None:
-            raise ValueError(
-                "FSDP with use_orig_params=False has one parameter per wrapped module, whose momentum no other "
-                "strategy could load: wrap the model with use_orig_params=True"
-            )
-        slices = zip(flat._params, flat._shapes, flat._strides, flat._shard_param_infos, strict=True)
-        for p, shape, strides, info in slices:
-            found[id(p)] = FlatSlice(shape, tuple(strides), info.intra_param_start_idx or 0)
-    return found
+    return {id(p): FlatSlice(shape, tuple(strides), start) for p, shape, strides, start in flat_param_slices(model)}
 
 
 class Logical:

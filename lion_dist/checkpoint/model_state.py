@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._torch_compat import EXTRA_STATE, non_persistent_buffers
+from .._torch_compat_distributed import unwrapped_names
 from .keys import MODEL
 from .logical import Logical
-from .names import Names, unwrapped_names
-
-_EXTRA_STATE = "_extra_state"
+from .names import Names
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ModelState:
             id(b)
             for module in model.modules()
             for name, b in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set
+            if name in non_persistent_buffers(module)
         }
         buffers, extra = {}, {}
         for wrapped, b in model.named_buffers():
@@ -51,7 +51,7 @@ class ModelState:
                 buffers[MODEL + name] = _check_dense(MODEL + name, b).detach()
         for wrapped, module in model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
-                (name,) = unwrapped_names(model, f"{wrapped}.{_EXTRA_STATE}" if wrapped else _EXTRA_STATE)
+                (name,) = unwrapped_names(model, f"{wrapped}.{EXTRA_STATE}" if wrapped else EXTRA_STATE)
                 extra[MODEL + name] = module
         return ModelState(params, buffers, extra)
 

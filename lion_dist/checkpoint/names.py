@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import _get_fqns
+
+from .._torch_compat_distributed import unwrapped_names
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,3 @@ class Names:
 
     def __contains__(self, p: Tensor) -> bool:
         return id(p) in self.by_id
-
-
-def unwrapped_names(model: nn.Module, name: str) -> set[str]:
-    """The names in the unwrapped model of what a wrapped model calls ``name``; several for a flat parameter."""
-    return set(_get_fqns(model, name))

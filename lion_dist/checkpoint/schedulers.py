@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from .._torch_compat import LAST_LR
 from .keys import SCHEDULER
 
 Path = tuple[Any, ...]  # the keys and indices that lead to a value within a state
 GroupLists = dict[Path, list[Any]]  # lists with one value for each parameter group, by path
 # Lists that torch's schedulers keep with one value for each parameter group.
 _GROUP_LISTS = frozenset({
-    "base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
+    "base_lrs", LAST_LR, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums",
 })  # fmt: skip
 
 

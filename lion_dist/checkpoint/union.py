@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._torch_compat_distributed import dtensor_offset
 from ..dtypes import dtype_name
 from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
@@ -95,12 +96,9 @@ def _first_part(t: Any) -> tuple[tuple[int, ...], Tensor | None]:
     if isinstance(t, BoxTensor):
         return (t.boxes[0].offsets, t.parts[0]) if t.boxes else ((), None)
     if is_dtensor(t):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         if t.device_mesh.get_coordinate() is None:
             return (), None
-        _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        return tuple(offset), local(t)
+        return dtensor_offset(t), local(t)
     return (0,) * t.dim(), t
 
 

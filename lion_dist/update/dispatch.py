@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import recompile_limit
 from ..memory_order import flat, is_dense, laid_out_like, same_layout
 from ..upload import upload
 from . import reference
@@ -73,7 +74,7 @@ def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> No
     mix = (p.dtype, g.dtype, m.dtype)
     if mix not in _not_compiled:
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            with recompile_limit(RECOMPILE_LIMIT):
                 _compiled(p, g, m, torch.stack(s))
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed

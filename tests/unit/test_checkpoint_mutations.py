@@ -26,7 +26,7 @@ from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint.__main__ import main
 from lion_dist.checkpoint.json_values import from_json
 from lion_dist.dtypes import DTYPES
-from tests.bits import bits
+from tests.asserts import bits
 
 SECONDS = 20.0  # that a load may take, on a loaded machine; it takes some 20 ms
 MIB = 200.0  # that all loads together may have taken at their peak
