@@ -23,6 +23,7 @@ from ..dtypes import DTYPES
 from ..fsdp import new_state
 from ..param_groups import KEYS, Group, allowed_dtypes, check_group, required_dtype, state_columns, warn
 from ..sharded_lion import ShardedLion
+from ..update.state import StateColumn
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
 from .keys import BESIDE, STATE, split_entry
@@ -222,10 +223,13 @@ class IncomingState:
                 if entry not in (optimizer.state.get(p) or {}):
                     missing.setdefault(entry, []).append((p, self._dtype(p, entry, self._keys[name][entry])))
         if isinstance(optimizer, ShardedLion):
-            if missing:
-                undo.callback(optimizer._take_back, optimizer._shards, list(optimizer._frozen))
-                pairs = missing["exp_avg"]
-                optimizer._shard_frozen([p for p, _ in pairs], {id(p): dtype for p, dtype in pairs})
+            columns: dict[int, tuple[StateColumn, ...]] = {}
+            for entry, pairs in missing.items():
+                for p, dtype in pairs:
+                    columns[id(p)] = (*columns.get(id(p), ()), StateColumn(entry, dtype))
+            if columns:
+                undo.callback(optimizer._set_shards, optimizer._shards)
+                optimizer._shard([p for p in self._params.values() if id(p) in columns], columns)
             return
         for entry, pairs in missing.items():
             made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
