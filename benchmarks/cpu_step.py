@@ -134,11 +134,17 @@ def readings(case: str, names: Sequence[str], repeats: int) -> dict[str, Any]:
     return {"first": first, "ms": ms}
 
 
-def measure(case: str, threads: int, names: Sequence[str], repeats: int) -> dict[str, Any]:
-    """`readings` in a new process with so many threads and an empty cache of torch.compile."""
+def measure(case: str, threads: int, names: Sequence[str], repeats: int, cold: bool = True) -> dict[str, Any]:
+    """`readings` in a new process.
+
+    Args:
+        cold: whether the process has an empty cache of torch.compile, instead of the user's.
+    """
     with tempfile.TemporaryDirectory() as cache:
         # DeepSpeed's OpenMP reads the number when it is loaded; torch.compile writes it into what it generates.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if cold:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = cache
         command = [sys.executable, "-m", "benchmarks.cpu_step", "--child", case, str(repeats), ",".join(names)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
