@@ -157,9 +157,15 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        parts = [self.strategy, *(str(v) for v in self.options.values()), self.dtypes, f"{self.world_size} ranks"]
+        options = [f"{key}{value}" if key == "stage" else str(value) for key, value in self.options.items()]
+        parts = [self.strategy, *options, self.dtypes, f"{self.world_size} ranks"]
         parts += ["triton" if self.triton else "plain", self.shapes, self.variant]
-        return "/".join(part for part in parts if part).replace("stage/", "stage")
+        return "/".join(part for part in parts if part)
+
+    @property
+    def plain_name(self) -> str:
+        """Name of the same scenario without Triton."""
+        return self.name.replace("/triton/", "/plain/")
 
     def toy(self, device: torch.device) -> Toy:
         return Toy(self.shapes, DTYPES[self.dtypes][0], device, self.variant == "infinite")
@@ -192,17 +198,18 @@ def scenarios() -> Iterator[Scenario]:
         if world_size == 2:
             yield Scenario("sharded", 2, shapes="large", options=options)
             yield Scenario("sharded", 2, "bf16", triton=True, options=options)
-            yield Scenario("sharded", 2, triton=True, variant="clip", options=options)
-        if world_size == 3:
-            yield Scenario("sharded", 3, "bf16_fp32", triton=True, variant="infinite", options=options)
+            if stage == 2:
+                yield Scenario("sharded", 2, triton=True, variant="clip", options=options)
+        if world_size == 3 and sync == "signs":
+            yield Scenario("sharded", 3, "fp16", triton=True, options=options)
     for world_size in WORLD_SIZES:
         for strategy in ("ddp", "fsdp1", "fsdp2"):
             yield Scenario(strategy, world_size)
             yield Scenario(strategy, world_size, "bf16_fp32", variant="decoupled")
-    yield Scenario("fsdp2", 2, "bf16", triton=True)
     yield Scenario("hsdp", 4)
+    for strategy, triton in product(("fsdp2", "tp"), (False, True)):
+        yield Scenario(strategy, 2, "bf16", triton)
     yield Scenario("tp", 2)
-    yield Scenario("tp", 2, "bf16", triton=True)
     for stage in (1, 2, 3):
         yield Scenario(f"deepspeed_zero{stage}", 2)
         yield Scenario(f"deepspeed_zero{stage}", 2, "bf16")
@@ -537,7 +544,11 @@ def main() -> int:
     if options.write:
         options.write.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
         return 0
-    lines = differences(found, json.loads(EXPECTED.read_text()))
+    expected = json.loads(EXPECTED.read_text())
+    if options.device == "cuda":
+        # The compiled kernels give plain torch's bits in bfloat16 too, where the interpreter truncates.
+        expected |= {s.name: expected[s.plain_name] for s in scenarios() if s.triton}
+    lines = differences(found, expected)
     print("\n".join(lines) if lines else "all digests are those expected")
     return 1 if lines else 0
 
