@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..dtypes import DTYPES
 from ..fsdp import new_state
 from ..param_groups import KEYS, Group, allowed_dtypes, check_group, required_dtype, state_columns, warn
 from ..sharded_lion import ShardedLion
+from ..update.state import StateColumn
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
 from .keys import BESIDE, STATE, split_entry
@@ -215,18 +217,28 @@ class IncomingState:
         return tensors
 
     def _make_columns(self, undo: ExitStack) -> None:
+        """Makes the columns of every parameter that lacks one that the checkpoint holds."""
         optimizer = self._optimizer
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        lacking: dict[str, tuple[StateColumn, ...]] = {}
         for name, p in self._params.items():
-            for entry in self._saved_columns(name, p):
-                if entry not in (optimizer.state.get(p) or {}):
-                    missing.setdefault(entry, []).append((p, self._dtype(p, entry, self._keys[name][entry])))
+            own, saved = optimizer.state.get(p) or {}, self._saved_columns(name, p)
+            if any(entry not in own for entry in saved):
+                keys, columns = self._keys[name], state_columns(p, self._group_of[id(p)])
+                lacking[name] = tuple(
+                    replace(c, dtype=self._dtype(p, c.name, keys[c.name])) if c.name in saved else c for c in columns
+                )
         if isinstance(optimizer, ShardedLion):
-            if missing:
+            if lacking:
                 undo.callback(optimizer._take_back, optimizer._shards, list(optimizer._frozen))
-                pairs = missing["exp_avg"]
-                optimizer._shard_frozen([p for p, _ in pairs], {id(p): dtype for p, dtype in pairs})
+                dtypes = {id(self._params[name]): columns[0].dtype for name, columns in lacking.items()}
+                optimizer._shard_frozen([self._params[name] for name in lacking], dtypes)
             return
+        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        for name, columns in lacking.items():
+            p = self._params[name]
+            for column in columns:
+                if column.name not in (optimizer.state.get(p) or {}):
+                    missing.setdefault(column.name, []).append((p, column.dtype))
         for entry, pairs in missing.items():
             made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
             for (p, _), t in zip(pairs, made, strict=True):
