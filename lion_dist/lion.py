@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_momenta
+from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_state
 from .param_groups import (
     check_params,
     check_steppable,
@@ -246,7 +246,7 @@ class Lion(Optimizer):
                 params.append(p)
                 entries.append(entry)
                 groups.append(i)
-        new = dict(zip(stateless, new_momenta(stateless, dtypes), strict=True))
+        new = dict(zip(stateless, new_state(stateless, dtypes), strict=True))
         entries = [{"exp_avg": new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
         dtensors = any(map(is_dtensor, params))
         return Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
@@ -346,6 +346,6 @@ class Lion(Optimizer):
                 params.append(p)
                 sources.append(m)
                 dtypes.append(dtype)
-        for entry, momentum, m in zip(entries, new_momenta(params, dtypes), sources, strict=True):
+        for entry, momentum, m in zip(entries, new_state(params, dtypes), sources, strict=True):
             local(momentum).copy_(local(m))
             entry["exp_avg"] = KeptAsIs(momentum)
