@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from ._torch_compat import version_of
+
 
 @dataclass(frozen=True)
 class Clipping:
@@ -25,12 +27,12 @@ class Clipping:
 def same_gradients(params: Sequence[Tensor]) -> Callable[[], bool]:
     """Tells, whenever it is called, whether ``p.grad`` of the parameters are what they are now, unchanged."""
     refs = [None if p.grad is None else TensorWeakRef(p.grad) for p in params]
-    versions = [0 if p.grad is None else p.grad._version for p in params]
+    versions = [0 if p.grad is None else version_of(p.grad) for p in params]
 
     def holds() -> bool:
         return all(
             (ref is None and p.grad is None)
-            or (ref is not None and p.grad is not None and ref() is p.grad and p.grad._version == version)
+            or (ref is not None and p.grad is not None and ref() is p.grad and version_of(p.grad) == version)
             for ref, p, version in zip(refs, params, versions, strict=True)
         )
 

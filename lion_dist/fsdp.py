@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._torch_compat import FSDP_FLATTENED, LOCAL_TENSOR, SPEC, is_traceable_wrapper_subclass
+from ._torch_compat_distributed import drop_gathered_flat_param
 from .frozen import takes_part
 from .memory_order import is_dense
 
@@ -36,11 +37,11 @@ def is_dtensor(t: Tensor) -> bool:
 
 def local(t: Any) -> Any:
     """The local tensor of a DTensor; anything else as it is. (`to_local` costs 20 us, for autograd's sake.)"""
-    return getattr(t, "_local_tensor", t)
+    return getattr(t, LOCAL_TENSOR, t)
 
 
 # Through C loops, since they run over every tensor of every step; a model of DTensors alone is the rule.
-_LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
+_LOCAL, _SPEC = attrgetter(LOCAL_TENSOR), attrgetter(SPEC)
 
 
 def locals_of(tensors: Sequence[Any]) -> list[Any]:
@@ -76,7 +77,7 @@ _PLAIN = {Tensor, type(None)}
 def _local_gradient(p: Any, g: Any) -> Any:
     if g is None:
         return None
-    wanted, got = getattr(p, "_spec", None), getattr(g, "_spec", None)
+    wanted, got = getattr(p, SPEC, None), getattr(g, SPEC, None)
     if wanted is got:
         return local(g)
     if wanted is None or got is None:
@@ -141,7 +142,7 @@ def _flat_runs(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Itera
 
 def is_flat_view(p: Tensor) -> bool:
     """Whether FSDP1 manages p: it says so on what it flattens and on what it made of that."""
-    return getattr(p, "_fsdp_flattened", False)
+    return getattr(p, FSDP_FLATTENED, False)
 
 
 def reshard(model: Any) -> None:
@@ -149,18 +150,12 @@ def reshard(model: Any) -> None:
     under FSDP2 they stand where the sharded ones belong, and under FSDP1 the next forward would take them for current
     though the shards had been loaded anew. Nothing is communicated."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.fsdp._runtime_utils import _reshard
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     for module in FullyShardedDataParallel.fsdp_modules(model):
-        handle = module._handle
-        # Before the first forward there is nowhere yet to gather to.
-        if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):
-            continue
-        if handle.uses_sharded_strategy and not handle.needs_unshard():
-            _reshard(module, handle, True)
+        drop_gathered_flat_param(module)
 
 
 def refuse_sharded(params: Sequence[Tensor]) -> None:

@@ -8,9 +8,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ._torch_compat import disable_dynamo
 from .frozen import takes_part
 from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_momenta
 from .param_groups import (
@@ -191,7 +191,7 @@ class Lion(Optimizer):
         self._step()
         return loss
 
-    @_disable_dynamo
+    @disable_dynamo
     def _step(self) -> None:
         hypers = [hyper_parameters(group) for group in self.param_groups]
         kept, members, prepared = self._prepare()

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._torch_compat import is_traceable_wrapper_subclass
 from .frozen import is_plain, takes_part
 from .fsdp import local
 from .memory_order import may_overlap

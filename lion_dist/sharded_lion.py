@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ._torch_compat import load_state_dict_post_hooks
 from .clipping import Clipping, same_gradients
 from .frozen import is_plain, takes_part
 from .fsdp import refuse_sharded
@@ -856,7 +857,7 @@ class ShardedLion(Optimizer):
         self._set_clipping(None)
         self._deferred = DeferredCheck()  # what the last steps did is gone
         with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
-            for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            for hook in list(load_state_dict_post_hooks(self).values()):
                 hook(self)
 
     def _check_can_be_sharded(self, wanted: Collection[int]) -> None:

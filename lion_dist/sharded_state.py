@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ._torch_compat import load_state_dict_post_hooks
 from .param_groups import Group
 from .sharding.box_tensor import BoxTensor
 from .sharding.shard import Shard
@@ -129,7 +130,7 @@ class IncomingState:
         """A pre-hook of torch's load_state_dict, to be the last of them, which leaves torch what is not Lion's. Raises
         ValueError or TypeError for a state that does not fit the groups. Takes the optimizer's post hooks away, because
         torch would run them before the momenta are loaded: see `give_back_post_hooks`."""
-        hooks = optimizer._optimizer_load_state_dict_post_hooks
+        hooks = load_state_dict_post_hooks(optimizer)
         self._post_hooks.update(hooks)
         hooks.clear()
         checked = check_and_wrap_state(given, self._groups, self._defaults, self._state, (BoxTensor,))
@@ -142,7 +143,7 @@ class IncomingState:
 
     def give_back_post_hooks(self, optimizer: Optimizer) -> None:
         """Registers the hooks that `take` took away again, under their old handles and in their old order."""
-        optimizer._optimizer_load_state_dict_post_hooks.update(self._post_hooks)
+        load_state_dict_post_hooks(optimizer).update(self._post_hooks)
 
     def check_cut(self, groups: Sequence[Group], shards: Sequence[Shard], rank: int) -> None:
         """Decides on dtypes, from the groups as loaded. Raises ValueError for BoxTensors of another cut."""

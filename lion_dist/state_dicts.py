@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from ._torch_compat import WRAPPER_PREFIXES, value_like_param
 from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, is_flat_view, misfit
 from .param_groups import (
@@ -41,7 +41,7 @@ OTHERS = frozenset({
 IN_ORDER_OF_NAMES = "params_in_order_of_names"
 
 # Parts of a name that wrappers of a model put into it.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = WRAPPER_PREFIXES | {"module"}
 
 
 def with_named_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], g
         plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.layout == torch.strided and not t.is_meta
         if plain and is_freed(t):
             raise RuntimeError("a tensor without memory")
-        moved = Optimizer._process_value_according_to_param_policy(p, t, i, groups, key)  # type: ignore[arg-type]
+        moved = value_like_param(p, t, i, groups, key)
         return moved.clone() if moved is t else moved
 
     try:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._torch_compat import load_state_dict_post_hooks, load_state_dict_pre_hooks
 from ..fsdp import local, new_momenta
 from ..param_groups import KEYS, check_group, momentum_dtype
 from ..sharded_lion import ShardedLion
@@ -103,9 +104,7 @@ class Incoming:
             self._check_state(optimizer)
             self._schedulers = _schedulers(self._objects, schedulers, optimizer, self._matches)
             self._rng = self._generators()
-            self.hooked = bool(
-                optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
-            )
+            self.hooked = bool(load_state_dict_pre_hooks(optimizer) or load_state_dict_post_hooks(optimizer))
 
     # What is compared ---------------------------------------------------------------------------
 

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.optim import Optimizer
 
+from .._torch_compat import EXTRA_STATE, non_persistent_buffers
+from .._torch_compat_distributed import flat_param_slices, unwrapped_names
 from ..fsdp import is_dtensor, local
 from ..lion import Lion
 from ..sharded_lion import ShardedLion
@@ -37,7 +38,6 @@ from .plain import to_plain
 
 MODEL, STATE, BESIDE, GROUPS = "model.", "optim.state.", "optim.beside.", "optim.param_groups."
 EXP_AVG = "exp_avg"
-_EXTRA_STATE = "_extra_state"
 MAX_ENTRIES = 16  # of a parameter in optimizer.state; it bounds what a load may allocate, as does `entry_limit`
 MAX_BESIDE = 256  # entries of optimizer.state whose keys are no parameters
 OF_THE_GROUP = ("params", "param_names")  # keys that say which parameters, not how they are stepped
@@ -54,7 +54,7 @@ class Names:
     def read(model: nn.Module) -> Names:
         all_names: dict[int, list[str]] = {}
         for wrapped, p in model.named_parameters(remove_duplicate=False):
-            all_names.setdefault(id(p), []).extend(_get_fqns(model, wrapped))
+            all_names.setdefault(id(p), []).extend(unwrapped_names(model, wrapped))
         of = {p: min(names) for p, names in all_names.items()}
         aliases = {name: of[p] for p, names in all_names.items() for name in names if name != of[p]}
         return Names(of, aliases)
@@ -71,23 +71,7 @@ class FlatSlice(NamedTuple):
 
 def flat_slices(model: nn.Module) -> dict[int, FlatSlice]:
     """Of every parameter that FSDP1 has flattened, by its ``id``."""
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-
-    found: dict[int, FlatSlice] = {}
-    for module in FSDP.fsdp_modules(model):
-        handle = module._handle
-        if handle is None:
-            continue
-        flat = handle.flat_param
-        if flat._params is None:
-            raise ValueError(
-                "FSDP with use_orig_params=False has one parameter a wrapped module, whose momentum no other strategy "
-                "could load: wrap the model with use_orig_params=True"
-            )
-        slices = zip(flat._params, flat._shapes, flat._strides, flat._shard_param_infos, strict=True)
-        for p, shape, strides, place in slices:
-            found[id(p)] = FlatSlice(shape, tuple(strides), place.intra_param_start_idx or 0)
-    return found
+    return {id(p): FlatSlice(shape, tuple(strides), start) for p, shape, strides, start in flat_param_slices(model)}
 
 
 class Logical:
@@ -155,16 +139,16 @@ class ModelState:
             id(b)
             for module in model.modules()
             for name, b in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set
+            if name in non_persistent_buffers(module)
         }
         buffers, extra = {}, {}
         for wrapped, b in model.named_buffers():
             if id(b) not in fleeting:
-                (name,) = _get_fqns(model, wrapped)
+                (name,) = unwrapped_names(model, wrapped)
                 buffers[MODEL + name] = _plain(MODEL + name, b).detach()
         for wrapped, module in model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
-                (name,) = _get_fqns(model, f"{wrapped}.{_EXTRA_STATE}" if wrapped else _EXTRA_STATE)
+                (name,) = unwrapped_names(model, f"{wrapped}.{EXTRA_STATE}" if wrapped else EXTRA_STATE)
                 extra[MODEL + name] = module
         return ModelState(params, buffers, extra)
 

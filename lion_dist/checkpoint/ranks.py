@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.distributed_c10d import default_pg_timeout
 
+from .._torch_compat_distributed import is_known_group, rank_steps
 from ..sharded_lion import ShardedLion
 from ..sharding.collectives import Agreement, group_timeout
 
@@ -26,7 +26,7 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.steps = _DistWrapper(group, group is not None, 0)
+        self.steps = rank_steps(group)
         self.rank, self.size = self.steps.get_rank(), self.steps.get_world_size()
 
     @staticmethod
@@ -54,7 +54,7 @@ class Ranks:
 
         def lacks() -> bool:
             known = _gloo_groups.get(key)
-            if known is not None and known in dist.distributed_c10d._world.pg_map:
+            if known is not None and is_known_group(known):
                 return False
             # What can fail on one rank alone fails here, before others wait for it in new_group().
             dist.ProcessGroupGloo.create_default_device()

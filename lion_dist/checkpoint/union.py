@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._torch_compat import LAST_LR
+from .._torch_compat_distributed import dtensor_offset
 from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
 from .named import difference
@@ -27,7 +29,7 @@ from .plain import dtype_name
 
 Place = tuple[Any, ...]  # in a state: the keys and indices that lead there
 # What torch's schedulers keep as a list with a value for each parameter group.
-_BY_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
+_BY_GROUP = frozenset({"base_lrs", LAST_LR, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 _SAMPLE = 64  # elements
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size, since not all dtypes are indexed
 
@@ -94,12 +96,9 @@ def _first_part(t: Any) -> tuple[tuple[int, ...], Tensor | None]:
     if isinstance(t, BoxTensor):
         return (t.boxes[0].offsets, t.parts[0]) if t.boxes else ((), None)
     if is_dtensor(t):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         if t.device_mesh.get_coordinate() is None:
             return (), None
-        _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        return tuple(offset), local(t)
+        return dtensor_offset(t), local(t)
     return (0,) * t.dim(), t
 
 

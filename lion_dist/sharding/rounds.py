@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_add_, foreach_copy_, foreach_zero_
 from .buckets import complete_order, make_buckets
 from .collectives import Membership, Reduction, reduce_scatter_mean
 from .shard import Shard
@@ -50,7 +51,7 @@ class _UnderWay:
     def wait(self) -> None:
         self.reduction.wait()
         if self.sums:
-            torch._foreach_add_(self.sums, self.addends)
+            foreach_add_(self.sums, self.addends)
 
 
 class Rounds:
@@ -203,9 +204,9 @@ class Rounds:
                     tails.append(grad[place.head :])
                     packed.append(place.tail)
         if unused:
-            torch._foreach_zero_(unused)
+            foreach_zero_(unused)
         if tails:
-            torch._foreach_copy_(packed, tails)
+            foreach_copy_(packed, tails)
         for shard in self._packs_of[number]:
             inputs.append(self._packs[shard])
             outputs.append(self.grads[shard][self._shards[shard].layout.pack_shard_offset :])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_copy_
 from ..frozen import takes_part
 from ..memory_order import flat, is_dense, laid_out_like
 from .box_tensor import BoxTensor
@@ -115,13 +116,13 @@ class Shard:
         """
         # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
         if self._tails:
-            torch._foreach_copy_(self._packed_tails, self._tails)
+            foreach_copy_(self._packed_tails, self._tails)
         return start_all_gather(self._buffers, group) if self._buffers else None
 
     def finish_gather(self) -> None:
         """Puts the tails in their place. All of it is unseen by autograd."""
         if self._tails:
-            torch._foreach_copy_(self._tails, self._packed_tails)
+            foreach_copy_(self._tails, self._packed_tails)
 
     def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
         """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.

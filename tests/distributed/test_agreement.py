@@ -14,7 +14,7 @@ from torch import nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.collectives import Agreement
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks, spawn_only
 
 

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import ShardedLion
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
 
 NOT_AVERAGED = r"gradients must be averaged.*on ranks \[1\] .*DistributedDataParallel.*stage=2"

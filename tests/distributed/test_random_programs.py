@@ -21,7 +21,7 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.memory_order import flat, laid_out_like
 from lion_dist.sharding import shard
 from lion_dist.update import reference
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.distributed.programs import Group, Param, Program, write_program
 from tests.harness import device_of, run_ranks
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits, bits
-from tests.distributed.test_sharded_lion import FP32, MIXED, assert_same_model, assert_same_momentum
-from tests.distributed.test_signs_agree import LR, Trained
-from tests.distributed.toy import SHAPES, Toy
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, bits
 from tests.harness import device_of, run_ranks
+from tests.scenarios.replicas import LR, Trained
+from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits, bits
+from tests.asserts import assert_loaded, assert_same_bits, bits
 from tests.harness import device_of, run_ranks
-from tests.mutations import assert_loaded, mutated
+from tests.mutations import mutated
 
 SHAPES = {"a.weight": (20, 30), "a.bias": (30,), "b.weight": (20, 30), "b.bias": (30,), "scale": ()}
 

@@ -14,19 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
-from tests.distributed.test_sharded_lion import (
-    FP32,
-    MIXED,
-    assert_same_model,
-    assert_same_momentum,
-    expect,
-    train,
-    warm_up,
-    wrapped,
-)
-from tests.distributed.toy import SHAPES, Toy
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks, spawn_only
+from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
 
 EXACT = 4  # ranks whose average the gradients are in every run here, whatever the world size
 

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.layout import ShardLayout
-from lion_dist.sharding.replicas import Comparison, checksum
+from lion_dist.sharding.replicas import DeferredCheck, checksum
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
-from tests.bits import assert_same_bits, bits
-from tests.distributed.test_signs import BF16 as ALL_BF16
-from tests.distributed.test_signs import FP32 as ALL_FP32
-from tests.distributed.test_signs import equals
-from tests.distributed.test_signs_agree import Trained, other_lr
-from tests.exchanged_signs import ExchangedSigns
+from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of
+from tests.scenarios.exchanged_signs import ExchangedSigns
+from tests.scenarios.hostile import equals
+from tests.scenarios.mixes import MIXES, name
+from tests.scenarios.replicas import Trained, other_lr
+from tests.scenarios.toy import BF16 as ALL_BF16
+from tests.scenarios.toy import FP32 as ALL_FP32
 
-from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
-from .test_step_gpu import MIXES, SHIFTS, name
+from .common import F32, GPU, SHIFTS, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
 
 SALT = 1 << 62 | 777
 
@@ -151,7 +151,7 @@ def test_of_no_elements_at_all() -> None:
 
 def calls_until_told(slow: bool) -> int:
     """Steps that are begun until one of them raises for the first."""
-    comparison = Comparison()
+    comparison = DeferredCheck()
     numbers = torch.tensor([[1, 0], [1, 0], [2, 0]], device=GPU)[:, 0]
     for call in range(10):
         try:
@@ -286,7 +286,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
     assert seen[-1][2] <= seen[1][2] * 2, seen
     life.step()
     for optimizer in life.optimizers:
-        assert len(optimizer._comparison._pending) <= Comparison.LAG
+        assert len(optimizer._deferred._pending) <= DeferredCheck.LAG
 
 
 @needs_gpu

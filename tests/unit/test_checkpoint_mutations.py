@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint.__main__ import main
 from lion_dist.checkpoint.plain import DTYPES, from_plain
-from tests.bits import bits
+from tests.asserts import bits
 
 SECONDS = 20.0  # that a load may take, on a loaded machine; it takes some 20 ms
 MIB = 200.0  # that all loads together may have taken at their peak

@@ -150,3 +150,18 @@ def test_the_wings_meet_only_in_the_optimizers() -> None:
         if all(any(within(n, f"lion_dist.{wing}") for n in imports(path)) for wing in ("update", "sharding"))
     }
     assert both <= {"lion.py", "sharded_lion.py"}
+
+
+TESTS_FOLDER = Path(__file__).parents[1]
+TESTS = sorted(TESTS_FOLDER.rglob("*.py"))
+
+
+def test_no_test_module_imports_another() -> None:
+    """Helpers that several modules need stand in tests/scenarios and tests/asserts.py."""
+    found = {
+        f"{path.relative_to(TESTS_FOLDER)}: {name}"
+        for path in TESTS
+        for name in imports_of(parse(path), f"tests.{path.parent.name}.{path.stem}")
+        if any(part.startswith("test_") for part in name.split(".")) and name.startswith("tests.")
+    }
+    assert not found

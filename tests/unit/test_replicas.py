@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lion_dist.sharding import replicas
 from lion_dist.sharding.replicas import DeferredCheck, checksum
-from tests.bits import bits
+from tests.asserts import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHUNK = 8
