@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_momenta
+from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of
+from .fsdp import new_momenta as new_state
 from .param_groups import (
     check_params,
     check_steppable,
@@ -287,7 +288,7 @@ class Lion(Optimizer):
         new: dict[Tensor, dict[str, Tensor]] = {}
         for name, wanted in missing.items():
             stateless, dtypes = [p for p, _ in wanted], [dtype for _, dtype in wanted]
-            for p, made in zip(stateless, new_momenta(stateless, dtypes), strict=True):
+            for p, made in zip(stateless, new_state(stateless, dtypes), strict=True):
                 new.setdefault(p, {})[name] = made
         entries = [{**entry, **new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
         entry_ids = [id(entry) for entry in self.state.values()]
@@ -318,17 +319,19 @@ class Lion(Optimizer):
         from one that has come through torch's own doors, where names may be in the order of another optimizer. Without
         it parameters under FSDP1 are matched by position.
         """
-        for group, p in ((group, p) for group in self.param_groups for p in group["params"]):
-            entry = self.state.get(p) or {}
-            lacking = any(column.name not in entry for column in state_columns(p, group))
-            without = bool(entry) and lacking and takes_part(p)
-            if without or (not entry and (is_flat_view(p) or is_dtensor(p))):
-                self.init_state()
-                break
+        if any(self._shows_state(p, group) for group in self.param_groups for p in group["params"]):
+            self.init_state()
         state_dict = with_named_dtypes(super().state_dict())
         if any(is_flat_view(p) for group in self.param_groups for p in group["params"]):
             state_dict[IN_ORDER_OF_NAMES] = True
         return state_dict
+
+    def _shows_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a state_dict needs state of p that is still missing."""
+        entry = self.state.get(p)
+        if not entry:
+            return is_flat_view(p) or is_dtensor(p)
+        return takes_part(p) and any(column.name not in entry for column in state_columns(p, group))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,7 +380,7 @@ class Lion(Optimizer):
                         continue
                     if given is not None:
                         t = given.value
-                        dtype = required_dtype(column, group) or t.dtype
+                        dtype = (group["momentum_dtype"] if column.name == "exp_avg" else column.dtype) or t.dtype
                         own = self.state.get(p, {}).get(column.name)
                         if t is own and t.dtype == dtype and local(t).device == local(p).device:
                             continue  # loaded in place, as lion_dist.checkpoint does

@@ -54,8 +54,9 @@ from .sharding.replicas import DeferredCheck, broadcast, comparable, differing, 
 from .sharding.shard import Shard, check_shardable, make_shards
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .uncompiled import uncompiled
-from .update.dispatch import LionUpdate
-from .update.reference import PER_BYTE, HyperParameters, checksum, clip_coefficient
+from .update.backends import check_use_triton
+from .update.lion_update import LionUpdate
+from .update.reference import PER_BYTE, HyperParameters, clip_coefficient, hyper_checksum
 from .update.segments import Segment, StepTensors, check_no_shared_memory
 from .update.signs import SignUpdate
 from .update.state import EXP_AVG
@@ -173,7 +174,7 @@ class ShardedLion(Optimizer):
             if param_sync not in ("auto", "params", "signs"):
                 raise ValueError(f'param_sync must be "auto", "params" or "signs", got {param_sync!r}')
             defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
-            LionUpdate(use_triton)  # raises where it cannot be had
+            check_use_triton(use_triton)
             super().__init__(params, defaults)
             world_size = dist.get_world_size(self._group)
             agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
@@ -323,7 +324,7 @@ class ShardedLion(Optimizer):
                 layout.shard_numel // PER_BYTE, self._rank, layout.world_size, shard.exp_avg.device
             )
             everywhere = [
-                Segment(s.param, s.start, 0, exchange.position(r, s.shard_offset // PER_BYTE), s.length)
+                Segment(s.param, s.start, 0, PER_BYTE * exchange.position(r, s.shard_offset // PER_BYTE), s.length)
                 for r in range(layout.world_size)
                 for s in layout.slices(r)
             ]
@@ -521,17 +522,12 @@ class ShardedLion(Optimizer):
         scale = None if self._clipping is None else self._clipping.scale
         salt = 1 << 62 | zlib.crc32(b"".join(part.present[0] for part in self._parts))
         message = mismatch(hypers, self._clipping)
-        try:
-            for part, own in zip(self._parts, columns, strict=True):
-                part.update.prepare(own)  # raises for bad gradients before anything is changed
-            if self._clipping is None:  # else clip_grad_norm_() has looked
-                self._check_averaged(columns)
-            if not self._signs:
-                hypers = self._agreed(hypers, scale, salt, message)
-        except Exception:
-            for part in self._parts:
-                part.update.forget_gradients()
-            raise
+        # Raises for bad gradients before anything is changed.
+        prepared = [part.update.prepare(own) for part, own in zip(self._parts, columns, strict=True)]
+        if self._clipping is None:  # else clip_grad_norm_() has looked
+            self._check_averaged(columns)
+        if not self._signs:
+            hypers = self._agreed(hypers, scale, salt, message)
         under_way = []
         for number in reversed(range(len(self._parts))):
             part, own = self._parts[number], columns[number]
@@ -539,9 +535,9 @@ class ShardedLion(Optimizer):
                 self._reducer.finish(number)
                 own.active = self._reducer.active(number)
             if part.signs is None or part.exchange is None:
-                part.update.step(own, hypers, scale)
+                part.update.step(prepared[number], hypers, scale)
             else:
-                part.signs.pack(own, hypers, scale, salt, part.exchange.own, part.exchange.own_number)
+                part.signs.pack(prepared[number], hypers, scale, salt, part.exchange.own, part.exchange.own_number)
             with self._membership.collective():
                 if part.exchange is None:
                     gather = part.shard.start_gather(self._group)
@@ -579,7 +575,7 @@ class ShardedLion(Optimizer):
         part = self._parts[0]
         table = part.update.hyper_table(hypers, part.shard.exp_avg.device)
         with self._membership.collective() as group:
-            numbers = gathered(checksum(table, salt, scale), group)
+            numbers = gathered(hyper_checksum(table, salt, scale), group)
         agree = self._deferred.compare(numbers, message)
         if self._deferred.under_way:
             return [h._replace(lr=_lr_if(agree, h.lr)) for h in hypers]
@@ -672,7 +668,9 @@ class ShardedLion(Optimizer):
             self._reducer.finish()
             for number, own in enumerate(columns):
                 own.active = self._reducer.active(number)
-        sums = [part.update.sum_of_squares(own) for part, own in zip(self._parts, columns, strict=True)]
+        sums = [
+            part.update.sum_of_squares(part.update.prepare(own)) for part, own in zip(self._parts, columns, strict=True)
+        ]
         if before is None:
             self._check_averaged(columns)
         present = [total for total in sums if total is not None]

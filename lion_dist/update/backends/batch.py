@@ -12,7 +12,6 @@ from torch import Tensor
 from ..hypers import StepHypers
 from ..segments import StepTensors
 
-
 SIGNS = "signs"  # name of packed signs as the state of the segments that `Batch.apply_signs` updates
 
 
@@ -60,9 +59,7 @@ class Batch(Protocol):
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         """Writes the new parameters and momenta of all segments with a gradient."""
 
-    def pack_signs(
-        self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int
-    ) -> None:
+    def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         """Writes the new momenta and their packed signs, and the checksum of the step (see `SignUpdate.pack`)."""
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:

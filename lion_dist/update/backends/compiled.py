@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import reference
 from ..reference import Scalars
 
-
 # The scalars are one tensor, not seven: fewer guards to check in a call, and fewer addresses to keep in registers.
 
 
@@ -62,8 +61,8 @@ class Compiled:
                 Compiled.warned = True
                 reason = (str(error).strip().splitlines() or [""])[0]
                 warnings.warn(
-                    "lion_dist: torch.compile failed, so steps on the CPU run as plain torch, two to four times slower. "
-                    f"Usually a C++ compiler such as g++ is missing. {type(error).__name__}: {reason}",
+                    "lion_dist: torch.compile failed, so steps on the CPU run as plain torch, two to three times "
+                    f"slower. Usually a C++ compiler such as g++ is missing. {type(error).__name__}: {reason}",
                     stacklevel=2,
                 )
             return False

@@ -72,8 +72,8 @@ class CpuBatch(PlainBatch):
     def step_run(self, p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
         if self._compiled(p) and compiled.step_(p, g, m, scalars=s):
             return
-        for chunk in _chunks(p, g, m):
-            step_chunk_(*chunk, s)
+        for p_chunk, g_chunk, m_chunk in _chunks(p, g, m):
+            step_chunk_(p_chunk, g_chunk, m_chunk, s)
 
     def pack_run(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
         if self._compiled(g):
@@ -81,14 +81,14 @@ class CpuBatch(PlainBatch):
             head = whole * PER_BYTE
             if compiled.sign_step_(flat(g, 0, head), flat(m, 0, head), flat(packed, 0, whole), scalars=s):
                 g, m, packed = g[head:], m[head:], packed[whole:]
-        for g, m, packed in _chunks(g, m, packed):
-            pack_chunk_(g, m, packed, s)
+        for g_chunk, m_chunk, packed_chunk in _chunks(g, m, packed):
+            pack_chunk_(g_chunk, m_chunk, packed_chunk, s)
 
     def apply_run(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
         if self._compiled(p) and compiled.apply_signs_(p, packed, scalars=s):
             return
-        for p, packed in _chunks(p, packed):
-            apply_chunk_(p, packed, s)
+        for p_chunk, packed_chunk in _chunks(p, packed):
+            apply_chunk_(p_chunk, packed_chunk, s)
 
 
 def _fillings(runs: Sequence[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:

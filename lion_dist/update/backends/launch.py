@@ -1,5 +1,5 @@
-"""Launches compiled Triton kernels, without the Python that Triton runs in each launch to find the compiled kernel: 45 us
-on a slow host, of the 60 that a launch takes."""
+"""Launches compiled Triton kernels without the Python that Triton runs in each launch to find the compiled kernel. That
+takes 45 us on a slow host, of the 60 that a launch takes."""
 
 from __future__ import annotations
 

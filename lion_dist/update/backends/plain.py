@@ -60,9 +60,7 @@ class PlainBatch:
     def step_run(self, p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
         reference.lion_step_(p, g, m, s)
 
-    def pack_signs(
-        self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int
-    ) -> None:
+    def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device = signs.device
         checksum.copy_(reference.hyper_checksum(hypers.table(device), salt, hypers.grad_scale(device)))
         for i, g in self.with_gradient(prepared):

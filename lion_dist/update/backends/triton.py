@@ -37,9 +37,7 @@ class TritonBatch:
             self._table, self._mix, hypers.table(device), hypers.grad_scale(device), prepared.tensors.active
         )
 
-    def pack_signs(
-        self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int
-    ) -> None:
+    def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device, tensors = self._table.device, prepared.tensors
         triton_signs.pack_signs(
             self._table, self._mix.grad, hypers.table(device), hypers.grad_scale(device), tensors.active,

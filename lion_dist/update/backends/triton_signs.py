@@ -2,7 +2,7 @@
 reference.py, bit for bit.
 
 The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch the
-parameter. Every rank that holds the parameter, the owner's included, applies the signs to it. Both halves walk a segment
+parameter. Every rank that holds the parameter, the owner included, applies the signs to it. Both halves read a segment
 table, as triton_step.py does. In the table of the second half the state column is the packed signs: bytes, PER_BYTE
 elements each.
 
@@ -137,7 +137,8 @@ def _lion_apply_kernel(
 def _apply_block(p_pointer, w_pointer, lanes, mask, w_mask, lr64, hyper, P: tl.constexpr):
     packed = tl.load(w_pointer, mask=w_mask).to(tl.int32)[:, None]
     p = tl.load(p_pointer, mask=mask)
-    # lr * sign: one product for each sign, not for each element. Memory leaves time for a dozen instructions an element.
+    # lr * sign: one product for each sign, not for each element. A dozen instructions an element are all that the
+    # memory leaves time for.
     lr = lr64.to(tl.float32)
     low, high = (packed & (1 << 2 * lanes[None, :])) != 0, (packed & (2 << 2 * lanes[None, :])) != 0
     change = tl.where(low, tl.where(high, float("nan"), lr), tl.where(high, -lr, lr * 0.0))

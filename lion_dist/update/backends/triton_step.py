@@ -67,7 +67,7 @@ def _find_block(rows, tile_segments, tile, block, active, ROW: tl.constexpr, BLO
 
 @triton.jit
 def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
-    """Rounds float32 x to DTYPE and stores it; where ``is_number`` does not hold, it stores NaN in the canonical form of
+    """Rounds float32 x to DTYPE and stores it. Where ``is_number`` does not hold, it stores NaN in its canonical form,
     reference.NAN_BITS."""
     if tl.float32 == DTYPE:
         bits = tl.where(is_number, x.to(tl.int32, bitcast=True), _NAN_FLOAT32)
@@ -80,8 +80,8 @@ def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def _momentum(g, m, hyper, grad_scale, M: tl.constexpr):
-    """reference.blend: c and the new momentum, both float32. Where one of them is not finite, the momentum after rounding
-    to M, c is NaN or infinite, and NaN must be stored for both parameter and momentum."""
+    """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
@@ -122,8 +122,8 @@ def _step_block(
     c, m = _momentum(g, m, hyper, grad_scale, M)
     lr64 = tl.load(hyper + _LR)
     lr = lr64.to(tl.float32)
-    # [Note: Not finite] x - x is +0 where x is finite, else NaN, which sums pass on. A condition would have to be kept for
-    # each element until it is stored, and predicate registers are few: that took 9 % of the time in 16 bits.
+    # [Note: Not finite] x - x is +0 where x is finite, else NaN, which sums pass on. A condition would have to be kept
+    # for each element until it is stored, and predicate registers are few: that took 9 % of the time in 16 bits.
     zero = c - c
     # lr * sign: one product for each sign, not for each element.
     change = tl.where(c > 0, lr, tl.where(c < 0, -lr, lr * 0.0)) + zero
