@@ -12,8 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of
-from .fsdp import new_momenta as new_state
+from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_state
 from .param_groups import (
     check_params,
     check_steppable,
@@ -22,6 +21,7 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     normalize_group,
+    required_dtype,
     state_columns,
     warn_of_unknown_keys,
 )
@@ -49,7 +49,7 @@ class Members:
         params: the parameters that are stepped.
         entries: their entries of the state.
         groups: the numbers of their groups.
-        columns: names of the state columns, which all entries have.
+        columns: the state columns, which all entries have: number of elements that share one of the state, by name.
         idle: frozen parameters, which are not stepped.
         dtensors: whether any of ``params`` is a DTensor.
         entry_ids: ids of all entries of the state.
@@ -59,7 +59,7 @@ class Members:
     params: list[Tensor]
     entries: list[dict[str, Any]]
     groups: list[int]
-    columns: list[str]
+    columns: dict[str, int]
     idle: list[Tensor]
     dtensors: bool
     entry_ids: list[int]
@@ -73,7 +73,7 @@ class Members:
             grads = local_gradients(params, grads)
             params = locals_of(params)
             state = {name: locals_of(of_entry) for name, of_entry in state.items()}
-        return StepTensors(params, grads, state, self.groups)
+        return StepTensors(params, grads, state, self.groups, blocks=self.columns)
 
 
 @dataclass
@@ -268,7 +268,7 @@ class Lion(Optimizer):
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []
         entries, groups, idle = [], [], []
-        names: list[str] = []
+        blocks: dict[str, int] = {}
         missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -281,7 +281,7 @@ class Lion(Optimizer):
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
                 for column in lacking:
                     missing.setdefault(column.name, []).append((p, column.dtype))
-                names = [column.name for column in columns]
+                blocks = {column.name: column.block for column in columns}
                 params.append(p)
                 entries.append(entry)
                 groups.append(i)
@@ -292,7 +292,7 @@ class Lion(Optimizer):
                 new.setdefault(p, {})[name] = made
         entries = [{**entry, **new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
         entry_ids = [id(entry) for entry in self.state.values()]
-        return Members(ids, params, entries, groups, names, idle, any(map(is_dtensor, params)), entry_ids), new
+        return Members(ids, params, entries, groups, blocks, idle, any(map(is_dtensor, params)), entry_ids), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}
@@ -380,7 +380,7 @@ class Lion(Optimizer):
                         continue
                     if given is not None:
                         t = given.value
-                        dtype = (group["momentum_dtype"] if column.name == "exp_avg" else column.dtype) or t.dtype
+                        dtype = required_dtype(column, group) or t.dtype
                         own = self.state.get(p, {}).get(column.name)
                         if t is own and t.dtype == dtype and local(t).device == local(p).device:
                             continue  # loaded in place, as lion_dist.checkpoint does

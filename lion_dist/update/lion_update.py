@@ -22,6 +22,8 @@ from .prepare import Preparer
 from .reference import HyperParameters, hyper_checksum
 from .segments import StepTensors
 
+__all__ = ["LionUpdate", "Prepared", "check_use_triton"]
+
 
 class LionUpdate:
     """Applies the rule to the tensors of each step.

@@ -90,7 +90,7 @@ def body_frozen(rank: int, world_size: int, folder: Path) -> None:
             model, optimizer, group = build(kind, frozen=False, seed=1)
             step(model, optimizer)
             with pytest.warns(
-                UserWarning, match=r"2 parameters .* were frozen .* \(0\.weight, 0\.bias\).*start at zero"
+                UserWarning, match=r"2 parameters .* were frozen .* \(0\.weight, 0\.bias\).*starts at zero"
             ):
                 checkpoint.load(folder / f"frozen-{source.__name__}", model, optimizer, process_group=group)
             optimizer.init_state()

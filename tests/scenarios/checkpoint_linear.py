@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint.folders import Unfinished
+from lion_dist.checkpoint.unfinished import Unfinished
 from tests.asserts import assert_same_bits
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import named
+from lion_dist.checkpoint import optimizer_state
 from tests.asserts import assert_same_bits
 from tests.scenarios.checkpoint_linear import Before, trained
 from tests.scenarios.tampering import rewrite
@@ -69,7 +69,7 @@ def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch:
     model, optimizer = trained(1.0)
     optimizer.state["large"] = torch.zeros(1 << 20)
     with monkeypatch.context() as patch:
-        patch.setattr(named, "entry_limit", lambda shape: 1 << 30)
+        patch.setattr(optimizer_state, "max_entry_bytes", lambda shape: 1 << 30)
         checkpoint.save(tmp_path / "step-1", model, optimizer)
     model, optimizer = trained(-1.0)
     before = Before(model, optimizer)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lion_dist import checkpoint
-from lion_dist.checkpoint import folders, writer
-from lion_dist.checkpoint.folders import Unfinished
+from lion_dist.checkpoint import locks, unfinished, writer
+from lion_dist.checkpoint.unfinished import Unfinished
 from tests.harness import processes, spawn_only
 from tests.scenarios.checkpoint_linear import assert_holds, filled, leave_unfinished, names_in
 
@@ -51,7 +51,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
 
     def take(folder: Path) -> None:
         taken.append(folder)
-        folders._remove_dead(folder)
+        unfinished.remove_if_dead(folder)
         assert not folder.exists()
 
     def sweep_after_mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ def test_of_two_saves_to_one_path_one_raises(tmp_path: Path, monkeypatch: pytest
 
         return commit
 
-    for where, moment in ((writer, "write_block"), (folders, "sync_folder"), (folders, "_rename")):
+    for where, moment in ((writer, "write_block"), (unfinished, "sync_folder"), (unfinished, "_rename")):
         path = tmp_path / moment / "step-1"
         path.parent.mkdir()
         original = getattr(where, moment)
@@ -131,16 +131,16 @@ def test_a_victim_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (writer.Writer, "_write", before, lose),
         (writer, "write_block", before, lose),
         (Unfinished, "write_manifest", after, lose),
-        (folders, "write_durably", after, lose),
-        (folders, "_rename", before, lose),
-        (folders, "_rename", after, lambda: shutil.rmtree(tmp_path / "step-1")),
-        (folders, "_rename", after, lambda: (tmp_path / "step-1" / "data-00000.bin").unlink()),
-        (folders, "_rename", after, swap),
+        (writer, "write_durably", after, lose),
+        (unfinished, "_rename", before, lose),
+        (unfinished, "_rename", after, lambda: shutil.rmtree(tmp_path / "step-1")),
+        (unfinished, "_rename", after, lambda: (tmp_path / "step-1" / "data-00000.bin").unlink()),
+        (unfinished, "_rename", after, swap),
     ]
     for where, function, when, act in moments:
         original = getattr(where, function)
         monkeypatch.setattr(where, function, when(original, once(act)))
-        message = "has been replaced" if act is swap else "is not there, though it is being saved: another process"
+        message = "has replaced" if act is swap else "is not there, though it is being saved: another process"
         with pytest.raises(OSError, match=message):
             checkpoint.save(tmp_path / "step-1", *filled(2.0))
         monkeypatch.setattr(where, function, original)
@@ -152,10 +152,10 @@ def test_where_there_are_no_locks_age_decides(tmp_path: Path, monkeypatch: pytes
     def no_lock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(folders.fcntl, "flock", no_lock)
+    monkeypatch.setattr(locks.fcntl, "flock", no_lock)
     for no_fcntl in (False, True):
         if no_fcntl:
-            monkeypatch.setattr(folders, "fcntl", None)
+            monkeypatch.setattr(locks, "fcntl", None)
         young, old = leave_unfinished(tmp_path / "step-1"), leave_unfinished(tmp_path / "step-1")
         for path in (old / "data-00000.bin", old / "manifest.json", old):
             os.utime(path, (time.time() - 25 * 3600,) * 2)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, reader
+from lion_dist.checkpoint import Reader, files
 from tests.scenarios.checkpoint_linear import Before, Kept, trained
 
 # The checkpoint goes away ---------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_what_was_verified_is_read_though_it_goes_away(
     path = tmp_path / "step-1"
     checkpoint.save(path, *trained(1.0))
     if few_files:
-        monkeypatch.setattr(reader, "_most_open", lambda: 0)
+        monkeypatch.setattr(files, "max_open_files", lambda: 0)
 
     def go() -> None:
         path.rename(tmp_path / "gone")
@@ -62,8 +62,8 @@ def test_what_was_verified_is_read_though_it_goes_away(
 
 
 def test_without_the_resource_module_few_files_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "resource", None)
-    assert reader._most_open() == 64
+    monkeypatch.setattr(files, "resource", None)
+    assert files.max_open_files() == 64
 
 
 def test_files_are_closed_again(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lion_dist import checkpoint
-from lion_dist.checkpoint import plain
-from lion_dist.checkpoint.plain import from_plain, to_plain
+from lion_dist.checkpoint import json_values
+from lion_dist.checkpoint.json_values import from_json, to_json
 from tests.asserts import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
 def test_plain_values_come_back(value: Any) -> None:
-    back = from_plain(json.loads(json.dumps(to_plain(value, "it"), allow_nan=False)))
+    back = from_json(json.loads(json.dumps(to_json(value, "it"), allow_nan=False)))
     assert back == value
     assert type(back) is type(value)
 
@@ -50,7 +50,7 @@ def test_numpys_generators_go_on(tmp_path: Path) -> None:
     kinds = (numpy.random.PCG64, numpy.random.MT19937, numpy.random.Philox, numpy.random.SFC64)
     generators = [numpy.random.Generator(kind(7)) for kind in kinds]
     numpy.random.seed(3)
-    arrays = [numpy.arange(6, dtype=name).reshape(2, 3) for name in sorted(plain.ARRAY_DTYPES - {"bool"})]
+    arrays = [numpy.arange(6, dtype=name).reshape(2, 3) for name in sorted(json_values.ARRAY_DTYPES - {"bool"})]
     arrays += [numpy.array([True, False]), numpy.array([1.5, numpy.inf, -0.0], dtype="f2"), numpy.zeros((0, 3))]
     for generator in generators:
         generator.standard_normal(5)
@@ -74,27 +74,27 @@ def test_numpys_generators_go_on(tmp_path: Path) -> None:
 
 def test_values_that_no_load_would_take_are_refused_when_they_are_saved() -> None:
     with pytest.raises(TypeError, match="nested more than 100 deep"):
-        to_plain(nested(200), "extra")
+        to_json(nested(200), "extra")
     with pytest.raises(TypeError, match="extra is a number of 5001 bits"):
-        to_plain(1 << 5000, "extra")
+        to_json(1 << 5000, "extra")
     value: Any = "x"
     for i in range(99):  # the deepest that are saved come back
         value = {i: value} if i % 2 else (value,)
-    assert from_plain(json.loads(json.dumps(to_plain(value, "extra")))) == value
+    assert from_json(json.loads(json.dumps(to_json(value, "extra")))) == value
 
 
 def test_arrays_without_numpy_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = to_plain(numpy.zeros(3), "it")
+    saved = to_json(numpy.zeros(3), "it")
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(ValueError, match=r"cannot be read: (ModuleNotFound|Import)Error"):
-        from_plain(saved)
-    assert from_plain(to_plain({"a": [1]}, "it")) == {"a": [1]}
+        from_json(saved)
+    assert from_json(to_json({"a": [1]}, "it")) == {"a": [1]}
 
 
 def test_plain_nan_and_tensors_come_back() -> None:
-    assert math.isnan(from_plain(to_plain(math.nan, "it")))
+    assert math.isnan(from_json(to_json(math.nan, "it")))
     for t in (torch.tensor(0.1), torch.tensor([1.5, math.inf, -0.0], dtype=torch.bfloat16), torch.tensor([[2**60, 1]])):
-        assert_same_bits(from_plain(json.loads(json.dumps(to_plain(t, "it")))), t)
+        assert_same_bits(from_json(json.loads(json.dumps(to_json(t, "it")))), t)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_plain_nan_and_tensors_come_back() -> None:
 )  # fmt: skip
 def test_other_values_are_refused_by_name(value: Any) -> None:
     with pytest.raises(TypeError, match=r"extra\.a\[1\] is a .* cannot hold"):
-        to_plain({"a": [0, value]}, "extra")
+        to_json({"a": [0, value]}, "extra")
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_other_values_are_refused_by_name(value: Any) -> None:
 )  # fmt: skip
 def test_hostile_values_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"cannot be read|is nothing that|nested more than"):
-        from_plain([value])
+        from_json([value])

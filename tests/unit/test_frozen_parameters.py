@@ -189,7 +189,7 @@ def test_a_momentum_for_what_cannot_have_one_is_refused() -> None:
     new = Lion([other])
     other.data = torch.zeros(4, dtype=torch.float64)
     other.requires_grad_(True)
-    with pytest.raises(TypeError, match=r"has a momentum for parameter 0, which .*float64"):
+    with pytest.raises(TypeError, match=r"has state for parameter 0, which .*float64"):
         new.load_state_dict(opt.state_dict())
     assert math.isclose(float(opt.state[p]["exp_avg"][0]), 0.01, rel_tol=1e-6)
 
