@@ -135,7 +135,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes: dict[str, list[int]] = {"gather": [], "scatter": [], "reduce": [], "broadcast": []}
-        for name, kind, which in [("_all_gather", "gather", 1), ("_reduce_scatter", "scatter", 2)]:
+        for name, kind, which in [("_all_gather", "gather", 1), ("reduce_scatter_coalesced", "scatter", 2)]:
             monkeypatch.setattr(collectives, name, self.counting(getattr(collectives, name), kind, which))
         for name in ("all_reduce", "broadcast"):
             kind = name.removeprefix("all_")
