@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lion_dist import Lion
-from lion_dist.update import reference, triton_step
+from lion_dist.update import reference
+from lion_dist.update.backends import triton_step
 from lion_dist.update.segments import TILE
 
 from .measure import DEVICE, Step, copy_bandwidth, device_ms, freed
