@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from .._torch_compat import current_graph_task_id, disable_dynamo, version_of
 from ..memory_order import flat, laid_out_like
 from ..upload import upload
 from .buckets import complete_order
@@ -139,7 +139,7 @@ class GradReducer:
         self._late = {i: late[id(p)] for i, p in enumerate(self._params) if id(p) in late}
         for i, p in enumerate(self._params):
             if p.grad is not None and id(p) not in hooked:  # a backward may have reached it
-                self._late[i] = p.grad, p.grad._version
+                self._late[i] = p.grad, version_of(p.grad)
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = GradHooks(self._params, self._arrived, self._taken_over)
@@ -152,10 +152,10 @@ class GradReducer:
     def _sentinel_look(self) -> Callable[[], None]:
         self_ref = weakref.ref(self)
 
-        @_disable_dynamo
+        @disable_dynamo
         def look() -> None:
             reducer = self_ref()
-            if reducer is not None and torch._C._current_graph_task_id() not in reducer._passes:
+            if reducer is not None and current_graph_task_id() not in reducer._passes:
                 reducer._follow_zeroing()
                 reducer._check_by_hand()
 
@@ -189,7 +189,7 @@ class GradReducer:
     def _arrived(self, i: int) -> None:
         self._membership.check()
         self.generation += 1
-        current = torch._C._current_graph_task_id()
+        current = current_graph_task_id()
         sentinel = self._sentinel
         assert sentinel is not None
         if i == sentinel.index and sentinel.watches:
@@ -214,10 +214,10 @@ class GradReducer:
             late = self._dropped or not self._rounds.arrived(i, self._take)
         grad = self._params[i].grad
         if late and grad is not None:
-            self._late[i] = grad, grad._version
+            self._late[i] = grad, version_of(grad)
 
     def _watch_pass(self) -> None:
-        current = torch._C._current_graph_task_id()
+        current = current_graph_task_id()
         if current not in self._passes:
             BackwardEnd(self._pass_ended, self._backward_raised)
             self._passes.add(current)
@@ -341,7 +341,7 @@ class GradReducer:
             if grad is None or i == arrived or not self._used[i] or self._is_placeholder(i):
                 continue
             left, version = self._late.get(i, (None, 0))
-            if (grad is not left or grad._version != version) and self._hooks.has(i):
+            if (grad is not left or version_of(grad) != version) and self._hooks.has(i):
                 number = [n for shard in self._shards for n in shard.numbers][i]
                 raise RuntimeError(
                     f"the gradient of parameter {number} (shape {tuple(p.shape)}) was reduced, and something put "
@@ -469,7 +469,7 @@ class GradReducer:
         self.generation += 1
         yield
         still = [(i, self._params[i].grad) for i in self._late]
-        self._late = {i: (grad, grad._version) for i, grad in still if grad is not None}
+        self._late = {i: (grad, version_of(grad)) for i, grad in still if grad is not None}
         if self._ended_rounds:
             self._watch()
 

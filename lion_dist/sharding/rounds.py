@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_add_, foreach_copy_, foreach_zero_
 from .buckets import complete_order, make_buckets
 from .collectives import Membership, Reduction, reduce_scatter_mean
 from .shard import Shard
@@ -50,7 +51,7 @@ class _UnderWay:
     def wait(self) -> None:
         self.reduction.wait()
         if self.sums:
-            torch._foreach_add_(self.sums, self.addends)
+            foreach_add_(self.sums, self.addends)
 
 
 class Rounds:
@@ -76,17 +77,17 @@ class Rounds:
         self._shards = shards
         self._params = [p for shard in shards for p in shard.params]
         self._numbers = [n for shard in shards for n in shard.numbers]
-        self._dtypes = [shard.pack.dtype for shard in shards for _ in shard.params]
-        self._device = shards[0].pack.device if shards else None
+        self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
+        self._device = shards[0].tail_buffer.device if shards else None
         self._places: list[_Destination] = []
         self._packs: list[Tensor] = []
         self.grads: list[Tensor] = []
         world_size = dist.get_world_size(membership.group)
         for shard, grad in zip(shards, kept, strict=True):
-            layout, like = shard.layout, shard.pack
+            layout, like = shard.layout, shard.tail_buffer
             grad = like.new_zeros(layout.shard_numel) if grad is None else grad
-            pack = like.new_zeros(layout.pack_numel)
-            tails = {t.param: pack[t.pack_offset : t.pack_offset + t.length] for t in layout.tails}
+            pack = like.new_zeros(layout.tail_buffer_numel)
+            tails = {t.param: pack[t.offset : t.offset + t.length] for t in layout.tails}
             offset = 0
             for i, head in enumerate(layout.heads):
                 length = head // world_size
@@ -203,12 +204,12 @@ class Rounds:
                     tails.append(grad[place.head :])
                     packed.append(place.tail)
         if unused:
-            torch._foreach_zero_(unused)
+            foreach_zero_(unused)
         if tails:
-            torch._foreach_copy_(packed, tails)
+            foreach_copy_(packed, tails)
         for shard in self._packs_of[number]:
             inputs.append(self._packs[shard])
-            outputs.append(self.grads[shard][self._shards[shard].layout.pack_shard_offset :])
+            outputs.append(self.grads[shard][self._shards[shard].layout.tail_shard_offset :])
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:

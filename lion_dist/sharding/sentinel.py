@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import DisableTorchFunctionSubclass, amp_unscale_, data_getter, version_of
+
 _ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
     "GradScaler.unscale_, model.zero_grad(set_to_none=False), DistributedDataParallel and the like do not reach them: "
     "use ShardedLion's own clip_grad_norm_() and zero_grad(), and a model that is not wrapped; or use stage=1"
 )
-
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class _Zeros(Tensor):
@@ -32,14 +32,14 @@ class _Zeros(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+        if func is amp_unscale_:
             raise RuntimeError(
                 "GradScaler.unscale_() does not reach the gradients of ShardedLion with stage=2, which have left "
                 "p.grad: train in bfloat16 without GradScaler, or use stage=1 with DistributedDataParallel"
             )
-        if func == _DATA:  # a new object each time
+        if func == data_getter:  # a new object each time
             raise RuntimeError(f"p.grad.data is not that of a gradient that has been reduced. {_ADVICE}")
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -126,12 +126,12 @@ class Sentinel:
         """Takes note of what autograd has just made of the gradient."""
         grad = self._param.grad
         assert grad is not None
-        self._seen = (grad, grad._version)
+        self._seen = (grad, version_of(grad))
 
     def holds_none(self) -> bool:
         """Whether the parameter's gradient is still the zeros that were put there, or None."""
         grad = self._param.grad
-        return grad is None or (grad is self._placeholder and grad._version == 0)
+        return grad is None or (grad is self._placeholder and version_of(grad) == 0)
 
     def gone(self) -> bool:
         """Whether the gradients have been set to None since.
@@ -145,7 +145,7 @@ class Sentinel:
         now = self._param.grad
         if now is not None and now is not grad and not self._has_left:
             self.saw()  # made by hand
-        elif now is not None and (now is not grad or now._version != version):
+        elif now is not None and (now is not grad or version_of(now) != version):
             raise RuntimeError(f"gradients were changed after they had been reduced. {_ADVICE}")
         return now is None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import recompile_limit
 from ..memory_order import flat, is_dense, laid_out_like, same_layout
 from ..upload import upload
 from . import reference
@@ -73,7 +74,7 @@ def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> No
     mix = (p.dtype, g.dtype, m.dtype)
     if mix not in _not_compiled:
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            with recompile_limit(RECOMPILE_LIMIT):
                 _compiled(p, g, m, torch.stack(s))
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed
@@ -136,6 +137,14 @@ def _of_each(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], 
     return list(map(method, tensors))  # type: ignore[arg-type]
 
 
+def check_use_triton(use_triton: bool | None) -> None:
+    """Raises TypeError or ValueError for an argument ``use_triton`` that cannot be satisfied."""
+    if use_triton is not None and not isinstance(use_triton, bool):
+        raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
+    if use_triton and not HAS_TRITON:
+        raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+
+
 class LionUpdate:
     """Applies the rule to the columns of one step.
 
@@ -150,10 +159,7 @@ class LionUpdate:
     """
 
     def __init__(self, use_triton: bool | None) -> None:
-        if use_triton is not None and not isinstance(use_triton, bool):
-            raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
-        if use_triton and not HAS_TRITON:
-            raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+        check_use_triton(use_triton)
         self.use_triton = use_triton
         self._prepared: StepTensors | None = None
         self._key: list[Any] | None = None

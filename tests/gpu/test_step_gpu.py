@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,19 +12,12 @@ from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import NAN_BITS, STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
-from tests.bits import assert_canonical_nan, assert_same_bits, bits
+from tests.asserts import assert_canonical_nan, assert_same_bits, bits
+from tests.scenarios.mixes import MIXES, name
 
-from .common import BF16, F16, F32, GPU, LENGTHS, Guarded, Twins, awkward, needs_gpu, reference_step
+from .common import BF16, F16, F32, GPU, LENGTHS, SHIFTS, Guarded, Twins, awkward, needs_gpu, reference_step
 
 pytestmark = needs_gpu
-
-MIXES = list(itertools.product(STORAGE_DTYPES, repeat=3))
-# Elements by which p, g and m miss their alignment: only where all three are aligned is the fast path taken.
-SHIFTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 16, 32), (3, 5, 7), (2, 2, 2))
-
-
-def name(mix: tuple[torch.dtype, ...]) -> str:
-    return "-".join({F32: "fp32", BF16: "bf16", F16: "fp16"}[d] for d in mix)
 
 
 class Trial:

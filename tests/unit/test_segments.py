@@ -16,7 +16,7 @@ from lion_dist.update import dispatch
 from lion_dist.update.reference import HyperParameters, lion_step_, scalars
 from lion_dist.update.segments import TILE, Segment, SegmentTable, StepTensors, check_no_shared_memory
 from lion_dist.update.state import EXP_AVG
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
 CPU = torch.device("cpu")
