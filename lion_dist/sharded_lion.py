@@ -55,11 +55,12 @@ class ShardedLion(Optimizer):
     (equal values, such as biases of zeros, cannot be told apart). Buffers, such as BatchNorm's running statistics, are
     not synchronised; see `broadcast_buffers`. torch.compile runs all calls as they are, also within a compiled step.
 
+    Arguments that are not listed here are those of `Lion`. All of them must be the same on every rank.
+
     Args:
-        params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters must be dense and on one device. Frozen ones may be
-            anything, as for `Lion`; those that are dense and on that device are broadcast and compared too, the others
-            once they are unfrozen.
+        params: parameters, named parameters or groups, dense and on one device. Frozen ones may be anything, as for
+            `Lion`; those that are dense and on that device are broadcast and compared too, the others once they are
+            unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
