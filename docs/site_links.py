@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,15 +18,10 @@ _CODE = re.compile(r"^ *```.*?^ *```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)")
 
 
-def each_link(markdown: str, change: Callable[[str], str]) -> str:
-    """Applies ``change`` to the path of every relative link outside of code."""
+def relative_links(markdown: str) -> list[re.Match[str]]:
+    """The paths of all relative links outside of code, without their anchors."""
     code = [match.span() for match in _CODE.finditer(markdown)]
-
-    def changed(match: re.Match[str]) -> str:
-        inside = any(start <= match.start() < end for start, end in code)
-        return match[0] if inside else change(match[0])
-
-    return _LINK.sub(changed, markdown)
+    return [m for m in _LINK.finditer(markdown) if not any(start <= m.start() < end for start, end in code)]
 
 
 def _source(uri: str) -> PurePosixPath:
@@ -59,17 +53,13 @@ def on_files(files: Files, config: Any) -> Files:
         if uri not in files.src_uris:
             files.append(File.generated(config, uri, abs_src_path=str(path)))
         if uri.endswith(".md"):
-            waiting += _links(uri, path.read_text())
+            waiting += [_uri(_target(uri, link[0])) for link in relative_links(path.read_text())]
     return files
-
-
-def _links(page: str, markdown: str) -> list[str]:
-    """The uris that the relative links of a page lead to."""
-    found: list[str] = []
-    each_link(markdown, lambda link: found.append(_uri(_target(page, link))) or link)
-    return found
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     here = page.file.src_uri
-    return each_link(markdown, lambda link: os.path.relpath(_uri(_target(here, link)), os.path.dirname(here) or "."))
+    for link in reversed(relative_links(markdown)):
+        path = os.path.relpath(_uri(_target(here, link[0])), os.path.dirname(here) or ".")
+        markdown = markdown[: link.start()] + path + markdown[link.end() :]
+    return markdown
