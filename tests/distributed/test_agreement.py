@@ -47,7 +47,7 @@ def body_constructor(rank: int, world_size: int) -> None:
         (good, {}),
         (other_shape, {}),
     )
-    check(r"alone has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
+    check(r"Only rank . has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
     check(r"parameter 2 .*strides \(1, 7\)", ValueError, ValueError, (good, {}), (transposed, {}))
     check(r"parameter 1 .*frozen", ValueError, ValueError, (good, {}), (frozen, {}))
     check(r"parameter 1 .* deux", ValueError, ValueError, (named, {}), (renamed, {}))
