@@ -169,7 +169,7 @@ class ShardedLion(Optimizer):
         """Makes the state that the next step() would make; a collective call.
 
         That is a momentum of zeros for every parameter that was unfrozen since the optimizer or its group was made.
-        All other trainable parameters have theirs already.
+        All other trainable parameters already have a momentum.
 
         Raises:
             ValueError: on every rank, where the ranks unfroze different parameters; nothing has been changed.
@@ -258,7 +258,7 @@ class ShardedLion(Optimizer):
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
             process_groups: groups whose ranks hold other parameters of the same model, such as those of tensor or
-                pipeline parallelism: the norm is over theirs too. (A parameter that several ranks of such a group hold
+                pipeline parallelism: the norm includes those. (A parameter that several ranks of such a group hold
                 counts once for each.)
 
         Returns:
