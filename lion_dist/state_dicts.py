@@ -1,7 +1,7 @@
 """Checks of state_dicts before they are loaded; shared by both optimizers.
 
 An entry of a state_dict holds, for one parameter, the columns of its state (`param_groups.state_columns`), and whatever
-a wrapper keeps beside them. How entries and parameters are matched is told in param_names.py.
+a wrapper keeps beside them. param_names.py matches entries and parameters.
 """
 
 from __future__ import annotations

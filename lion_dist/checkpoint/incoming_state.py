@@ -229,9 +229,9 @@ class IncomingState:
                 )
         if isinstance(optimizer, ShardedLion):
             if lacking:
-                undo.callback(optimizer._take_back, optimizer._shards, list(optimizer._frozen))
-                dtypes = {id(self._params[name]): columns[0].dtype for name, columns in lacking.items()}
-                optimizer._shard_frozen([self._params[name] for name in lacking], dtypes)
+                undo.callback(optimizer._set_shards, optimizer._shards)
+                columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
+                optimizer._shard([self._params[name] for name in lacking], columns_of)
             return
         missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
         for name, columns in lacking.items():

@@ -52,7 +52,7 @@ class Outgoing:
         self._schedulers = [scheduler.state_dict() for scheduler in schedulers]
         if optimizer is not None:
             if isinstance(optimizer, ShardedLion):
-                optimizer.state_dict()  # raises where the last steps were not the same on all ranks
+                optimizer._check_last_steps()
             tensors, others = state_by_key(optimizer, names, logical)
             self._tensors.update(tensors)
             self._once.update(others)

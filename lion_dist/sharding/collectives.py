@@ -241,16 +241,15 @@ class Agreement:
 
     Args:
         what: the call, for messages; ranks in different calls disagree.
-        timeout: how long to wait for the others; None is the group's own.
     """
 
-    def __init__(self, group: dist.ProcessGroup, what: str, timeout: timedelta | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, what: str) -> None:
         self._group = group
         self._what = what
         self._lines: list[str] = []
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
-        self._timeout = timeout or group_timeout(group)
+        self._timeout = group_timeout(group)
         # Counted in the store, so that calls of another process group, with another store, do not count.
         store = _notes(group)
         call = store.add(f"calls/{self._rank}", 1)
@@ -352,6 +351,16 @@ class Agreement:
             f"a collective call, but ranks {ranks} of the group did not make it within the time-out of "
             f"{self._timeout.total_seconds():g} s. Call it on every rank; to go on, make a new process group"
         )
+
+
+def meet(group: dist.ProcessGroup, call: str) -> None:
+    """Waits until every rank of the group has made the same collective call.
+
+    Raises:
+        RuntimeError, ValueError: as an `Agreement` that is left; ranks are absent, or in another call.
+    """
+    with Agreement(group, call):
+        pass
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:

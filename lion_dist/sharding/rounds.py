@@ -77,17 +77,17 @@ class Rounds:
         self._shards = shards
         self._params = [p for shard in shards for p in shard.params]
         self._numbers = [n for shard in shards for n in shard.numbers]
-        self._dtypes = [shard.pack.dtype for shard in shards for _ in shard.params]
-        self._device = shards[0].pack.device if shards else None
+        self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
+        self._device = shards[0].tail_buffer.device if shards else None
         self._places: list[_Destination] = []
         self._packs: list[Tensor] = []
         self.grads: list[Tensor] = []
         world_size = dist.get_world_size(membership.group)
         for shard, grad in zip(shards, kept, strict=True):
-            layout, like = shard.layout, shard.pack
+            layout, like = shard.layout, shard.tail_buffer
             grad = like.new_zeros(layout.shard_numel) if grad is None else grad
-            pack = like.new_zeros(layout.pack_numel)
-            tails = {t.param: pack[t.pack_offset : t.pack_offset + t.length] for t in layout.tails}
+            pack = like.new_zeros(layout.tail_buffer_numel)
+            tails = {t.param: pack[t.offset : t.offset + t.length] for t in layout.tails}
             offset = 0
             for i, head in enumerate(layout.heads):
                 length = head // world_size
@@ -209,7 +209,7 @@ class Rounds:
             foreach_copy_(packed, tails)
         for shard in self._packs_of[number]:
             inputs.append(self._packs[shard])
-            outputs.append(self.grads[shard][self._shards[shard].layout.pack_shard_offset :])
+            outputs.append(self.grads[shard][self._shards[shard].layout.tail_shard_offset :])
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:

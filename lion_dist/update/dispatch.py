@@ -137,6 +137,14 @@ def _of_each(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], 
     return list(map(method, tensors))  # type: ignore[arg-type]
 
 
+def check_use_triton(use_triton: bool | None) -> None:
+    """Raises TypeError or ValueError for an argument ``use_triton`` that cannot be satisfied."""
+    if use_triton is not None and not isinstance(use_triton, bool):
+        raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
+    if use_triton and not HAS_TRITON:
+        raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+
+
 class LionUpdate:
     """Applies the rule to the columns of one step.
 
@@ -151,10 +159,7 @@ class LionUpdate:
     """
 
     def __init__(self, use_triton: bool | None) -> None:
-        if use_triton is not None and not isinstance(use_triton, bool):
-            raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
-        if use_triton and not HAS_TRITON:
-            raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+        check_use_triton(use_triton)
         self.use_triton = use_triton
         self._prepared: StepTensors | None = None
         self._key: list[Any] | None = None

@@ -179,7 +179,7 @@ class Run:
         for part in self.sharded._shards:
             for s in part.layout.slices(self.rank):
                 copy = copy_of[id(part.params[s.param])]
-                got = part.exp_avg[s.shard_offset : s.shard_offset + s.length]
+                got = part.buffers["exp_avg"][s.offset : s.offset + s.length]
                 if id(copy) not in momenta:
                     assert not got.any()
                     continue

@@ -248,7 +248,7 @@ def check_hyper_parameters(world_size: int, device: torch.device) -> None:
 def snapshot(optimizer: ShardedLion) -> str:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     params = [(id(p), bits(p).tolist()) for g in optimizer.param_groups for p in g["params"]]
-    shards = [bits(shard.exp_avg).tolist() for shard in optimizer._shards]
+    shards = [bits(shard.buffers["exp_avg"]).tolist() for shard in optimizer._shards]
     entries = [(str(type(entry)), len(entry) if isinstance(entry, MutableMapping) else entry)
                for entry in optimizer.state.values()]  # fmt: skip
     return str((groups, params, shards, entries))

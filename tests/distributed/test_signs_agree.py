@@ -117,7 +117,7 @@ def body_sums_in_another_order(rank: int, world_size: int) -> None:
             for _ in range(3):
                 trained.gradients()
                 with pytest.MonkeyPatch.context() as monkeypatch:
-                    monkeypatch.setattr("lion_dist.sharded_lion.all_reduce_sum", summed)
+                    monkeypatch.setattr("lion_dist.stepper.all_reduce_sum", summed)
                     norm = trained.optimizer.clip_grad_norm_(torch.pi, process_groups=[others[rank]])
                 trained.optimizer.step()
                 trained.optimizer.zero_grad()

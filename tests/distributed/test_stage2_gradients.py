@@ -153,7 +153,7 @@ def body_create_graph(rank: int, world_size: int) -> None:
         for create_graph in (True, False) if step == 2 else (True,):
             terms = [(p * p * gradient(i, p, step, rank, world_size)).sum() for i, p in enumerate(params)]
             torch.stack(terms).sum().backward(create_graph=create_graph)
-        assert all(g.grad_fn is None and not g.requires_grad for g in optimizer._reducer.grads)  # type: ignore[union-attr]
+        assert all(g.grad_fn is None and not g.requires_grad for g in optimizer._grads._reducer.grads)  # type: ignore[union-attr]
         for i, p in enumerate(copies):
             p.grad = 2 * p.detach() * average(i, p, step, world_size) * (2 if step == 2 else 1)
         for o in (optimizer, lion):

@@ -22,7 +22,7 @@ def pair_of(rank: int, world_size: int, sizes: tuple[int, ...], bucket: float) -
 
 
 def number_of_buckets(pair: Pair) -> int:
-    reducer = pair.sharded._reducer
+    reducer = pair.sharded._grads._reducer
     assert reducer is not None
     return len(reducer._rounds._buckets)
 

@@ -262,7 +262,7 @@ def body_deleted(rank: int, world_size: int) -> None:
     pair = Pair(rank, world_size)
     pair.train(0)
     pair.backward(1)  # a round of buckets is open
-    reducer = weakref.ref(pair.sharded._reducer)
+    reducer = weakref.ref(pair.sharded._grads._reducer)
     optimizer = weakref.ref(pair.sharded)
     del pair.sharded
     gc.collect()

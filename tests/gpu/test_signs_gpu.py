@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.layout import ShardLayout
-from lion_dist.sharding.replicas import DeferredCheck, checksum
+from lion_dist.sharding.replicas import DeferredCheck, bits_checksum
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
@@ -56,13 +56,13 @@ class Ranks:
             [Guarded(t, SHIFTS[(i + r) % len(SHIFTS)][0]) for i, t in enumerate(p)] for r in range(world_size)
         ]
         self.shards = [Guarded(self.cut(m, r), 0) for r in range(world_size)]
-        slices = [[(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
+        slices = [[(s.param, s.start, s.offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
         self.updates = [ExchangedSigns(LionUpdate(None), layout.shard_numel, r, slices, GPU) for r in range(world_size)]
 
     def cut(self, whole: Sequence[Tensor], rank: int) -> Tensor:
         shard = torch.full((self.layout.shard_numel,), 77.0, dtype=whole[0].dtype, device=whole[0].device)
         for s in self.layout.slices(rank):
-            shard[s.shard_offset : s.shard_offset + s.length] = whole[s.param][s.start : s.start + s.length]
+            shard[s.offset : s.offset + s.length] = whole[s.param][s.start : s.start + s.length]
         return shard
 
     def step(self, hypers: list[HyperParameters], inactive: Sequence[int], scale: float | None, flat: bool) -> None:
@@ -81,7 +81,7 @@ class Ranks:
                     None if g is None else Guarded(g, SHIFTS[(i + r) % len(SHIFTS)][1]).at for i, g in enumerate(grads)
                 ]
             segments = [
-                Segment(s.param, s.start, s.shard_offset if flat else s.start, s.shard_offset, s.length)
+                Segment(s.param, s.start, s.offset if flat else s.start, s.offset, s.length)
                 for s in self.layout.slices(r)
             ]
             columns.append(
@@ -184,7 +184,7 @@ def test_checksums_are_those_of_the_cpu() -> None:
     for n in (0, 1, 129, (1 << 22) + 77):
         for dtype in (F32, torch.bfloat16, torch.float16):
             t = awkward(n, dtype, torch.Generator().manual_seed(n))
-            assert int(checksum(t.to(GPU))) == int(checksum(t))
+            assert int(bits_checksum(t.to(GPU))) == int(bits_checksum(t))
 
 
 # -- Over NCCL

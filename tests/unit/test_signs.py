@@ -51,7 +51,7 @@ class Ranks:
         self.replicas = [[p.clone() for p in self.whole] for _ in range(world_size)]
         # Padding that nothing may write.
         self.shards = [torch.full((layout.shard_numel,), 77.0, dtype=mix[2]) for _ in range(world_size)]
-        slices = [[(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
+        slices = [[(s.param, s.start, s.offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
         for r, shard in enumerate(self.shards):
             self.cut(self.whole_exp_avgs, r, shard)
         self.updates = [
@@ -63,7 +63,7 @@ class Ranks:
 
     def cut(self, whole: Sequence[Tensor], rank: int, into: Tensor) -> Tensor:
         for s in self.layout.slices(rank):
-            into[s.shard_offset : s.shard_offset + s.length] = whole[s.param][s.start : s.start + s.length]
+            into[s.offset : s.offset + s.length] = whole[s.param][s.start : s.start + s.length]
         return into
 
     def columns(self, rank: int, grads: Sequence[Tensor | None], active: Tensor | None) -> StepTensors:
@@ -74,7 +74,7 @@ class Ranks:
             present = [a if g is None else g for a, g in zip(absent, grads, strict=True)]
             mine = [self.cut(present, rank, torch.full((len(shard),), NAN, dtype=self.mix[1]))] * len(params)
         segments = [
-            Segment(s.param, s.start, s.shard_offset if self.stage == 2 else s.start, s.shard_offset, s.length)
+            Segment(s.param, s.start, s.offset if self.stage == 2 else s.start, s.offset, s.length)
             for s in self.layout.slices(rank)
         ]
         return StepTensors(params, mine, {EXP_AVG: [shard] * len(params)}, self.groups, segments, active)
@@ -213,7 +213,7 @@ def test_nothing_is_applied_without_agreement(use_triton: bool) -> None:
         for r, shard in enumerate(ranks.shards):
             for s in ranks.layout.slices(r):
                 if s.param == i:
-                    whole[s.start : s.start + s.length] = shard[s.shard_offset : s.shard_offset + s.length]
+                    whole[s.start : s.start + s.length] = shard[s.offset : s.offset + s.length]
     ranks.step(HYPERS)
     ranks.check("after it")
 
@@ -247,11 +247,11 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
     table = dispatch.hyper_table(HYPERS, CPU)
     for r in range(2):
         for s in ranks.layout.slices(r):
-            at = slice(s.shard_offset, s.shard_offset + s.length)
+            at = slice(s.offset, s.offset + s.length)
             scalars = reference.scalars(table[ranks.groups[s.param]])
             g = grads[s.param][s.start : s.start + s.length]
             sign, _ = reference.momentum_rule(g, momenta[r][at], scalars)
-            got = ranks.updates[1 - r].rows[r, s.shard_offset // 4 :][: -(-s.length // 4)]
+            got = ranks.updates[1 - r].rows[r, s.offset // 4 :][: -(-s.length // 4)]
             assert got.tolist() == pack_signs(sign).tolist()
 
 
@@ -326,7 +326,7 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
     whole = [p.clone(memory_format=torch.preserve_format) for p in params]
     momenta = [torch.zeros_like(p) for p in whole]
     layout = ShardLayout.make([p.numel() for p in params], 1)
-    slices = [(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(0)]
+    slices = [(s.param, s.start, s.offset, s.length) for s in layout.slices(0)]
     segments = [Segment(param, start, start, at, length) for param, start, at, length in slices]
     exp_avg = torch.zeros(layout.shard_numel)
     update = ExchangedSigns(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
