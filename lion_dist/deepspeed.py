@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .hyper_values import to_dtype
 from .lion import Lion, Members
-from .param_groups import to_dtype
 from .update.dispatch import LionUpdate
 from .update.segments import StepTensors
 
