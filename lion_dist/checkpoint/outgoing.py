@@ -70,7 +70,7 @@ class Outgoing:
         )
 
     def state(self, share: Share) -> dict[str, Any]:
-        """The tensors and values that this rank saves, by key. Values that several ranks hold alike are saved by one."""
+        """The tensors and values that this rank saves, by key. What several ranks hold alike is saved by one."""
         state: dict[str, Any] = {**self._tensors, **{key: self._once[key] for key in share.once}}
         if share.groups is not None and share.schedulers is not None:  # this is the first rank
             for i, group in enumerate(share.groups):
