@@ -44,11 +44,11 @@ class ShardedLion(Optimizer):
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values, such as
     biases of zeros, cannot be told apart). Buffers, such as running statistics, are not sent: see `broadcast_buffers`.
+    Arguments that are not listed here are those of `Lion`. All of them must be the same on every rank.
 
     Args:
-        params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters are dense and on one device. Frozen ones may be anything;
-            those that are dense and on that device are broadcast and compared too, others once they are unfrozen.
+        params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
+            device are broadcast and compared too, others once they are unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
