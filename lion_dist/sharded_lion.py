@@ -28,7 +28,7 @@ from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .stepper import Stepper
 from .uncompiled import uncompiled
-from .update.dispatch import check_use_triton
+from .update.lion_update import check_use_triton
 from .update.state import StateColumn
 
 
