@@ -77,4 +77,3 @@ def test_every_public_name_is_in_the_api_reference() -> None:
 def test_the_readme_is_short_and_the_citation_names_this_version() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
     assert f"\nversion: {lion_dist.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
