@@ -51,7 +51,9 @@ class GradHooks:
         self.add()
 
     def add(self) -> None:
-        """Hooks those that have become trainable since."""
+        """Hooks parameters that have become trainable since the last call."""
+        if len(self._handles) == len(self._params):
+            return
         for i, p in enumerate(self._params):
             if i in self._handles or not p.requires_grad:
                 continue

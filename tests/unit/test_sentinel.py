@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lion_dist.sharding.param_grads import ParamGrads
 from lion_dist.sharding.sentinel import Sentinel
 
 
