@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                  # the table of RESULTS.md, some minutes; peers: pip install -e '.[bench]'
     python -m benchmarks.step --sweep          # block size x warps of our kernel
+    python -m benchmarks.step --check          # holds the numbers against limits.json; exits 1 if one is worse
     (from the repository's root; --json PATH keeps every reading, --quick gives a rough table sooner)
 
 Model: Llama-shaped, 1,235,814,400 parameters in 146 tensors; matrices decay, norms do not: two groups.
@@ -17,130 +18,26 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import random
 import shlex
 import statistics
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from lion_dist import Lion
-from lion_dist.update import reference, triton_step
-from lion_dist.update.segments import TILE
+from . import step_check
+from .measure import DEVICE, Spread, copy_bandwidth, cycles_a_ms, freed
+from .peer_steps import COMPILED, PEERS, Peer, missing
+from .step_extras import Extra, run_extras, sweep
+from .step_model import MODES, Model, Reading, llama_shapes, make_ours, measure
 
-from .measure import (
-    DEVICE,
-    Spread,
-    Step,
-    copy_bandwidth,
-    cycles_a_ms,
-    device_activity,
-    device_ms,
-    extra_memory,
-    freed,
-    host_us,
-    step_bytes,
-)
-from .peer_steps import BETAS, COMPILED, DECAY, LR, PEERS, Group, Peer, missing
-
-MODES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "lion_dist"
-
-
-class Shape(NamedTuple):
-    size: tuple[int, ...]
-    decays: bool
-
-
-def llama_shapes(vocab: int = 128256, hidden: int = 2048, kv: int = 512, inner: int = 8192, layers: int = 16) -> list:
-    """The tied embedding, nine tensors a layer, and the last norm."""
-    matrices = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
-    matrices += [(inner, hidden), (inner, hidden), (hidden, inner)]
-    layer = [Shape(size, True) for size in matrices] + [Shape((hidden,), False)] * 2
-    return [Shape((vocab, hidden), True), *layer * layers, Shape((hidden,), False)]
-
-
-class Model:
-    """Parameters in two groups, and two sets of gradients for them."""
-
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], decays: Sequence[bool]) -> None:
-        self.params, self.grads = list(params), grads
-        decaying = [p for p, d in zip(params, decays, strict=True) if d]
-        others = [p for p, d in zip(params, decays, strict=True) if not d]
-        self._groups = [(decaying, DECAY), (others, 0.0)]
-        self._set = 0
-        self.move_gradients()
-
-    @classmethod
-    def random(cls, shapes: Sequence[Shape], dtype: torch.dtype) -> Model:
-        def new(std: float) -> list[Tensor]:
-            return [torch.empty(s.size, dtype=dtype, device=DEVICE).normal_(std=std) for s in shapes]
-
-        params = [p.requires_grad_() for p in new(0.02)]
-        return cls(params, [new(1e-3), new(1e-3)], [s.decays for s in shapes])
-
-    def groups(self) -> list[Group]:
-        return [{"params": list(params), "weight_decay": decay} for params, decay in self._groups if params]
-
-    def move_gradients(self) -> None:
-        """Every parameter's gradient now lies at another address."""
-        self._set = 1 - self._set
-        for p, g in zip(self.params, self.grads[self._set], strict=True):
-            p.grad = g
-
-    @property
-    def step_bytes(self) -> int:
-        return step_bytes(self.params)
-
-
-def make_ours(groups: list[Group]) -> Step:
-    return Lion(groups, lr=LR, betas=BETAS).step
-
-
-@dataclass
-class Reading:
-    """One contestant on one model; each list is raw: ms of device time, us of host time a step."""
-
-    device_ms: dict[str, list[float]] = field(default_factory=dict)
-    host_us: dict[str, list[float]] = field(default_factory=dict)
-    kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # how often each is launched, by name
-    copies: dict[str, int] = field(default_factory=dict)
-    extra_bytes: dict[str, int] = field(default_factory=dict)
-    ours_device_ms: dict[str, list[float]] = field(default_factory=dict)  # in turn with this contestant
-
-
-def measure(step: Step, model: Model, ours: Step | None, repeats: int, cycles: float) -> Reading:
-    """All readings of one step; with ``ours``, its device times are taken in turn with the step's."""
-    reading = Reading()
-    for _ in range(3):  # compiles, autotunes, makes state
-        model.move_gradients()
-        step()
-        if ours is not None:
-            ours()
-    for case, before in (("kept", lambda: None), ("moved", model.move_gradients)):
-        reading.host_us[case] = host_us(step, before, repeats)
-        steps, leads = [step], [statistics.median(reading.host_us[case])]
-        if ours is not None:
-            steps.append(ours)
-            leads.append(statistics.median(host_us(ours, before, 5)))
-        reading.device_ms[case], *rest = device_ms(steps, before, leads, repeats, cycles)
-        if rest:
-            reading.ours_device_ms[case] = rest[0]
-        before()
-        kernels, reading.copies[case] = device_activity(step)
-        reading.kernels[case] = dict(Counter(kernels))
-        before()
-        reading.extra_bytes[case] = extra_memory(step)
-    return reading
 
 
 @dataclass
@@ -179,116 +76,6 @@ def run_mode(mode: str, repeats: int, cycles: float, leave_out: set[Peer]) -> Mo
     with freed():
         result.bandwidth += copy_bandwidth(repeats)
     return result
-
-
-# Further cases for ours alone.
-
-
-@dataclass
-class Extra:
-    name: str
-    step_bytes: int
-    reading: Reading
-    note: str = ""
-
-
-def small_tensors(dtype: torch.dtype) -> Model:
-    """1000 tensors of 1 to 4096 elements; they fit the L2 cache, so the floor does not bind them."""
-    chooser = random.Random(0)
-    return Model.random([Shape((chooser.randint(1, 4096),), i % 2 == 0) for i in range(1000)], dtype)
-
-
-def unaligned_tensors(dtype: torch.dtype) -> Model:
-    """Parameters and gradients one element into their buffers, as FSDP1 may hand them out; momenta are aligned."""
-    shapes = [s for s in llama_shapes() if s.decays][:29]
-
-    def views() -> list[Tensor]:
-        buffers = [torch.zeros(1 + s.size[0] * s.size[1], dtype=dtype, device=DEVICE).normal_() for s in shapes]
-        return [b[1:].view(s.size).detach() for b, s in zip(buffers, shapes, strict=True)]
-
-    return Model([p.requires_grad_() for p in views()], [views(), views()], [True] * len(shapes))
-
-
-def past_int32(extra: int = 128) -> Model:
-    shapes = [Shape(((1 << 31) + extra,), True)]
-    return Model.random(shapes, torch.bfloat16)
-
-
-def check_slices(model: Model, step: Step, optimizer: Lion) -> str:
-    """Steps the one parameter once and compares slices at both ends and around element 2**31 with the rule."""
-    (p,), length, border = model.params, 4096, 1 << 31
-    starts = [0, border // 2, border - length // 2, p.numel() - length]
-    slices = [slice(start, min(start + length, p.numel())) for start in starts]
-    m = optimizer.state[p]["exp_avg"]
-    g = p.grad
-    assert g is not None
-    row = torch.tensor([LR, DECAY, *BETAS, 1.0], dtype=torch.float64, device=DEVICE)
-    before = [(p.detach()[s].clone(), g[s].clone(), m[s].clone()) for s in slices]
-    step()
-    for s, tensors in zip(slices, before, strict=True):
-        expected = reference.lion_rule(*tensors, reference.scalars(row))
-        for got, want in zip((p.detach()[s], m[s]), expected, strict=True):
-            if not torch.equal(got.view(torch.int16), want.view(torch.int16)):
-                raise AssertionError(f"elements {s.start} to {s.stop} differ from the reference")
-    return f"{len(slices)} slices of {length} have the reference's bits"
-
-
-def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
-    extras: list[Extra] = []
-
-    def add(name: str, build: Callable[[], Model], check: Callable[..., str] | None = None) -> None:
-        with freed():
-            model = build()
-            optimizer = Lion(model.groups(), lr=LR, betas=BETAS)
-            optimizer.step()
-            note = check(model, optimizer.step, optimizer) if check is not None else ""
-            extras.append(Extra(name, model.step_bytes, measure(optimizer.step, model, None, repeats, cycles), note))
-            del model, optimizer
-
-    for mode, dtype in MODES.items():
-        add(f"1000 tensors of 1 to 4096, {mode}", lambda dtype=dtype: small_tensors(dtype))  # type: ignore[misc]
-        add(f"p and g at odd offsets, {mode}", lambda dtype=dtype: unaligned_tensors(dtype))  # type: ignore[misc]
-    if large:
-        free = torch.cuda.mem_get_info()[0]
-        if free < 24 << 30:
-            print(f"  2^31 + 128 elements: skipped, {free >> 30} GiB free, 24 needed", flush=True)
-        else:
-            add("one tensor of 2^31 + 128, bf16", past_int32, check_slices)
-    return extras
-
-
-# The sweep.
-
-
-def sweep(repeats: int, cycles: float) -> dict[str, Any]:
-    """Device time of ours for every block size and number of warps. Three passes, so that drift is seen."""
-    configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
-    raw: dict[str, Any] = {}
-    with freed():
-        bandwidth = copy_bandwidth(repeats)
-    for mode, dtype in MODES.items():
-        with freed():
-            model = Model.random(llama_shapes(), dtype)
-            floor = model.step_bytes / statistics.median(bandwidth) * 1e3
-            step = make_ours(model.groups())
-            times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
-            shipped = triton_step.LAUNCH[dtype.itemsize]
-            try:
-                for config in configs * 3:
-                    triton_step.LAUNCH[dtype.itemsize] = config
-                    step()  # compiles at its first turn
-                    (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
-                    times[config] += readings
-            finally:
-                triton_step.LAUNCH[dtype.itemsize] = shipped
-            del model, step
-        raw[mode] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
-        print(f"\n{mode}, ms a step (fraction of the floor, {floor:.2f} ms); shipped: {shipped[0]}, {shipped[1]} warps")
-        print("\n| BLOCK | 2 warps | 4 warps | 8 warps |\n|---|---|---|---|")
-        for block in dict.fromkeys(block for block, _ in configs):
-            medians = [statistics.median(times[block, warps]) for warps in (2, 4, 8)]
-            print(f"| {block} | " + " | ".join(f"{ms:.3f} ({floor / ms:.3f})" for ms in medians) + " |")
-    return raw
 
 
 # Reporting.
@@ -355,12 +142,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every reading here")
     parser.add_argument("--quick", action="store_true", help="fewer readings, no torch.compile, no 2^31 elements")
     parser.add_argument("--sweep", action="store_true", help="only try block sizes and warps of our kernel")
+    parser.add_argument("--check", action="store_true", help="only compare with limits.json; exits 1 if worse")
     args = parser.parse_args(argv)
+    # In bf16 the decay of this model rounds to nothing, which is what is measured.
+    warnings.filterwarnings("ignore", message="lion_dist: lr \\* weight_decay")
+    if args.check:
+        sys.exit(step_check.check())
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
 
-    # In bf16 the decay of this model rounds to nothing, which is what is measured and needs no telling.
-    warnings.filterwarnings("ignore", message="lion_dist: lr \\* weight_decay")
     repeats = 7 if args.quick else 21
     environment = {
         "device": torch.cuda.get_device_name(DEVICE),

@@ -8,11 +8,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_momenta
+from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_state
 from .param_groups import (
     check_params,
     check_steppable,
@@ -36,6 +36,7 @@ from .state_dicts import (
 )
 from .update.dispatch import LionUpdate
 from .update.segments import StepTensors
+from .update.state import EXP_AVG
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Members:
         if self.dtensors:
             grads = local_gradients(params, grads)
             params, exp_avgs = locals_of(params), locals_of(exp_avgs)
-        return StepTensors(params, grads, exp_avgs, self.groups)
+        return StepTensors(params, grads, {EXP_AVG: exp_avgs}, self.groups)
 
 
 class Lion(Optimizer):
@@ -163,7 +164,7 @@ class Lion(Optimizer):
         self._step()
         return loss
 
-    @_disable_dynamo
+    @disable_dynamo
     def _step(self) -> None:
         hypers = [hyper_parameters(group) for group in self.param_groups]
         columns = self._columns()
@@ -245,7 +246,7 @@ class Lion(Optimizer):
                 params.append(p)
                 entries.append(entry)
                 groups.append(i)
-        new = dict(zip(stateless, new_momenta(stateless, dtypes), strict=True))
+        new = dict(zip(stateless, new_state(stateless, dtypes), strict=True))
         entries = [{"exp_avg": new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
         dtensors = any(map(is_dtensor, params))
         return Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
@@ -345,6 +346,6 @@ class Lion(Optimizer):
                 params.append(p)
                 sources.append(m)
                 dtypes.append(dtype)
-        for entry, momentum, m in zip(entries, new_momenta(params, dtypes), sources, strict=True):
+        for entry, momentum, m in zip(entries, new_state(params, dtypes), sources, strict=True):
             local(momentum).copy_(local(m))
             entry["exp_avg"] = KeptAsIs(momentum)

@@ -1,4 +1,4 @@
-"""What an error says where the ranks did not make the same step."""
+"""The error for ranks that did not make the same step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from torch import Tensor
 from .clipping import Clipping
 from .update.reference import HyperParameters
 
+_MUST = (
+    "Hyper-parameters, the max_norm of clip_grad_norm_(), and in stage 1 which gradients are None, must be the same on "
+    "every rank, and no rank may make a backward pass between clip_grad_norm_() and step()"
+)
+
 
 def mismatch(hypers: Sequence[HyperParameters], clipping: Clipping | None) -> Callable[[], str]:
     """Describes this rank's step, for an error that may be raised some steps later.
 
     Args:
-        hypers: one a parameter group. Tensors among them are copied, because schedulers fill them in place.
+        hypers: one for each parameter group. Tensors among them are copied, because schedulers fill them in place.
         clipping: the clipping of this step, if any.
 
     Returns:
-        Makes the message, to follow the numbers of the ranks; the host waits for the tensors in it.
+        A function that makes the message, to follow the numbers of the ranks that differ. It makes the host wait for
+        the tensors in the message.
     """
     kept = [h._replace(lr=h.lr.clone()) if isinstance(h.lr, Tensor) else h for h in hypers]
 
@@ -28,10 +34,16 @@ def mismatch(hypers: Sequence[HyperParameters], clipping: Clipping | None) -> Ca
         if clipping is not None:
             clipped = f"gradients were clipped to max_norm {clipping.max_norm}, by a factor of {clipping.scale.item()}"
         return (
-            "made a step that is not that of its first rank, so that no parameter was changed by it, though momenta "
-            f"may have been. On this rank it was {here}; {clipped}. Hyper-parameters, the max_norm of "
-            "clip_grad_norm_(), and in stage 1 which gradients are None, must be the same on every rank, and no rank "
-            "may make a backward pass between clip_grad_norm_() and step()"
+            "made a step that differs from that of the group's first rank. No parameter was updated; momenta may have "
+            f"been. The step of this rank: {here}; {clipped}. {_MUST}"
         )
 
     return message
+
+
+def refusal() -> str:
+    """The message of a rank that could not make the step, to follow the numbers of the ranks that differ."""
+    return (
+        "made a step that differs from that of the group's first rank. No parameter was updated; momenta of other "
+        f"ranks may have been. This rank could not make the step. {_MUST}"
+    )

@@ -1,9 +1,9 @@
-"""What a parameter group means to Lion; shared by both optimizers.
+"""Parameter groups: their hyper-parameters, parameters and state columns; shared by both optimizers.
 
-A group holds, beside ``params``: lr (float or tensor of one element), betas (two floats), weight_decay (float),
+Beside ``params``, a group stores lr (float or tensor of one element), betas (two floats), weight_decay (float),
 decoupled_weight_decay (bool), init_lr (float: the lr that the constructor was given), momentum_dtype (torch.dtype or
-None), maximize (bool). Given are numbers of any kind and dtypes by name; stored is what this list says. Any other key
-belongs to somebody else and is kept.
+None) and maximize (bool). Users may also give other kinds of numbers, and dtypes by name. Any other key belongs to
+other code and is kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._torch_compat import is_traceable_wrapper_subclass
+from .dtypes import dtype_of
 from .frozen import is_plain, takes_part
 from .fsdp import local
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
+from .update.state import EXP_AVG, StateColumn
 
 Group = dict[str, Any]
 
 KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "init_lr", "momentum_dtype", "maximize")
 
-# Keys that others write into groups, or that groups written for AdamW hold: without effect on Lion, and no typos.
+# Keys that other code writes into groups, or that groups made for AdamW hold. They have no effect on Lion, but are no
+# typing errors.
 KNOWN_KEYS = frozenset({
     *KEYS, "params", "param_names", "name",
     "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale",  # schedulers
@@ -43,8 +46,8 @@ KNOWN_KEYS = frozenset({
 
 
 def shown(value: Any) -> str:
-    """A value in a message. Tensors and what may hold them by their type: to print one without memory ends the
-    process."""
+    """Describes a value in a message. Tensors, and containers that may hold them, are described by their type, because
+    printing a tensor without memory ends the process."""
     plain = (str, int, float, complex, type(None), torch.dtype)
     if isinstance(value, plain) or (type(value) in (list, tuple) and all(isinstance(v, plain) for v in value)):
         return repr(value) if len(repr(value)) < 100 else repr(value)[:100] + "..."
@@ -52,11 +55,15 @@ def shown(value: Any) -> str:
 
 
 def to_float(value: Any, name: str) -> float:
-    """A number of any kind as a float: Python's, NumPy's, a Fraction, a Decimal, a tensor or array of one element.
+    """Converts a number of any kind to a float.
+
+    Args:
+        value: a number of Python or NumPy, a Fraction, a Decimal, or a tensor or array of one element.
+        name: its name in messages.
 
     Raises:
-        TypeError: it is no real number.
-        ValueError: it is a tensor or array of another size, or too large for a float.
+        TypeError: the value is not a real number.
+        ValueError: the value is a tensor or array of another size, or too large for a float.
     """
     if type(value) is float:
         return value
@@ -113,30 +120,22 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def to_dtype(value: Any) -> torch.dtype | None:
-    """A momentum_dtype, which may be given by name ("bfloat16" or "torch.bfloat16").
+    """Converts a momentum_dtype, which may be a name ("bfloat16" or "torch.bfloat16").
 
     Raises:
         TypeError: a momentum cannot have this dtype.
     """
-    dtype = _DTYPE_OF.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
+    dtype = dtype_of(value) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
         raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {shown(value)}")
     return dtype
-
-
-def dtype_name(dtype: Any) -> str | None:
-    """The name by which `to_dtype` knows a dtype: "float32" and the like; None for None."""
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-_DTYPE_OF = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
 
 
 # Groups --------------------------------------------------------------------------------------------
 
 
 def _values(group: Group) -> Group:
-    """A group's own hyper-parameters as they are stored; raises where Lion cannot use one."""
+    """A group's hyper-parameters as they are stored. Raises TypeError or ValueError where Lion cannot use one."""
     lr, weight_decay = _lr(group["lr"]), _weight_decay(group["weight_decay"])
     betas = _betas(group["betas"])
     decoupled = _flag(group["decoupled_weight_decay"], "decoupled_weight_decay")
@@ -157,7 +156,7 @@ def _values(group: Group) -> Group:
 
 
 def _divided(weight_decay: float, init_lr: float) -> float:
-    """The weight decay that lr is multiplied by, of one that was given decoupled."""
+    """The factor of lr that stands for a decoupled weight decay."""
     if not init_lr > 0:
         raise ValueError(
             "decoupled_weight_decay=True divides weight_decay by the lr that the constructor was given, which must be "
@@ -177,13 +176,13 @@ def make_defaults(
     momentum_dtype: torch.dtype | str | None,
     maximize: bool,
 ) -> Group:
-    """The defaults of an optimizer, validated as a group is. Waits for an lr tensor on a GPU."""
+    """The defaults of an optimizer, checked as a group is. The host waits for an lr tensor on a GPU."""
     given = {
         "lr": lr,
         "betas": betas,
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
-        "init_lr": to_float(lr, "lr"),  # a scheduler fills an lr tensor in place, so its first value is kept
+        "init_lr": to_float(lr, "lr"),  # its value now: schedulers fill an lr tensor in place
         "momentum_dtype": momentum_dtype,
         "maximize": maximize,
     }
@@ -191,38 +190,45 @@ def make_defaults(
 
 
 def check_group(group: Group) -> None:
-    """Raises TypeError or ValueError where a group's hyper-parameters are not ones that Lion can use. Reads lr's value,
-    so an lr tensor on a GPU is waited for: for construction and loads, not for steps."""
+    """Raises TypeError or ValueError where Lion cannot use a hyper-parameter of a group.
+
+    The host waits for an lr tensor on a GPU. Call it on construction and loads, not in steps.
+    """
     _values(group)
 
 
 def complete_group(group: Group, *others: Group) -> None:
-    """Adds, in place, the hyper-parameters that a group lacks: each from the first of the others that has it."""
+    """Adds the hyper-parameters that a group lacks, in place: each from the first of the other groups that has it."""
     for key in KEYS:
         for other in others:
             if key not in group and key in other:
                 group[key] = other[key]
-    if "init_lr" not in group:  # pickled by a version that had none
+    if "init_lr" not in group:  # pickled by a version without it
         group["init_lr"] = to_float(others[-1].get("lr", group["lr"]), "lr")
 
 
 def normalize_group(group: Group) -> None:
-    """Brings the hyper-parameters of a complete group, in place, into the form in which they are stored.
+    """Converts the hyper-parameters of a complete group to the form in which they are stored, in place.
 
     Raises:
-        ValueError, TypeError: naming the one that Lion cannot use; nothing has been changed.
+        ValueError, TypeError: Lion cannot use one, which the message names. Nothing has been changed.
     """
     group.update(_values(group))
 
 
 def complete_loaded_groups(groups: Sequence[Group], previous: Sequence[Group], defaults: Group) -> None:
-    """Adds what loaded groups lack: it stays as this optimizer had it, else it is the default."""
+    """Adds the hyper-parameters that loaded groups lack, in place: those that this optimizer had, else the defaults."""
     for i, group in enumerate(groups):
         complete_group(group, *previous[i : i + 1], defaults)
 
 
 def warn_of_unknown_keys(group: Group, others: Iterable[Group]) -> None:
-    """Warns of keys that neither Lion nor anybody known reads, such as a typo; not of those that others have too."""
+    """Warns of keys that neither Lion nor known other code reads, such as a typing error.
+
+    Args:
+        group: the group.
+        others: other groups; keys that one of these has too are not warned of.
+    """
     seen = {key for other in others for key in other}
     for key in group:
         if key in KNOWN_KEYS or key in seen or str(key).startswith("_"):
@@ -233,7 +239,7 @@ def warn_of_unknown_keys(group: Group, others: Iterable[Group]) -> None:
 
 
 def warn(message: str) -> None:
-    """A warning that points at the first line outside of lion_dist and torch."""
+    """Warns at the innermost line outside of lion_dist and torch."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lion_dist", "torch"):
         level, frame = level + 1, frame.f_back
@@ -241,17 +247,36 @@ def warn(message: str) -> None:
 
 
 def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
-    """The dtype of a new momentum for p: what the group says, else p's own; float32 for float16
-    weights, whose momentum would lose every |g| below 6e-8 / (1 - beta2)."""
+    """The dtype of a new momentum for p: the group's, else p's own, or float32 where p is float16, because a float16
+    momentum would lose every |g| below 6e-8 / (1 - beta2)."""
     explicit = to_dtype(group["momentum_dtype"])
     if explicit is not None:
         return explicit
     return torch.float32 if p.dtype == torch.float16 else p.dtype
 
 
+def state_columns(p: Tensor, group: Group) -> tuple[StateColumn, ...]:
+    """The state that Lion keeps for a parameter of this group."""
+    return (StateColumn(EXP_AVG, momentum_dtype(p, group)),)
+
+
+def required_dtype(column: StateColumn, group: Group) -> torch.dtype | None:
+    """The dtype that a loaded column must have; None: the dtype in which it was saved, as for a momentum unless the
+    group has a ``momentum_dtype``."""
+    dtype: torch.dtype | None = group["momentum_dtype"] if column.name == EXP_AVG else column.dtype
+    return dtype
+
+
+def allowed_dtypes(column: StateColumn) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a state_dict or a checkpoint may hold a column: any storage dtype for a momentum."""
+    return STORAGE_DTYPES if column.name == EXP_AVG else (column.dtype,)
+
+
 def hyper_parameters(group: Group) -> HyperParameters:
-    """This step's hyper-parameters of a group; raises where they cannot be used. An lr tensor stays one,
-    and if it is on a GPU its value is not looked at, since that would wait for the GPU."""
+    """A group's hyper-parameters for one step. Raises TypeError or ValueError where they cannot be used.
+
+    An lr tensor stays a tensor. If it is on a GPU its value is not checked, because the host would have to wait.
+    """
     lr = group["lr"]
     if not isinstance(lr, Tensor) or lr.device.type == "cpu":
         lr = _lr(lr, " (did a scheduler pass its end?)")
@@ -265,22 +290,26 @@ def hyper_parameters(group: Group) -> HyperParameters:
 
 
 def check_steppable(p: Tensor, who: str) -> None:
-    """Raises where Lion cannot step a parameter.
+    """Checks that Lion can step a parameter.
+
+    Args:
+        p: the parameter.
+        who: describes it in messages.
 
     Raises:
         TypeError: Lion cannot step its type, dtype, layout or memory.
         ValueError: its elements overlap.
     """
     if is_lazy(p):
-        raise TypeError(f"{who} has no shape yet: run the model once (a dry run) before making the optimizer")
+        raise TypeError(f"{who} has no shape yet: run the model once before making the optimizer")
     who, part = f"{who} (shape {tuple(p.shape)})", local(p)
     if is_traceable_wrapper_subclass(part) or p.is_meta:
         raise TypeError(
             f"{who} is a {'meta tensor' if p.is_meta else type(part).__name__}, which has no memory of its own to "
-            "step: materialise the model before making the optimizer, or freeze the parameter"
+            "step: materialize the model before making the optimizer, or freeze the parameter"
         )
     if p.is_complex():
-        raise TypeError(f"{who} is complex; give Lion torch.view_as_real of it")
+        raise TypeError(f"{who} is complex; give Lion torch.view_as_real(p) instead")
     if p.layout != torch.strided or p.dtype not in STORAGE_DTYPES:
         raise TypeError(f"{who} is {p.layout} {p.dtype}; expected strided float32, bfloat16 or float16")
     if may_overlap(part):
@@ -291,8 +320,16 @@ def check_steppable(p: Tensor, who: str) -> None:
 
 
 def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
-    """Raises ValueError for a parameter of a group that is given twice, and as `check_steppable` does for those that
-    take part."""
+    """Checks the parameters of a group.
+
+    Args:
+        params: the parameters.
+        already: parameters of other groups.
+
+    Raises:
+        ValueError: a parameter is given twice.
+        TypeError, ValueError: Lion cannot step a parameter that takes part.
+    """
     seen = {id(p) for p in already}
     for i, p in enumerate(params):
         who = f"parameter {i} of the group"
@@ -304,7 +341,7 @@ def check_params(params: Sequence[Tensor], already: Iterable[Tensor]) -> None:
 
 
 def names_of(group: Group) -> list[str] | None:
-    """The names of a group's parameters; None where ``param_names`` are not as many strings as there are parameters."""
+    """The names of a group's parameters; None unless ``param_names`` are strings, one for each parameter."""
     names, n = group.get("param_names"), len(group["params"])
     if not isinstance(names, (list, tuple)) or len(names) != n or not all(isinstance(name, str) for name in names):
         return None
@@ -312,7 +349,8 @@ def names_of(group: Group) -> list[str] | None:
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
-    """What must be equal on all ranks, one line a group from number ``first`` and one a parameter."""
+    """Describes what must be equal on all ranks: one line for each group from index ``first`` on, and one line for each
+    of its parameters."""
     lines = []
     for i, group in enumerate(groups[first:], first):
         values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}

@@ -1,12 +1,14 @@
-"""ShardedLion's state, as others see it: by parameter, in the parameter's own shape.
+"""ShardedLion's state as others see it: by parameter, in the shapes that the columns give to it.
 
-Whole: plain tensors on the CPU, gathered. In boxes: `BoxTensor`s, views of this rank's shard, local. What
-``optimizer.state`` holds are entries that make a BoxTensor whenever one is looked at, so that none outlives its shard.
+Whole state is gathered into plain tensors on the CPU. A rank's own part is local: `BoxTensor`s that are views of the
+shard. ``optimizer.state`` holds entries that make a BoxTensor whenever one is read, so that none outlives its shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,58 +16,71 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .param_groups import Group
+from ._torch_compat import load_state_dict_post_hooks
+from .param_groups import Group, describe_groups, state_columns
 from .sharding.box_tensor import BoxTensor
-from .sharding.shard import Shard
+from .sharding.replicas import comparable
+from .sharding.shard import Column, Shard
 from .state_dicts import check_and_wrap_state, map_tensors
-
-_EXP_AVG = "exp_avg"
+from .update.state import StateColumn
 
 
 class ShardEntry(MutableMapping[str, Any]):
-    """What ``optimizer.state`` has for one parameter: {"exp_avg": BoxTensor}, and whatever others put beside it.
+    """One parameter's entry in ``optimizer.state``: a BoxTensor for each column, and what others keep beside them.
 
-    ``exp_avg`` is a view of the shard: assigned to it, a BoxTensor of the same cut, or a whole tensor of the
-    parameter's shape, is copied into the shard. It cannot be deleted.
+    The BoxTensors are views of the shard. A BoxTensor of the same cut, or a whole tensor of the same shape, that is
+    assigned to a column is copied into the shard. Columns cannot be deleted.
     """
 
     def __init__(self, shard: Shard, param: int, rank: int, others: Mapping[str, Any]) -> None:
         self._place = shard, param, rank
         self.others = dict(others)
 
-    def _exp_avg(self) -> BoxTensor:
+    def _column(self, key: str) -> Column | None:
+        shard, _, _ = self._place
+        return next((column for column in shard.columns if column.name == key), None)
+
+    def _boxes(self, column: Column) -> BoxTensor:
         shard, param, rank = self._place
-        return shard.boxes(param, rank)
+        return shard.boxes(param, column, rank)
 
     def __getitem__(self, key: str) -> Any:
-        return self._exp_avg() if key == _EXP_AVG else self.others[key]
+        column = self._column(key)
+        return self.others[key] if column is None else self._boxes(column)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key != _EXP_AVG:
+        column = self._column(key)
+        if column is None:
             self.others[key] = value
             return
-        own = self._exp_avg()
+        own = self._boxes(column)
         if not isinstance(value, Tensor) or value.shape != own.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"exp_avg must be a tensor of shape {tuple(own.shape)}, as its parameter is, got {got}")
+            raise ValueError(
+                f"{key} must be a tensor of shape {tuple(own.shape)}, as its parameter requires, got {got}"
+            )
         with torch.no_grad():
             own.copy_(value)
 
     def __delitem__(self, key: str) -> None:
-        if key == _EXP_AVG:
-            raise TypeError("exp_avg is part of ShardedLion's shard, and cannot be deleted: assign zeros to it instead")
+        if self._column(key) is not None:
+            raise TypeError(f"{key} is part of ShardedLion's shard, and cannot be deleted: assign zeros to it instead")
         del self.others[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter((_EXP_AVG, *self.others))
+        shard, _, _ = self._place
+        return iter((*(column.name for column in shard.columns), *self.others))
 
     def __len__(self) -> int:
-        return 1 + len(self.others)
+        shard, _, _ = self._place
+        return len(shard.columns) + len(self.others)
 
 
 def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> None:
-    """Puts an entry for every parameter that is sharded into ``state``, first and in the shards' order. What others
-    keep there stays."""
+    """Puts an entry for every sharded parameter into ``state``, first and in the order of the shards.
+
+    What others keep in ``state`` stays.
+    """
     before = dict(state)
     state.clear()
     for shard in shards:
@@ -77,7 +92,7 @@ def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: 
 
 
 def ordered(packed: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The state of a packed state_dict: plain dicts, those of parameters first and by their numbers."""
+    """The state of a packed state_dict as plain dicts: first those of parameters, by their numbers."""
     numbered = sorted(i for i in packed if isinstance(i, int))
     return {
         i: dict(packed[i]) if isinstance(packed[i], ShardEntry) else packed[i]
@@ -85,14 +100,21 @@ def ordered(packed: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def whole(packed: Mapping[Any, Any], groups: Sequence[Group], momenta: Mapping[int, Tensor]) -> dict[Any, Any]:
-    """`ordered` with whole momenta, given by ``id`` of the parameter. What others keep beside them is this rank's, its
-    tensors copied to the CPU."""
+def whole(
+    packed: Mapping[Any, Any], groups: Sequence[Group], gathered: Mapping[int, Mapping[str, Tensor]]
+) -> dict[Any, Any]:
+    """`ordered`, with whole state in place of this rank's part of it.
+
+    Args:
+        gathered: as `gather_whole` returned it. What others keep beside it is this rank's own; its tensors are copied
+            to the CPU.
+    """
     state = ordered(packed)
     for i, p in enumerate(p for group in groups for p in group["params"]):
         if i in state:
-            others = {key: map_tensors(_on_cpu, value) for key, value in state[i].items() if key != _EXP_AVG}
-            state[i] = {_EXP_AVG: momenta[id(p)], **others} if id(p) in momenta else others
+            own = gathered.get(id(p), {})
+            others = {key: map_tensors(_on_cpu, value) for key, value in state[i].items() if key not in own}
+            state[i] = {**own, **others}
     return state
 
 
@@ -100,76 +122,139 @@ def _on_cpu(t: Tensor, _: Any) -> Tensor:
     return t.detach().to("cpu", copy=True)
 
 
-def whole_momenta(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) -> dict[int, Tensor]:
-    """By ``id`` of the parameter, on the CPU; a collective call. {} where ``keep`` is False."""
+def gather_whole(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) -> dict[int, dict[str, Tensor]]:
+    """The whole state on the CPU, by ``id`` of the parameter and by column name; a collective call.
+
+    Args:
+        keep: whether this rank wants it. If not, the result is {}.
+    """
     gathered = {}
     for shard in shards:
-        for p, exp_avg in zip(shard.params, shard.gather_exp_avgs(group, keep), strict=True):
+        for p, state in zip(shard.params, shard.gather_state(group, keep), strict=True):
             if keep:
-                gathered[id(p)] = exp_avg
+                gathered[id(p)] = state
     return gathered
 
 
 class IncomingState:
-    """A state_dict on its way in: checked, and its momenta set aside from what torch would do with them.
+    """A state_dict that is being loaded. It is checked, and Lion's state is kept back from what torch would do with it.
 
     Attributes:
-        momenta: by ``id`` of the parameter: whole, or BoxTensors.
-        dtypes: that they are to have, likewise; once `check_cut` has been called.
+        state: by ``id`` of the parameter and by column name: whole tensors, or BoxTensors.
+        columns: what a parameter with such state will have, by its ``id``, once `check` has been called.
     """
 
     def __init__(self, groups: Sequence[Group], defaults: Group, state: Mapping[Any, Any]) -> None:
         self._groups, self._defaults, self._state = groups, defaults, state
         self._params: list[Tensor] = [p for group in groups for p in group["params"]]
-        self.momenta: dict[int, Tensor] = {}
-        self.dtypes: dict[int, torch.dtype] = {}
+        self.state: dict[int, dict[str, Tensor]] = {}
+        self.columns: dict[int, tuple[StateColumn, ...]] = {}
         self._post_hooks: dict[int, Callable[[Optimizer], None]] = {}
 
-    def take(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        """A pre-hook of torch's load_state_dict, to be the last of them, which leaves torch what is not Lion's. Raises
-        ValueError or TypeError for a state that does not fit the groups. Takes the optimizer's post hooks away, because
-        torch would run them before the momenta are loaded: see `give_back_post_hooks`."""
-        hooks = optimizer._optimizer_load_state_dict_post_hooks
+    @contextmanager
+    def receiving(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around torch's load_state_dict, whose last pre-hook keeps Lion's state back.
+
+        After an error the optimizer's groups and state are what they were. The optimizer has no post hooks within,
+        because torch would run them before Lion's state is loaded.
+        """
+        previous = optimizer.param_groups, optimizer.state
+        handle = optimizer.register_load_state_dict_pre_hook(self._take)
+        try:
+            yield
+        except Exception:
+            optimizer.param_groups, optimizer.state = previous
+            raise
+        finally:
+            handle.remove()
+            # Under their old handles and in their old order.
+            load_state_dict_post_hooks(optimizer).update(self._post_hooks)
+
+    def _take(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        """A pre-hook of load_state_dict: returns what is not Lion's. Raises ValueError or TypeError for a misfit."""
+        hooks = load_state_dict_post_hooks(optimizer)
         self._post_hooks.update(hooks)
         hooks.clear()
         checked = check_and_wrap_state(given, self._groups, self._defaults, self._state, (BoxTensor,))
-        ids = [i for group in checked["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, self._params, strict=True):
-            momentum = checked["state"].get(i, {}).pop(_EXP_AVG, None)
-            if momentum is not None:
-                self.momenta[id(p)] = momentum.value
+        numbered = [(i, group) for group in checked["param_groups"] for i in group["params"]]
+        for (i, group), p in zip(numbered, self._params, strict=True):
+            entry = checked["state"].get(i, {})
+            names = [column.name for column in state_columns(p, group)]
+            own = {name: entry.pop(name).value for name in names if name in entry}
+            if own:
+                self.state[id(p)] = own
         return checked
 
-    def give_back_post_hooks(self, optimizer: Optimizer) -> None:
-        """Registers the hooks that `take` took away again, under their old handles and in their old order."""
-        optimizer._optimizer_load_state_dict_post_hooks.update(self._post_hooks)
+    def check(self, groups: Sequence[Group], shards: Sequence[Shard], group: dist.ProcessGroup) -> None:
+        """Checks what `_take` kept back, and decides on the columns.
 
-    def check_cut(self, groups: Sequence[Group], shards: Sequence[Shard], rank: int) -> None:
-        """Decides on dtypes, from the groups as loaded. Raises ValueError for BoxTensors of another cut."""
-        for group in groups:
-            for p in group["params"]:
-                if id(p) in self.momenta:
-                    self.dtypes[id(p)] = group["momentum_dtype"] or self.momenta[id(p)].dtype
-        cut = {id(p): shard.boxes(i, rank).boxes for shard in shards for i, p in enumerate(shard.params)}
+        Args:
+            groups: the parameter groups as they were loaded.
+            shards: the optimizer's shards.
+            group: its ranks.
+
+        Raises:
+            ValueError: state of a frozen parameter that cannot be sharded, or a BoxTensor that is not of these shards.
+        """
+        self._check_shardable(group)
+        self._check_cut(groups, shards, dist.get_rank(group))
+
+    def _check_shardable(self, group: dist.ProcessGroup) -> None:
+        able = comparable(self._params, group)
         for i, p in enumerate(self._params):
-            given = self.momenta.get(id(p))
-            if isinstance(given, BoxTensor) and (given.boxes != cut.get(id(p)) or not self.fits(shards)):
+            if id(p) in self.state and i not in able:
                 raise ValueError(
-                    f"exp_avg of parameter {i} is a BoxTensor of another cut (other ranks, parameters or momentum "
-                    "dtypes) than this ShardedLion's: go through lion_dist.checkpoint or torch.distributed.checkpoint, "
-                    "into this optimizer's own state_dict(), or load a full_state_dict()"
+                    f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
+                    f"and not dense or on another device (strides {p.stride()}, {p.device}), so ShardedLion cannot "
+                    "shard it: make it contiguous, or leave its entry out of the state_dict"
                 )
 
-    def fits(self, shards: Sequence[Shard]) -> bool:
-        """Whether the shards, as they are, can take the momenta."""
-        there = {id(p): shard.exp_avg.dtype for shard in shards for p in shard.params}
-        return all(there.get(p) == dtype for p, dtype in self.dtypes.items())
+    def _check_cut(self, groups: Sequence[Group], shards: Sequence[Shard], rank: int) -> None:
+        for group in groups:
+            for p in group["params"]:
+                if id(p) in self.state:
+                    self.columns[id(p)] = _loaded_columns(p, group, self.state[id(p)])
+        place = {id(p): (shard, i) for shard in shards for i, p in enumerate(shard.params)}
+        fits = self.fits(shards)
+        for number, p in enumerate(self._params):
+            for column in self.columns.get(id(p), ()):
+                given = self.state[id(p)].get(column.name)
+                if not isinstance(given, BoxTensor):
+                    continue
+                shard, i = place.get(id(p), (None, 0))
+                if not fits or shard is None or given.boxes != shard.boxes(i, column, rank).boxes:
+                    raise ValueError(
+                        f"{column.name} of parameter {number} is a BoxTensor of another cut (other ranks, parameters "
+                        "or momentum dtypes) than this ShardedLion's: go through lion_dist.checkpoint or "
+                        "torch.distributed.checkpoint, into this optimizer's own state_dict(), or load a "
+                        "full_state_dict()"
+                    )
 
-    def describe(self) -> list[str]:
-        """What must be equal on all ranks, a line a parameter."""
-        lines = []
-        for i, p in enumerate(self._params):
-            given = self.momenta.get(id(p))
-            kind = "boxes of " if isinstance(given, BoxTensor) else ""
-            lines.append(f"momentum of parameter {i}: {kind}{None if given is None else given.dtype}")
-        return lines
+    def fits(self, shards: Sequence[Shard]) -> bool:
+        """Whether the shards can take the state as they are."""
+        there = {id(p): shard.columns for shard in shards for p in shard.params}
+        return all(there.get(p) == columns for p, columns in self.columns.items())
+
+    def describe(self, groups: Sequence[Group]) -> list[str]:
+        """What must be the same on all ranks about the groups as they were loaded, and about the state."""
+
+        def kind(t: Tensor) -> str:
+            return f"boxes of {t.dtype}" if isinstance(t, BoxTensor) else str(t.dtype)
+
+        state = [
+            f"state of parameter {i}: "
+            + (", ".join(f"{name}: {kind(t)}" for name, t in self.state.get(id(p), {}).items()) or "none")
+            for i, p in enumerate(self._params)
+        ]
+        return [*describe_groups(groups), *state]
+
+
+def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
+    """The columns of a parameter whose state is loaded. State keeps the dtype that it was saved in, unless the group
+    names a dtype."""
+    columns = state_columns(p, group)
+    if group["momentum_dtype"] is not None:
+        return columns
+    return tuple(
+        replace(column, dtype=given[column.name].dtype) if column.name in given else column for column in columns
+    )

@@ -1,7 +1,7 @@
-"""What a state_dict means to Lion; shared by both optimizers.
+"""Checks of state_dicts before they are loaded; shared by both optimizers.
 
-Parameters are matched by name where the state_dict and the optimizer both have names, else by position, as every
-optimizer of torch matches them. A parameter's entry holds ``exp_avg``, and whatever a wrapper keeps beside it.
+An entry of a state_dict holds, for one parameter, the columns of its state (`param_groups.state_columns`), and whatever
+a wrapper keeps beside them. How entries and parameters are matched is told in param_names.py.
 """
 
 from __future__ import annotations
@@ -9,62 +9,65 @@ from __future__ import annotations
 import copy
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from ._torch_compat import value_like_param
+from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
-from .fsdp import is_dtensor, is_flat_view, misfit
+from .fsdp import is_dtensor, misfit
 from .param_groups import (
     Group,
+    allowed_dtypes,
     check_steppable,
     complete_group,
-    dtype_name,
     names_of,
     normalize_group,
     shown,
+    state_columns,
     warn_of_unknown_keys,
 )
-from .update.reference import STORAGE_DTYPES
+from .param_names import pair_groups
+from .update.state import EXP_AVG, StateColumn
 
-# Entries of other optimizers' states: a momentum that Lion would misread, or leave out, is beside each.
-OTHERS = frozenset({
+# Entries that only other optimizers have. Lion would misread the momentum beside one of them, or lose it.
+FOREIGN_ENTRIES = frozenset({
     "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "exp_avg_var", "exp_avg_fast", "exp_avg_slow",
     "exp_avg_sq_row", "exp_avg_sq_col", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "hessian",
     "mu_product", "row_var", "col_var", "variance", "state1", "state2",
 })  # fmt: skip
 
-# A key of the state_dict of a Lion under FSDP1: the parameters lie in the order of their names. torch's doors drop it.
+# A key that `Lion` under FSDP1 adds to its state_dict: parameters are in the order of their names. torch's functions
+# for sharded state drop it.
 IN_ORDER_OF_NAMES = "params_in_order_of_names"
-
-# Parts of a name that wrappers of a model put into it.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def with_named_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A shallow copy of a state_dict in which groups call their momentum_dtype "float32" and the like: torch's
-    gathering of a sharded optimizer's state takes no dtype."""
-    groups = [{**g, "momentum_dtype": dtype_name(g["momentum_dtype"])} for g in state_dict["param_groups"]]
+    """A shallow copy of a state_dict in which ``momentum_dtype`` is a name such as "float32", because torch cannot
+    gather groups that hold a dtype."""
+    groups = []
+    for group in state_dict["param_groups"]:
+        dtype = group["momentum_dtype"]
+        groups.append({**group, "momentum_dtype": None if dtype is None else dtype_name(dtype)})
     return {**state_dict, "param_groups": groups}
 
 
 class KeptAsIs:
-    """Carries a value through torch's load_state_dict, which would cast a tensor to the parameter's dtype, and make
-    a generator's repr of a string."""
+    """Carries a value through torch's load_state_dict unchanged. torch would cast a tensor to the parameter's dtype,
+    and turn a string into the representation of a generator."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Misfit(KeptAsIs):
-    """Carries a momentum that does not fit its parameter, which was changed while it was frozen, and keeps it."""
+    """Carries a tensor of the state of a frozen parameter that it no longer fits. It is kept as it is."""
 
 
 def unwrap(entry: Any) -> None:
-    """Puts the values of an entry that are in `KeptAsIs` into their places."""
+    """Replaces the `KeptAsIs` in an entry by their values, in place."""
     if isinstance(entry, dict):
         for key, value in entry.items():
             if isinstance(value, KeptAsIs):
@@ -72,7 +75,7 @@ def unwrap(entry: Any) -> None:
 
 
 def check_is_dict(state_dict: Any) -> None:
-    """Raises ValueError for what cannot be a state_dict at all, before torch asks it for a copy."""
+    """Raises ValueError for anything but a dict, before torch tries to copy it."""
     if not isinstance(state_dict, dict):
         raise ValueError(
             f'expected an optimizer state_dict with keys "state" and "param_groups", got a {type(state_dict).__name__}'
@@ -86,60 +89,64 @@ def check_and_wrap_state(
     state: Mapping[Any, Any],
     subclasses: tuple[type, ...] = (),
 ) -> dict[str, Any]:
-    """A copy of a state_dict as torch's load_state_dict is to have it, once the whole of it is known to fit.
+    """Checks a whole state_dict, and prepares it for torch's load_state_dict.
 
     Args:
-        groups, defaults, state: the optimizer's own. Tensors that are the state's own are taken for loaded already.
-        subclasses: of Tensor, that a momentum may be beside a plain tensor or, where its parameter is one, a DTensor.
+        state_dict: the state_dict.
+        groups, defaults, state: those of the optimizer. Tensors that are in ``state`` already count as loaded.
+        subclasses: types of tensors that a column may be, beside a plain tensor and, where its parameter is one, a
+            DTensor.
 
     Returns:
-        Groups in the order of the optimizer's, with every hyper-parameter in the form in which it is stored, and the
-        parameters of each in that order. Of the state, the entries of parameters, each value of which is in
-        `KeptAsIs`: ``exp_avg`` as it was given, of everything else a copy that torch's own rule has cast and moved;
-        and what is no parameter's, as it was given.
+        A copy. Groups, and parameters in each, are in the order of the optimizer's, and hyper-parameters in the form in
+        which they are stored. In the entry of each parameter, every value is in a `KeptAsIs`: columns as they were
+        given, everything else as a copy that was cast and moved by torch's own rule. Entries that belong to no
+        parameter are as they were given.
 
     Raises:
-        ValueError, TypeError: naming the first thing that does not fit. Nothing has been changed then.
+        ValueError, TypeError: names the first thing that does not fit. Nothing has been changed.
     """
-    check_is_dict(state_dict)
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError('expected an optimizer state_dict with keys "state" and "param_groups"')
-    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(saved_state, dict) or not all(
-        isinstance(g, dict) and {"params", "lr"} <= g.keys() and isinstance(g["params"], (list, tuple))
-        for g in (saved_groups if isinstance(saved_groups, (list, tuple)) else [None])
-    ):
-        raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
-    given_groups = saved_groups
-    saved_groups = [
-        _completed(*pair, defaults) for pair in _paired(saved_groups, groups, IN_ORDER_OF_NAMES in state_dict)
-    ]
-    params = [p for g in groups for p in g["params"]]
-    ids = [i for g in saved_groups for i in g["params"]]
+    given_groups, saved_state = _check_form(state_dict)
+    pairs = pair_groups(given_groups, groups, IN_ORDER_OF_NAMES in state_dict)
+    saved_groups = [_completed(saved, live, defaults) for saved, live in pairs]
+    ids = [i for saved in saved_groups for i in saved["params"]]
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"the state_dict's groups hold parameter {shown(twice[0])} twice")
-    param_of = dict(zip(ids, params, strict=True))
-    # A string may be a key of somebody else's; not one of these, and no other where parameters have strings for keys.
-    names = {name for g in (*given_groups, *groups) for name in names_of(g) or ()}
+    place = {
+        i: (p, saved)
+        for saved, live in zip(saved_groups, groups, strict=True)
+        for i, p in zip(saved["params"], live["params"], strict=True)
+    }
+    # Strings may be keys of other code's entries, unless they name a parameter or parameters have strings for keys.
+    names = {name for group in (*given_groups, *groups) for name in names_of(group) or ()}
     if any(isinstance(i, str) for i in ids):
         names.update(i for i in saved_state if isinstance(i, str))
     checked: dict[Any, Any] = {}
     for i, entry in saved_state.items():
-        if i in param_of:
-            p = param_of[i]
-            fits = _check_entry(i, entry, p, subclasses)
-            own = state.get(p, {})
-            checked[i] = {k: KeptAsIs(_copy_for(p, i, k, v, own, saved_groups)) for k, v in entry.items()}
-            if not fits:
-                m = entry["exp_avg"]
-                checked[i]["exp_avg"] = Misfit(m if own.get("exp_avg") is m else m.detach().clone())
-        elif isinstance(i, (int, Tensor)) or (i in names and isinstance(entry, Mapping) and "exp_avg" in entry):
+        if i in place:
+            p, saved = place[i]
+            checked[i] = _wrapped(i, entry, p, state_columns(p, saved), subclasses, state.get(p, {}), saved_groups)
+        elif isinstance(i, (int, Tensor)) or (i in names and isinstance(entry, Mapping) and EXP_AVG in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
             checked[i] = entry
     for i, saved in enumerate(saved_groups):
         warn_of_unknown_keys(saved, [*groups, *saved_groups[:i]])
     return {**state_dict, "state": checked, "param_groups": saved_groups}
+
+
+def _check_form(state_dict: Any) -> tuple[Sequence[Group], dict[Any, Any]]:
+    """The groups and the state of a state_dict."""
+    check_is_dict(state_dict)
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError('expected an optimizer state_dict with keys "state" and "param_groups"')
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, dict) or not all(
+        isinstance(g, dict) and {"params", "lr"} <= g.keys() and isinstance(g["params"], (list, tuple))
+        for g in (groups if isinstance(groups, (list, tuple)) else [None])
+    ):
+        raise ValueError('expected "state" to be a dict and "param_groups" a list of dicts with "params" and "lr"')
+    return groups, state
 
 
 def _completed(saved: Group, live: Group, defaults: Group) -> Group:
@@ -151,19 +158,48 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
     return group
 
 
-def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) -> bool:
-    """Whether the momentum in an entry of a state_dict fits p, if there is one. A frozen parameter may have become
-    anything since its last step (another dtype, another shape), so `Lion` keeps what was its momentum; not
-    `ShardedLion`, which has to shard it.
+def _wrapped(
+    i: Any,
+    entry: Any,
+    p: Tensor,
+    columns: Sequence[StateColumn],
+    subclasses: tuple[type, ...],
+    own: Mapping[str, Any],
+    groups: Sequence[Group],
+) -> dict[str, KeptAsIs]:
+    """Checks the entry of a parameter, and wraps its values.
 
-    Raises:
-        ValueError, TypeError: the optimizer cannot take the entry for p.
+    Args:
+        i: key of the entry.
+        entry: the entry.
+        p: the parameter.
+        columns: the columns of its state.
+        subclasses: as for `check_and_wrap_state`.
+        own: the optimizer's present entry.
+        groups: all groups of the state_dict.
     """
+    _check_entry(i, entry, p, columns)
+    wrapped: dict[str, KeptAsIs] = {}
+    names = {column.name: column for column in columns}
+    for key, value in entry.items():
+        if key not in names:
+            wrapped[key] = KeptAsIs(value if own.get(key) is value else _copy_for(p, i, key, value, groups))
+        elif _fits(i, names[key], value, p, subclasses):
+            wrapped[key] = KeptAsIs(value)
+        else:
+            wrapped[key] = Misfit(value if own.get(key) is value else value.detach().clone())
+    return wrapped
+
+
+def _check_entry(i: Any, entry: Any, p: Tensor, columns: Sequence[StateColumn]) -> None:
+    """Raises ValueError for an entry of another optimizer, and for one that lacks a column if p is stepped."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with 'exp_avg'")
-    foreign = OTHERS & entry.keys()
-    if foreign or (entry and "exp_avg" not in entry and takes_part(p)):
-        expected = f"and {sorted(foreign)} is not Lion's" if foreign else "and Lion's has 'exp_avg'"
+        raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with {EXP_AVG!r}")
+    foreign = FOREIGN_ENTRIES & entry.keys()
+    missing = any(column.name not in entry for column in columns)
+    if foreign or (entry and missing and takes_part(p)):
+        names = " and ".join(repr(column.name) for column in columns)
+        expected = f"and {sorted(foreign)} is not Lion's" if foreign else f"and Lion's has {names}"
         frozen = (
             "" if foreign else " Or was the parameter frozen when this was saved? Then load before you unfreeze it."
         )
@@ -171,62 +207,84 @@ def _check_entry(i: Any, entry: Any, p: Tensor, subclasses: tuple[type, ...]) ->
             f"state of parameter {shown(i)} has entries {sorted(map(str, entry))}, {expected}. Is this another "
             f"optimizer's state_dict?{frozen}"
         )
-    if "exp_avg" not in entry:
-        return True
-    m = entry["exp_avg"]
+
+
+def _fits(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type, ...]) -> bool:
+    """Whether a tensor fits a column of p's state.
+
+    A frozen parameter may have another shape and dtype now than at its last step. `Lion` keeps its state then, and the
+    result is False. `ShardedLion`, which passes ``subclasses``, would have to shard it, and raises.
+
+    Raises:
+        ValueError, TypeError: the tensor does not fit, and cannot be kept.
+    """
     try:
-        _check_momentum(i, m, p, subclasses)
+        _check_column(i, column, t, p, subclasses)
     except (TypeError, ValueError):
-        if takes_part(p) or subclasses or not (isinstance(m, Tensor) and is_plain(m)):
+        if takes_part(p) or subclasses or not (isinstance(t, Tensor) and is_plain(t)):
             raise
         return False
     return True
 
 
-def _check_momentum(i: Any, m: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
-    """Raises ValueError or TypeError where m cannot be the momentum of p."""
-    check_steppable(p, f"the state_dict has a momentum for parameter {shown(i)}, which")
-    if isinstance(m, Tensor) and (reason := misfit(m, p)):
-        raise ValueError(f"exp_avg of parameter {shown(i)} {reason}")
-    if not isinstance(m, Tensor) or m.shape != p.shape or m.dtype not in STORAGE_DTYPES or m.layout != torch.strided:
-        got = f"{tuple(m.shape)} {m.dtype} {m.layout}" if isinstance(m, Tensor) else type(m).__name__
+def _check_column(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
+    """Raises ValueError or TypeError where t cannot be this column of p's state."""
+    check_steppable(p, f"the state_dict has state for parameter {shown(i)}, which")
+    who, shape, dtypes = f"{column.name} of parameter {shown(i)}", column.shape(p.shape), allowed_dtypes(column)
+    if isinstance(t, Tensor) and (reason := misfit(t, p, shape)):
+        raise ValueError(f"{who} {reason}")
+    if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout != torch.strided:
+        got = f"{tuple(t.shape)} {t.dtype} {t.layout}" if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(
-            f"exp_avg of parameter {shown(i)} is {got}; expected shape {tuple(p.shape)} in float32, bfloat16 or "
-            "float16. Is this the state_dict of another model?"
+            f"{who} is {got}; expected shape {tuple(shape)} in {' or '.join(map(dtype_name, dtypes))}. Is this the "
+            "state_dict of another model?"
         )
-    if not (is_dtensor(m) or isinstance(m, subclasses)):
-        if type(m).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not (is_dtensor(t) or isinstance(t, subclasses)):
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise ValueError(
-                f"exp_avg of parameter {shown(i)} is a {type(m).__name__}; expected a plain tensor. Of a ShardedLion, "
-                "save full_state_dict(), which Lion loads"
+                f"{who} is a {type(t).__name__}; expected a plain tensor. With ShardedLion, save full_state_dict(), "
+                "which Lion loads"
             )
-        if m.is_meta or is_freed(m):
-            raise ValueError(f"exp_avg of parameter {shown(i)} is a tensor without memory, on {m.device}")
+        if t.is_meta or is_freed(t):
+            raise ValueError(f"{who} is a tensor without memory, on {t.device}")
 
 
-def _copy_for(p: Tensor, i: Any, key: Any, value: Any, own: Mapping[str, Any], groups: Sequence[Group]) -> Any:
-    """``value`` itself if it is the momentum or this optimizer's own; else a copy of its containers and tensors, these
-    on the parameter's device and in the dtype that every optimizer of torch would load them in."""
-    if key == "exp_avg" or own.get(key) is value:
-        return value
+def _copy_for(p: Tensor, i: Any, key: Any, value: Any, groups: Sequence[Group]) -> Any:
+    """A copy of a value's containers and tensors, these on the device and in the dtype that every optimizer of torch
+    would load them in.
+
+    Args:
+        p: the parameter.
+        i: key of its entry.
+        key: key of the value in the entry.
+        value: the value.
+        groups: all groups of the state_dict.
+    """
 
     def loaded(t: Tensor, key: Any) -> Tensor:
         plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.layout == torch.strided and not t.is_meta
         if plain and is_freed(t):
             raise RuntimeError("a tensor without memory")
-        moved = Optimizer._process_value_according_to_param_policy(p, t, i, groups, key)  # type: ignore[arg-type]
+        moved = value_like_param(p, t, i, groups, key)
         return moved.clone() if moved is t else moved
 
     try:
         return map_tensors(loaded, value, key)
-    except RuntimeError as error:  # a conversion that torch cannot make; a nest without end
+    except RuntimeError as error:  # torch cannot convert a tensor, or containers are nested without end
         raise ValueError(f"{shown(key)} of the state of parameter {shown(i)} cannot be loaded: {error}") from error
 
 
 def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any = None) -> Any:
-    """``value`` with ``function(tensor, key)`` in place of its tensors, in new containers of the same types: dicts of
-    any kind, lists, tuples, named tuples and deques. Anything else is itself. The key is that of the dict which holds
-    the tensor."""
+    """Applies a function to the tensors within a value.
+
+    Args:
+        function: is called with each tensor and the key of the dict that holds it, and returns the new tensor.
+        value: a tensor or container. Containers are dicts of any kind, lists, tuples, named tuples and deques.
+        key: key of the dict that holds the value.
+
+    Returns:
+        The value, with new containers of the same types. Anything else within it is the same object.
+    """
     if isinstance(value, Tensor):
         return function(value, key)
     if isinstance(value, dict):
@@ -242,90 +300,3 @@ def map_tensors(function: Callable[[Tensor, Any], Tensor], value: Any, key: Any 
     if kind is deque:
         return deque((map_tensors(function, v) for v in value), value.maxlen)
     return value
-
-
-# Names ---------------------------------------------------------------------------------------------
-
-
-def _paired(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> list[tuple[Group, Group]]:
-    """Each group of the optimizer, preceded by the saved group that goes into it, its parameters in the same order.
-
-    Args:
-        in_order: the state_dict says that its parameters are in the order of their names.
-    """
-    if _both_named(saved, groups, in_order):
-        saved = _by_name(saved, groups)
-    sizes_there, sizes_here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes_there != sizes_here:
-        raise ValueError(f"the state_dict has parameter groups of sizes {sizes_there}; this optimizer has {sizes_here}")
-    return list(zip(saved, groups, strict=True))
-
-
-def _both_named(saved: Sequence[Group], groups: Sequence[Group], in_order: bool) -> bool:
-    """Whether the names of both sides say which parameter is which."""
-    if any(names_of(group) is None for group in groups):
-        return False
-    named = ["param_names" in g for g in saved]
-    if any(named) and not all(named):
-        raise ValueError(f"the state_dict's parameter group {named.index(False)} has no param_names, though others do")
-    for i, group in enumerate(saved if any(named) else []):
-        if names_of(group) is None:
-            raise ValueError(
-                f"param_names of the state_dict's group {i} must be {len(group['params'])} strings. To load by "
-                "position, delete param_names from the state_dict's groups"
-            )
-    # torch's doors for sharded models have put the parameters in this optimizer's order already, and left their names
-    # in the order of the optimizer that was saved: torch.distributed.checkpoint.state_dict calls parameters by their
-    # names in place of numbers, and FSDP1's gives the parameters that it has flattened, and drops the key by which
-    # `Lion.state_dict` says that names and parameters agree.
-    by_torch = any(isinstance(i, str) for g in saved for i in g["params"])
-    by_torch |= not in_order and any(is_flat_view(p) for g in groups for p in g["params"])
-    return any(named) and not by_torch
-
-
-def _unwrapped(names: Sequence[str]) -> list[str]:
-    return [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
-
-
-def _by_name(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The saved groups in the optimizer's order, each with its parameters in the order and by the names of the
-    optimizer's.
-
-    Raises:
-        ValueError: the names are not the same, or are divided among the groups otherwise.
-    """
-    there, here = [list(g["param_names"]) for g in saved], [list(g["param_names"]) for g in groups]
-    if set(chain(*there)) != set(chain(*here)):  # one of the models may have been wrapped, as by DDP or torch.compile
-        plain_there, plain_here = list(map(_unwrapped, there)), list(map(_unwrapped, here))
-        if set(chain(*plain_there)) == set(chain(*plain_here)):
-            there, here = plain_there, plain_here
-    if there == here:
-        return list(saved)
-    flat_there, flat_here = list(chain(*there)), list(chain(*here))
-    advice = "To load by position, delete param_names from the state_dict's groups"
-    for whose, names in (("the state_dict", flat_there), ("this optimizer", flat_here)):
-        if twice := [name for name, n in Counter(names).items() if n > 1]:
-            raise ValueError(f"{whose} has several parameters called {twice[0]!r}, so names tell nothing. {advice}")
-    missing, extra = sorted(set(flat_here) - set(flat_there)), sorted(set(flat_there) - set(flat_here))
-    if missing or extra:
-        raise ValueError(
-            f"the state_dict lacks parameters {missing[:5]} of this optimizer, and has {extra[:5]}, which this "
-            f"optimizer does not ({len(missing)} and {len(extra)} in all). {advice}"
-        )
-    found = []
-    left = list(range(len(saved)))
-    for i, wanted in enumerate(here):
-        j = next((j for j in left if sorted(there[j]) == sorted(wanted)), None)
-        if j is None:
-            name = wanted[0] if wanted else ""
-            place = next((j for j, names in enumerate(there) if name in names), 0)
-            raise ValueError(
-                f"parameter group {i} of this optimizer, {wanted[:5]}, has no counterpart in the state_dict: {name!r} "
-                f"is in its group {place} there, {there[place][:5]}. Make the optimizer with the groups that were saved"
-            )
-        left.remove(j)
-        id_of = dict(zip(there[j], saved[j]["params"], strict=True))
-        found.append({**saved[j], "params": [id_of[name] for name in wanted], "param_names": groups[i]["param_names"]})
-    if left:
-        raise ValueError(f"the state_dict has {len(saved)} parameter groups; this optimizer has {len(groups)}")
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from typing import TypeVar
 
-from torch._compile import _disable_dynamo
+from ._torch_compat import disable_dynamo
 
 C = TypeVar("C", bound=type)
 
@@ -18,5 +18,5 @@ def uncompiled(cls: C) -> C:
     """
     for name, method in list(vars(cls).items()):
         if isinstance(method, types.FunctionType) and not name.startswith("_"):
-            setattr(cls, name, _disable_dynamo(method))
+            setattr(cls, name, disable_dynamo(method))
     return cls

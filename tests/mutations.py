@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lion_dist.param_groups import to_dtype
 from lion_dist.sharding.box_tensor import BoxTensor
-from tests.bits import assert_same_bits
 
 
 def _sparse() -> Tensor:
@@ -111,33 +109,3 @@ def mutated(state_dict: dict[str, Any], seed: int) -> Any:
             other = rng.choice([*_KEYS, *container])
             container[other], container[key] = container[key], container.get(other)
     return damaged["it"]
-
-
-def _names(group: dict[str, Any]) -> list[Any] | None:
-    names = group.get("param_names")
-    return list(names) if isinstance(names, (list, tuple)) else None
-
-
-def assert_loaded(optimizer: torch.optim.Optimizer, given: Any, momentum_of: Callable[[Tensor], Tensor | None]) -> None:
-    """Asserts that an optimizer has what a state_dict says, found again by a few lines of its own: by name where both
-    have names, else by position. ``momentum_of`` a parameter: whole, None where it has none."""
-    saved_groups, live_groups = given["param_groups"], optimizer.param_groups
-    by_name = all(_names(g) for g in saved_groups) and all(_names(g) for g in live_groups)
-    place = {name: (g, i) for g in saved_groups for name, i in zip(_names(g) or (), g["params"], strict=False)}
-    for number, live in enumerate(live_groups):
-        for j, p in enumerate(live["params"]):
-            group = saved_groups[number]
-            group, i = place[live["param_names"][j]] if by_name else (group, group["params"][j])
-            saved = given["state"].get(i, {}).get("exp_avg")
-            own = momentum_of(p)
-            if saved is None:
-                assert own is None or not own.any(), (number, j)
-            else:
-                assert own is not None, (number, j)
-                dtype = to_dtype(group.get("momentum_dtype", live["momentum_dtype"])) or saved.dtype
-                assert_same_bits(own.detach().cpu(), saved.detach().to(dtype), f"group {number}, parameter {j}")
-        for key in ("lr", "weight_decay"):
-            if key in group:
-                assert float(live[key]) == float(group[key]), key
-        if "betas" in group:
-            assert tuple(live["betas"]) == tuple(map(float, group["betas"]))

@@ -3,23 +3,29 @@
     lion_dist.checkpoint.save("runs/step-100", model, optimizer, schedulers=scheduler, extra={"step": 100})
     extra = lion_dist.checkpoint.load(lion_dist.checkpoint.latest("runs"), model, optimizer, schedulers=scheduler)
 
-State is held by name and in the parameters' own shapes: `Lion` on one device, under DDP, FSDP1 or FSDP2 and
-`ShardedLion` on any number of ranks read what any of them wrote. No file is ever unpickled. What is behind it, in the
-order in which it is used:
-
-    named.py      model and optimizer as tensors by name
-    outgoing.py   what a rank saves of them, and
-    union.py      what the ranks have together
-    incoming.py   what a rank loads, and
-    undo.py       what is put back if that fails
-    saving.py     plan, stage, write
-    manifest.py   what a checkpoint says it holds
-    writer.py     Writer, and
-    reader.py     Reader, for torch's own doors too
-    blocks.py     bytes
-    folders.py    the rename, the last K, the sweep
+State is stored by name and in the parameters' own shapes. `Lion` on one device, under DDP, FSDP1 or FSDP2 and
+`ShardedLion` on any number of ranks read what any of them wrote. No file is ever unpickled.
 
 ``python -m lion_dist.checkpoint PATH`` lists and verifies a checkpoint.
+
+The files of this package, in the order in which a save and a load use them:
+
+    api.py              save, async_save, load, read_extra
+    names.py, keys.py   names of parameters, keys of a checkpoint
+    logical.py          tensors in the shapes of whole parameters
+    model_state.py, optimizer_state.py, groups.py, schedulers.py, generators.py     what is saved, by key
+    outgoing.py         what this rank saves
+    union.py            what the ranks hold together
+    saving.py           plan, stage, write
+    contents.py         what a checkpoint holds, by key
+    incoming.py, incoming_state.py      what this rank loads
+    loading.py          compare, plan, read, apply
+    undo.py             what is put back if a load fails
+    writer.py, reader.py    torch.distributed.checkpoint's interfaces to
+    manifest.py, json_values.py, blocks.py, files.py    the manifest, values, tensors as bytes, and files
+    folders.py, unfinished.py, locks.py     checkpoints as folders: finding, committing and sweeping them
+    runs.py, retention.py                   which checkpoints belong to one training, and keep_last
+    convert.py          other optimizers' checkpoints
 """
 
 from . import convert

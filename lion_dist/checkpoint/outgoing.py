@@ -1,4 +1,4 @@
-"""A checkpoint on its way out: what this rank has of it, and its share of what the ranks hold together."""
+"""A checkpoint that is being saved: what this rank holds, and its share of what the ranks hold together."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..sharded_lion import ShardedLion
-from .incoming import EXTRA, RANKS, SCHEDULER, TIED, generators
+from .generators import generator_states
+from .groups import named_groups
+from .json_values import from_json, to_json
+from .keys import EXTRA, GROUPS, RANKS, SCHEDULER, TIED
+from .logical import Logical
 from .manifest import BLOCK_BYTES
-from .named import GROUPS, Logical, ModelState, Names, groups_by_name, state_of
-from .plain import from_plain, to_plain
+from .model_state import ModelState
+from .names import Names
+from .optimizer_state import state_by_key
 from .ranks import Ranks
-from .union import RankState, Share, by_group, describe, samples, with_lists
+from .schedulers import group_lists, replace_lists
+from .union import RankState, Share, describe, samples
 
 
 class Outgoing:
-    """What this rank has.
+    """What this rank holds of a checkpoint.
+
+    Args:
+        model, optimizer, schedulers, extra: what to save; see `lion_dist.checkpoint.save`.
+        ranks: the ranks that save.
 
     Attributes:
-        held: its description, for `union.unite`.
+        rank_state: its description, for `union.unite`.
 
     Raises:
-        ValueError, TypeError: naming what cannot be saved.
+        ValueError, TypeError: something cannot be saved; names it.
     """
 
     def __init__(
@@ -34,7 +44,7 @@ class Outgoing:
         of_model = ModelState.read(model, names, logical)
         self._extra, self._ranks = extra, ranks
         self._tensors = dict(of_model.params)
-        self._once: dict[str, Any] = dict(of_model.buffers)
+        self._once: dict[str, Any] = dict(of_model.buffers)  # values that one rank saves for all
         for key, module in of_model.extra.items():
             self._once[key] = _extra_state(key, module)
         groups: list[dict[str, Any]] = []
@@ -43,39 +53,41 @@ class Outgoing:
         if optimizer is not None:
             if isinstance(optimizer, ShardedLion):
                 optimizer.state_dict()  # raises where the last steps were not the same on all ranks
-            tensors, others = state_of(optimizer, names, logical)
+            tensors, others = state_by_key(optimizer, names, logical)
             self._tensors.update(tensors)
             self._once.update(others)
-            for i, group in enumerate(groups_by_name(optimizer, names)):
-                groups.append({key: to_plain(value, f"{GROUPS}{i}.{key}") for key, value in group.items()})
-        self.held = RankState(
+            for i, group in enumerate(named_groups(optimizer, names)):
+                groups.append({key: to_json(value, f"{GROUPS}{i}.{key}") for key, value in group.items()})
+        self.rank_state = RankState(
             {**describe(self._tensors), **describe(of_model.buffers)},
             samples(self._tensors) if ranks.size > 1 else {},
             set(self._once),
             groups,
             [
-                {path: to_plain(of, f"{SCHEDULER}{i}.{path[-1]}") for path, of in by_group(state, len(groups))}
+                {path: to_json(of, f"{SCHEDULER}{i}.{path[-1]}") for path, of in group_lists(state, len(groups))}
                 for i, state in enumerate(self._schedulers)
             ],
         )
 
     def state(self, share: Share) -> dict[str, Any]:
-        """By key; what every rank gives alike is written by one of them."""
+        """What this rank saves, by key. Values that several ranks hold alike are saved by one of them."""
         state: dict[str, Any] = {**self._tensors, **{key: self._once[key] for key in share.once}}
-        if share.groups is not None and share.schedulers is not None:  # of the first rank
+        if share.groups is not None and share.schedulers is not None:  # this is the first rank
             for i, group in enumerate(share.groups):
-                state.update({f"{GROUPS}{i}.{key}": from_plain(value) for key, value in group.items()})
+                state.update({f"{GROUPS}{i}.{key}": from_json(value) for key, value in group.items()})
             for i, (own, lists) in enumerate(zip(self._schedulers, share.schedulers, strict=True)):
-                state[f"{SCHEDULER}{i}"] = with_lists(own, {path: from_plain(of) for path, of in lists.items()})
+                state[f"{SCHEDULER}{i}"] = replace_lists(own, {path: from_json(of) for path, of in lists.items()})
             state[EXTRA], state[RANKS] = self._extra, self._ranks.size
-        state.update(generators(self._ranks.rank))
+        state.update(generator_states(self._ranks.rank))
         return state
 
 
 def _extra_state(key: str, module: nn.Module) -> Any:
     state = module.get_extra_state()
     if not isinstance(state, Tensor):
-        to_plain(state, key)
+        to_json(state, key)  # raises TypeError for a value that cannot be saved
     elif state.nbytes > BLOCK_BYTES:
-        raise TypeError(f"{key} is a tensor of {state.nbytes} bytes; a checkpoint holds extra states of {BLOCK_BYTES}")
+        raise TypeError(
+            f"{key} is a tensor of {state.nbytes} bytes; a checkpoint holds extra states of up to {BLOCK_BYTES} bytes"
+        )
     return state

@@ -1,8 +1,8 @@
-"""A save, in the three parts that let most of it happen beside the training.
+"""A save, in three parts, of which all but the first can happen beside the training.
 
 plan     who writes what; collective
-stage    only of an asynchronous save: a copy on the CPU of what this rank will write, and of no more
-write    bytes, checksums, manifest, rename; collective, on a group of its own if beside the training
+stage    only for an asynchronous save: copies to the CPU what this rank will write, and no more
+write    bytes, checksums, manifest, rename; collective, on a process group of its own if beside the training
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from .folders import Run
 from .ranks import Ranks, as_error
+from .runs import Run
 from .writer import Writer
 
-ALIGNED = 64  # bytes
+_ALIGN = 64  # bytes
 
 logger = logging.getLogger("lion_dist")
 
 
 class _Planner(DefaultSavePlanner):
-    """torch's, over a flat dict. ``staged``: copies to write, in place of the tensors themselves."""
+    """torch's planner for a flat dict.
+
+    Attributes:
+        staged: copies to write in place of the tensors and values themselves.
+    """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -46,7 +50,8 @@ class _Planner(DefaultSavePlanner):
         return self.staged[index] if index in self.staged else super().lookup_object(index)
 
     def stage(self, items: list[WriteItem]) -> None:
-        buffer = _buffer(sum(-(-_nbytes(item) // ALIGNED) * ALIGNED for item in items))
+        """Copies what these items refer to, and drops the references to the training's tensors."""
+        buffer = _buffer(sum(-(-_nbytes(item) // _ALIGN) * _ALIGN for item in items))
         at = 0
         for item in items:
             found = super().lookup_object(item.index)
@@ -55,8 +60,8 @@ class _Planner(DefaultSavePlanner):
                 continue
             place = buffer[at : at + found.nbytes].view(found.dtype).view(found.shape)
             self.staged[item.index] = place.copy_(found)
-            at += -(-found.nbytes // ALIGNED) * ALIGNED
-        self.state_dict = {}  # the training's own tensors are let go of
+            at += -(-found.nbytes // _ALIGN) * _ALIGN
+        self.state_dict = {}
 
 
 def _nbytes(item: WriteItem) -> int:
@@ -66,7 +71,8 @@ def _nbytes(item: WriteItem) -> int:
 
 
 def _buffer(nbytes: int) -> Tensor:
-    """All copies lie in one, which goes back to the system as a whole: many small ones would fragment the heap."""
+    """Memory for all copies. One large allocation goes back to the system as a whole; many small ones would fragment
+    the heap."""
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
@@ -74,11 +80,15 @@ class Saving:
     """One save.
 
     Args:
-        run: see `folders.Run`; that of the first rank counts.
+        path: the checkpoint's folder.
+        state: what this rank saves, by key.
+        ranks: the ranks that save.
+        keep_last: as in `lion_dist.checkpoint.save`.
+        run: the run that the checkpoint belongs to; that of the first rank counts.
 
     Attributes:
         what: the call, for messages.
-        written, total: bytes that this rank has written, and will have.
+        written, total: number of bytes that this rank has written, and will have written at the end.
     """
 
     def __init__(self, path: Path, state: dict[str, Any], ranks: Ranks, keep_last: int | None, run: Run) -> None:
@@ -89,30 +99,34 @@ class Saving:
         self._lock = threading.Lock()
         self.written = self.total = 0
         self._metadata: Metadata | None = None
-        self._plan: SavePlan = self._together(lambda: ranks.steps.reduce_scatter("plan", self._local(state), self._all))
-        self.total = sum(map(_nbytes, self._plan.items))
 
-    def _local(self, state: dict[str, Any]) -> Callable[[], SavePlan]:
         def plan() -> SavePlan:
-            self._planner.set_up_planner(state, None, self._ranks.rank == 0)
-            self._writer.set_up_storage_writer(self._ranks.rank == 0)
+            self._planner.set_up_planner(state, None, ranks.rank == 0)
+            self._writer.set_up_storage_writer(ranks.rank == 0)
             return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
-        return plan
+        self._plan: SavePlan = self._together(lambda: ranks.steps.reduce_scatter("plan", plan, self._plan_of_all))
+        self.total = sum(map(_nbytes, self._plan.items))
 
-    def _all(self, plans: list[SavePlan]) -> list[SavePlan]:
+    def _plan_of_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         plans, self._metadata = self._planner.create_global_plan(plans)
         return self._writer.prepare_global_plan(plans)
 
     def stage(self) -> None:
+        """Copies what this rank will write to the CPU. A collective call, because memory may run out on one rank."""
+
         def copy_all() -> None:
             with torch.no_grad():
                 self._planner.stage(self._plan.items)
 
-        self._together(lambda: self._ranks.steps.all_gather("stage", copy_all))  # memory may run out on one rank
+        self._together(lambda: self._ranks.steps.all_gather("stage", copy_all))
 
     def write(self, ranks: Ranks | None = None) -> None:
-        """Until the checkpoint is there; with ``ranks`` on another group of theirs."""
+        """Writes the checkpoint; when it returns, the checkpoint exists. A collective call.
+
+        Args:
+            ranks: the same ranks on another process group; None: as given to the constructor.
+        """
 
         def local() -> list[WriteResult]:
             plan = self._planner.finish_plan(self._plan)
@@ -126,16 +140,16 @@ class Saving:
         steps = (ranks or self._ranks).steps
         try:
             self._together(lambda: steps.all_reduce("write", local, finish))
-        finally:  # whoever keeps a PendingSave does not keep what was saved
+        finally:  # so that a PendingSave that is kept does not keep the tensors
             self._planner = _Planner()
 
     def _together(self, step: Callable[[], Any]) -> Any:
         try:
             return step()
         except CheckpointException as error:
-            self._writer.abandon()  # every rank has stopped writing, or there would be no such error
+            self._writer.abandon()  # this error means that every rank has stopped writing
             raise as_error(error, self.what) from None
-        except BaseException:  # such as of a collective: other ranks may still be writing, so nothing is removed
+        except BaseException:  # a collective has failed: other ranks may still be writing, so nothing is removed
             self._writer.release()
             raise
 
@@ -145,23 +159,23 @@ class Saving:
 
 
 class PendingSave:
-    """An asynchronous save that is under way.
+    """An asynchronous save that is under way, returned by `async_save`.
 
     A failure is logged at ERROR on the logger "lion_dist" when it happens, whether or not `result` is called.
 
-    The end of the interpreter waits for it, but not for one that hangs: where nothing has been written for as long as
-    collectives of the ranks' process group wait, the process ends without it, and says so at ERROR.
+    The end of the interpreter waits for the save, but not for one that hangs: if this rank has written nothing for as
+    long as collectives of its process group wait, the process ends without it and logs that at ERROR.
     """
 
     def __init__(self, saving: Saving, ranks: Ranks) -> None:
         self._saving = saving
         self._future: Future[None] = Future()
-        self._told = False
+        self._raised = False
         self._process = os.getpid()
         name = "lion_dist.checkpoint.async_save"
         self._thread = threading.Thread(target=self._run, args=(ranks,), name=name, daemon=True)
         self._thread.start()
-        # No daemon: what waits for it is the interpreter's end, also in processes of multiprocessing.
+        # This thread is no daemon: the interpreter's end waits for it, also in processes of multiprocessing.
         threading.Thread(target=self._hold_exit, args=(ranks.timeout.total_seconds(),), name=f"{name}.exit").start()
 
     def _run(self, ranks: Ranks) -> None:
@@ -180,7 +194,7 @@ class PendingSave:
             self._thread.join(1.0)
             if main.is_alive() or self._saving.written != written:
                 written, since = self._saving.written, time.monotonic()
-            elif time.monotonic() - since > timeout + 2:  # the group's own time-out says more
+            elif time.monotonic() - since > timeout + 2:  # the group's own time-out, whose error says more, comes first
                 logger.error(
                     "%s, asynchronous, has not ended, and has written nothing for %g s: the process ends without it, "
                     "and there is no checkpoint",
@@ -190,28 +204,32 @@ class PendingSave:
                 return
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the save has ended, with or without an error."""
         return self._future.done()
 
     def progress(self) -> tuple[int, int]:
-        """Bytes that this rank has written, and will have written."""
+        """Number of bytes that this rank has written, and that it will have written at the end."""
         return self._saving.written, self._saving.total
 
     def result(self, timeout: float | None = None) -> None:
-        """Waits for its end; raises what went wrong, which is the same on every rank.
+        """Waits until the save has ended, and raises its error, if any. All ranks raise the same error.
+
+        Args:
+            timeout: seconds to wait at most; None: no limit.
 
         Raises:
-            TimeoutError: it has not ended within ``timeout`` seconds.
+            TimeoutError: the save has not ended within ``timeout`` seconds.
+            ValueError, TypeError, OSError: the save has failed, and there is no checkpoint.
         """
         error = self._future.exception(timeout)
         if error is not None:
-            self._told = True
+            self._raised = True
             raise error
 
     def settle(self) -> None:
-        """Waits for its end; raises what went wrong, if `result` has not told yet."""
+        """Waits until the save has ended, and raises its error, unless `result` has raised it before."""
         if self._process != os.getpid():
-            return  # the thread is the parent's
+            return  # this process was forked, and the thread is its parent's
         error = self._future.exception()
-        if error is not None and not self._told:
+        if error is not None and not self._raised:
             self.result()

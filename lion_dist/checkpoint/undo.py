@@ -1,4 +1,4 @@
-"""Puts things back as they were, where a load has failed after some of them were changed."""
+"""Puts things back as they were when a load fails after some of them were changed."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_SMALL = 4096  # elements of tensors that are copied
-_LEFT_ALONE = (bool, int, float, str, nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+_MAX_COPIED = 4096  # elements of a tensor that is copied
+_NOT_FOLLOWED = (bool, int, float, str, nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 
-def remember(undo: ExitStack, *things: Any) -> None:
-    """Has ``undo`` put back the attributes of objects, with the lists, dicts and small tensors within them, and the
-    attributes of objects within that are called or loaded in their turn, as of schedulers in schedulers. Modules,
-    functions, parameters and large tensors are left alone, and of an optimizer all but its groups and which entries its
-    state has."""
-    seen: set[int] = set()
-    for thing in things:
-        _remember(undo, thing, seen, outermost=True)
+def remember(undo: ExitStack, value: Any) -> None:
+    """Makes ``undo`` put back the attributes of an object, with the lists, dicts and small tensors within them.
+
+    It follows attributes that are callable or have load_state_dict, as schedulers within schedulers. It does not follow
+    modules, functions, parameters and large tensors, and of an optimizer it puts back only the groups and which entries
+    the state has.
+    """
+    _remember(undo, value, set(), outermost=True)
 
 
 def _remember(undo: ExitStack, value: Any, seen: set[int], outermost: bool = False) -> None:
-    if id(value) in seen or value is None or isinstance(value, _LEFT_ALONE):
+    if id(value) in seen or value is None or isinstance(value, _NOT_FOLLOWED):
         return
     seen.add(id(value))
     inner: list[Any] = []
     if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter) and value.numel() <= _SMALL and type(value) is Tensor:
+        if not isinstance(value, nn.Parameter) and value.numel() <= _MAX_COPIED and type(value) is Tensor:
             undo.callback(_put_back_tensor, value, value.detach().clone())
         return
     if isinstance(value, list):
@@ -54,23 +54,31 @@ def _remember(undo: ExitStack, value: Any, seen: set[int], outermost: bool = Fal
         _remember(undo, one, seen)
 
 
-def remember_state(undo: ExitStack, scheduler: Any) -> None:
-    """Has ``undo`` load what a scheduler's state_dict() is now, and then put back its attributes as `remember` does:
-    what the scheduler keeps in containers and objects of other kinds comes back through its own load_state_dict(),
-    the rest, which it may refuse to load, as attributes. Of a state that cannot be copied, only the latter."""
+def remember_scheduler(undo: ExitStack, scheduler: Any) -> None:
+    """Makes ``undo`` load the scheduler's present state_dict(), and then put back its attributes as `remember` does.
+
+    The first brings back what the scheduler keeps in containers and objects of other types, the second what it may
+    refuse to load. If the state cannot be copied, only the attributes are put back.
+    """
     remember(undo, scheduler)
-    with contextlib.suppress(Exception):  # such as LambdaLR's of a class, float, which has the class's __dict__
+    with contextlib.suppress(Exception):  # such as LambdaLR with the class float, whose __dict__ is in the state
         undo.callback(_load_again, scheduler.load_state_dict, copy.deepcopy(scheduler.state_dict()))
 
 
 def remember_module(undo: ExitStack, module: nn.Module) -> None:
-    """Has ``undo`` put back a module's extra state, and its attributes as far as they are other objects then."""
+    """Makes ``undo`` put back a module's extra state, and those of its attributes that were replaced."""
     undo.callback(_put_back_dict, module.__dict__, dict(module.__dict__))
     undo.callback(_load_again, module.set_extra_state, copy.deepcopy(module.get_extra_state()))
 
 
+def remember_elements(undo: ExitStack, parts: list[Tensor]) -> None:
+    """Makes ``undo`` put back the elements of plain tensors, from copies on the CPU."""
+    for part in parts:
+        undo.callback(_put_back_tensor, part, part.detach().to("cpu", copy=True))
+
+
 def _load_again(load: Callable[[Any], object], before: Any) -> None:
-    with contextlib.suppress(Exception):  # it may refuse any; what it refused is told
+    with contextlib.suppress(Exception):  # the error that is being raised says more
         load(before)
 
 
@@ -82,9 +90,3 @@ def _put_back_dict(live: dict[Any, Any], before: dict[Any, Any]) -> None:
 def _put_back_tensor(live: Tensor, before: Tensor) -> None:
     with torch.no_grad():
         live.copy_(before)
-
-
-def remember_elements(undo: ExitStack, parts: list[Tensor]) -> None:
-    """Has ``undo`` put back the elements of plain tensors, of which it keeps a copy on the CPU."""
-    for part in parts:
-        undo.callback(_put_back_tensor, part, part.detach().to("cpu", copy=True))

@@ -1,18 +1,19 @@
 """What the ranks of a save hold together.
 
-Ranks may hold different parts of a model, as the stages of a pipeline do: names, buffers and groups are the union over
-the ranks. A name is one tensor on all the ranks that have it. The rules:
+Ranks may hold different parts of a model, as pipeline stages do. Names, buffers and groups of the checkpoint are the
+union over the ranks. A name stands for one tensor on all ranks that have it.
 
-- What several ranks have and a checkpoint has once, such as buffers, is the first rank's that has it.
+- Of what several ranks have and a checkpoint has once, such as buffers, the first rank that has it saves it.
 - Groups of different ranks that share parameters are one group: they must have the same parameters and values. All
-  other groups stay apart, in the order of the ranks. Groups without parameters are those of the first rank.
-- Schedulers are the first rank's. What they keep for each group (base_lrs and the like) is put together as the groups.
+  other groups stay apart, in the order of the ranks. Groups without parameters are taken from the first rank.
+- Schedulers are taken from the first rank. Their lists with one value for each group (base_lrs and others) are put
+  together in the order of the groups.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,180 +21,160 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._torch_compat_distributed import dtensor_offset
+from ..dtypes import dtype_name
 from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
-from .named import difference
-from .plain import dtype_name
+from .groups import difference
+from .schedulers import GroupLists
 
-Place = tuple[Any, ...]  # in a state: the keys and indices that lead there
-# What torch's schedulers keep as a list with a value for each parameter group.
-_BY_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
-_SAMPLE = 64  # elements
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size, since not all dtypes are indexed
+_SAMPLE = 64  # elements of a tensor that are compared
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size; torch cannot index every dtype
+PartKey = tuple[str, tuple[int, ...]]  # key of a tensor, and offsets at which a rank's part of it begins
 
 
 @dataclass
 class RankState:
-    """What one rank would save. Values are plain (`plain.to_plain`), since they are sent to the first rank.
+    """What one rank would save. It is sent to the first rank, so its values are JSON (`json_values.to_json`).
 
     Attributes:
         tensors: shape and dtype of every tensor, by key.
-        samples: checksums of a few elements of parts of tensors, by key and where the part begins.
-        once: keys of what is saved as the first rank has it.
-        groups: of `named.groups_by_name`.
-        schedulers: of each, what it keeps for each group: see `by_group`.
+        samples: checksum of a few elements of each part of a tensor.
+        once: keys of what one rank saves for all that have it.
+        groups: the parameter groups, from `groups.named_groups`.
+        schedulers: for each scheduler its `schedulers.group_lists`, by path.
     """
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
-    samples: dict[tuple[str, tuple[int, ...]], int]
+    samples: dict[PartKey, int]
     once: set[str]
     groups: list[dict[str, Any]] = field(default_factory=list)
-    schedulers: list[dict[Place, list[Any]]] = field(default_factory=list)
+    schedulers: list[GroupLists] = field(default_factory=list)
 
 
 @dataclass
 class Share:
-    """What one rank is to save of it.
+    """What one rank saves.
 
     Attributes:
-        once: keys, of those that it has.
-        groups, schedulers: of all ranks; None on other ranks than the first.
+        once: the keys in `RankState.once` that this rank saves.
+        groups, schedulers: those of all ranks together; None on every rank but the first.
     """
 
     once: set[str]
     groups: list[dict[str, Any]] | None = None
-    schedulers: list[dict[Place, list[Any]]] | None = None
+    schedulers: list[GroupLists] | None = None
 
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """`RankState.tensors`."""
+    """`RankState.tensors` for these tensors."""
     return {key: (tuple(t.shape), dtype_name(t.dtype)) for key, t in tensors.items()}
 
 
 @torch.no_grad()
-def samples(tensors: dict[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], int]:
-    """`RankState.samples`. Of tensors on a GPU one copy is waited for."""
-    found: dict[torch.device, list[tuple[tuple[str, tuple[int, ...]], Tensor]]] = {}
+def samples(tensors: dict[str, Tensor]) -> dict[PartKey, int]:
+    """`RankState.samples` for these tensors. The host waits for each GPU once."""
+    found: dict[torch.device, list[tuple[PartKey, Tensor]]] = {}
     for key, t in tensors.items():
-        begin, part = _first_part(t)
-        if part is None or not part.numel() or type(part) not in (Tensor, Parameter) or part.itemsize not in _BITS:
+        offsets, part = _first_part(t)
+        if part is None or not part.numel() or type(part) not in (Tensor, Parameter) or part.itemsize not in _INTEGERS:
             continue
-        bits = part.detach().view(_BITS[part.itemsize])
-        numbers = torch.arange(0, bits.numel(), max(1, bits.numel() // _SAMPLE), device=bits.device)
-        some = bits[torch.unravel_index(numbers, bits.shape)] if bits.dim() else bits.reshape(1)
-        found.setdefault(bits.device, []).append(((key, begin), some.view(torch.uint8)))
-    sums = {}
+        bits = part.detach().view(_INTEGERS[part.itemsize])
+        indices = torch.arange(0, bits.numel(), max(1, bits.numel() // _SAMPLE), device=bits.device)
+        some = bits[torch.unravel_index(indices, bits.shape)] if bits.dim() else bits.reshape(1)
+        found.setdefault(bits.device, []).append(((key, offsets), some.view(torch.uint8)))
+    checksums = {}
     for of_device in found.values():
         raw = torch.cat([some for _, some in of_device]).cpu()
-        for (place, _), some in zip(of_device, raw.split([some.numel() for _, some in of_device]), strict=True):
-            sums[place] = zlib.crc32(bytes(some.tolist()))
-    return sums
+        for (part_key, _), some in zip(of_device, raw.split([some.numel() for _, some in of_device]), strict=True):
+            checksums[part_key] = zlib.crc32(bytes(some.tolist()))
+    return checksums
 
 
 def _first_part(t: Any) -> tuple[tuple[int, ...], Tensor | None]:
+    """The offsets of this rank's first part of a tensor, and the part; None if this rank has nothing of it."""
     if isinstance(t, BoxTensor):
         return (t.boxes[0].offsets, t.parts[0]) if t.boxes else ((), None)
     if is_dtensor(t):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         if t.device_mesh.get_coordinate() is None:
             return (), None
-        _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        return tuple(offset), local(t)
+        return dtensor_offset(t), local(t)
     return (0,) * t.dim(), t
 
 
-def by_group(state: Any, count: int, path: Place = ()) -> Iterator[tuple[Place, list[Any]]]:
-    """The lists of a scheduler's state that have a value for each of ``count`` groups, and where they stand in it."""
-    if type(state) is dict:
-        for key, value in state.items():
-            if key in _BY_GROUP and isinstance(value, list) and len(value) == count:
-                yield (*path, key), value
-            else:
-                yield from by_group(value, count, (*path, key))
-    elif isinstance(state, (list, tuple)) and any(type(value) is dict for value in state):
-        for i, value in enumerate(state):
-            yield from by_group(value, count, (*path, i))
-
-
-def with_lists(state: Any, lists: dict[Place, list[Any]], path: Place = ()) -> Any:
-    """A scheduler's state with other lists in these places."""
-    if path in lists:
-        return lists[path]
-    if not any(place[: len(path)] == path for place in lists):
-        return state
-    if type(state) is dict:
-        return {key: with_lists(value, lists, (*path, key)) for key, value in state.items()}
-    return type(state)(with_lists(value, lists, (*path, i)) for i, value in enumerate(state))
-
-
 def unite(ranks: Sequence[RankState]) -> list[Share]:
-    """Each rank's share.
+    """Divides what the ranks hold among them.
+
+    Returns:
+        Each rank's share.
 
     Raises:
-        ValueError: naming what the ranks hold in ways that no checkpoint can.
+        ValueError: the ranks hold something in ways that no checkpoint can; names it.
     """
-    _check_same([held.tensors for held in ranks], "shape and dtype")
+    _check_tensors(ranks)
     _check_kinds(ranks)
     _check_samples(ranks)
     taken: set[str] = set()
     shares = []
-    for held in ranks:
-        shares.append(Share(held.once - taken))
-        taken |= held.once
+    for state in ranks:
+        shares.append(Share(state.once - taken))
+        taken |= state.once
     groups, origins = _unite_groups(ranks)
     shares[0].groups, shares[0].schedulers = groups, _unite_schedulers(ranks, origins)
     return shares
 
 
-def _check_same(ranks: Sequence[dict[str, Any]], what: str) -> None:
+def _check_tensors(ranks: Sequence[RankState]) -> None:
+    """Checks that a name has one shape and dtype on all ranks."""
     first: dict[str, tuple[int, Any]] = {}
-    for rank, tensors in enumerate(ranks):
-        for key, value in tensors.items():
+    for rank, state in enumerate(ranks):
+        for key, value in state.tensors.items():
             there, other = first.setdefault(key, (rank, value))
             if other != value:
                 raise ValueError(
-                    f"{key} has {what} {other} on rank {there} and {value} on rank {rank}. A name is one tensor on all "
-                    "ranks: give the parts of the model that the ranks hold the names that they have in the whole model"
+                    f"{key} has shape and dtype {other} on rank {there} and {value} on rank {rank}. A name stands for "
+                    "one tensor on all ranks: give the parts of the model that the ranks hold the names that they have "
+                    "in the whole model"
                 )
 
 
 def _check_kinds(ranks: Sequence[RankState]) -> None:
-    """That nothing is sharded on one rank and saved once, as another has it."""
+    """Checks that nothing is a part of a tensor on one rank and a value that is saved once on another."""
     sharded: dict[str, int] = {}
-    for rank, held in enumerate(ranks):
-        for key in held.tensors.keys() - held.once:
+    for rank, state in enumerate(ranks):
+        for key in state.tensors.keys() - state.once:
             sharded.setdefault(key, rank)
-    for rank, held in enumerate(ranks):
-        for key in sorted(held.once & sharded.keys()):
+    for rank, state in enumerate(ranks):
+        for key in sorted(state.once & sharded.keys()):
             raise ValueError(
                 f"{key} is a part of a sharded tensor on rank {sharded[key]}, by its shape, and a small value on rank "
-                f"{rank}: keep a counter as a number or a tensor without dimensions, and what is sharded as the "
-                "parameter is in the parameter's own kind (torch.zeros_like(p))"
+                f"{rank}: keep a counter as a number or a tensor without dimensions, and keep what is sharded like the "
+                "parameter in a tensor of the parameter's type (torch.zeros_like(p))"
             )
 
 
 def _check_samples(ranks: Sequence[RankState]) -> None:
+    """Checks that ranks that hold the same part of a tensor hold the same values, by a sample."""
     first: dict[Any, tuple[int, int]] = {}
-    for rank, held in enumerate(ranks):
-        for place, total in held.samples.items():
-            there, other = first.setdefault(place, (rank, total))
-            if other != total:
+    for rank, state in enumerate(ranks):
+        for part_key, checksum in state.samples.items():
+            there, other = first.setdefault(part_key, (rank, checksum))
+            if other != checksum:
                 raise ValueError(
-                    f"{place[0]} has other values on rank {rank} than on rank {there}. A name is one tensor on all "
-                    "ranks. If the ranks hold different parts of a model, such as stages of a pipeline, give these the "
-                    "names that they have in the whole model; if they hold replicas, these have gone apart: make them "
+                    f"{part_key[0]} has other values on rank {rank} than on rank {there}. A name stands for one tensor "
+                    "on all ranks. If the ranks hold different parts of a model, such as pipeline stages, give these "
+                    "the names that they have in the whole model. If the ranks hold replicas, these differ: make them "
                     "equal (ShardedLion.resync()), or save one by itself (process_group of one rank)"
                 )
 
 
 def _unite_groups(ranks: Sequence[RankState]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """The groups, and of each a rank and its number there."""
+    """The groups of all ranks, and for each its origin: a rank, and the group's index there."""
     groups: list[dict[str, Any]] = []
     origins: list[tuple[int, int]] = []
-    place: dict[str, int] = {}  # of a parameter
-    for rank, held in enumerate(ranks):
-        for i, group in enumerate(held.groups):
+    place: dict[str, int] = {}  # index in `groups`, by parameter
+    for rank, state in enumerate(ranks):
+        for i, group in enumerate(state.groups):
             params = group["params"]
             there = {place.get(name) for name in params}
             if there == {None} or (not params and rank == 0):
@@ -218,22 +199,23 @@ def _unite_groups(ranks: Sequence[RankState]) -> tuple[list[dict[str, Any]], lis
     return groups, origins
 
 
-def _unite_schedulers(ranks: Sequence[RankState], origins: Sequence[tuple[int, int]]) -> list[dict[Place, list[Any]]]:
-    counts = [len(held.schedulers) for held in ranks]
+def _unite_schedulers(ranks: Sequence[RankState], origins: Sequence[tuple[int, int]]) -> list[GroupLists]:
+    """For each scheduler its lists with one value for each of the groups of all ranks."""
+    counts = [len(state.schedulers) for state in ranks]
     if len(set(counts)) > 1:
-        raise ValueError(f"the ranks have {counts} schedulers; give as many on every rank")
+        raise ValueError(f"the ranks have {counts} schedulers; give the same number on every rank")
     united = []
     for number, lists in enumerate(ranks[0].schedulers):
-        together: dict[Place, list[Any]] = {}
+        of_all: GroupLists = {}
         for path in lists:
-            together[path] = []
+            of_all[path] = []
             for rank, i in origins:
-                theirs = ranks[rank].schedulers[number].get(path)
-                if theirs is None:
+                values = ranks[rank].schedulers[number].get(path)
+                if values is None:
                     raise ValueError(
                         f"scheduler {number} keeps {'.'.join(map(str, path))} for each parameter group on rank 0, but "
                         f"not on rank {rank}: make the same schedulers on every rank"
                     )
-                together[path].append(theirs[i])
-        united.append(together)
+                of_all[path].append(values[i])
+        united.append(of_all)
     return united

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._torch_compat import ATEN_TO_COPY, make_wrapper_subclass
 from .boxes import Box, cut, memory_order
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class BoxTensor(Tensor):
     def __new__(
         cls, shape: Sequence[int], boxes: Sequence[Box], parts: Sequence[Tensor], dtype: torch.dtype, device: Any
     ) -> BoxTensor:
-        self: BoxTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        self: BoxTensor = make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         for box, part in zip(boxes, parts, strict=True):
             if tuple(part.shape) != box.sizes:
                 raise ValueError(f"a part of shape {tuple(part.shape)} was given for {box}")
@@ -154,7 +155,7 @@ class BoxTensor(Tensor):
 _ADVICE = "This is a BoxTensor: one rank's part of a sharded tensor, of ShardedLion.state_dict()."
 _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     _aten.clone.default: torch.clone,
-    _aten._to_copy.default: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),
+    ATEN_TO_COPY: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),
     _aten.zeros_like.default: torch.zeros_like,
     _aten.empty_like.default: torch.empty_like,
     _aten.new_empty.default: torch.empty_like,

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed import distributed_c10d as c10d
 
-# What torch's coalescing manager ends up calling, without the Python before it: 20 us a tensor, of every backward.
-# Renamed in torch 2.13.
-_all_gather_coalesced: Callable[..., Any] = getattr(
-    dist.ProcessGroup, "all_gather_single_coalesced", None
-) or dist.ProcessGroup.allgather_into_tensor_coalesced  # fmt: skip
-_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Callable[..., Any] = getattr(
-    dist.ProcessGroup, "reduce_scatter_single_coalesced", None
-) or dist.ProcessGroup.reduce_scatter_tensor_coalesced  # fmt: skip
+from .._torch_compat import foreach_div_
+from .._torch_compat_distributed import (
+    AllgatherOptions,
+    all_gather_coalesced,
+    all_gather_single,
+    backend_name,
+    backend_timeouts,
+    group_devices,
+    process_group_store,
+    reduce_scatter_coalesced,
+)
 
 # Backends that average by themselves, without one more pass over the result.
 AVERAGING_BACKENDS = {"nccl", "gloo"}
@@ -51,10 +52,10 @@ def _all_gather(
     # Both of gloo's threads assign the name of what they completed to one std::string, unguarded (runLoop of torch's
     # ProcessGroupGloo.cpp). A name of more than 15 bytes lies on the heap, and may be freed twice: with torch 2.13
     # "ALLGATHER_COALESCED" beside any other collective corrupts memory within seconds. Others' names are short.
-    if group._get_backend(outputs[0].device).name() == "gloo":
+    if backend_name(group, outputs[0].device) == "gloo":
         pairs = zip(outputs, inputs, strict=True)
-        return _Works([_all_gather_single(whole, part, group=group, async_op=True) for whole, part in pairs])
-    return _all_gather_coalesced(group, outputs, inputs, options)
+        return _Works([all_gather_single(whole, part, group=group, async_op=True) for whole, part in pairs])
+    return all_gather_coalesced(group, outputs, inputs, options)
 
 
 def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any:
@@ -94,7 +95,7 @@ class Reduction:
         """Makes what follows on the current stream see the averages (on the CPU: waits for them)."""
         self._work.wait()
         if self._divisor != 1:
-            torch._foreach_div_(self._outputs, self._divisor)
+            foreach_div_(self._outputs, self._divisor)
 
 
 def reduce_scatter_mean(outputs: list[Tensor], inputs: Sequence[Tensor], group: dist.ProcessGroup) -> Reduction:
@@ -105,11 +106,11 @@ def reduce_scatter_mean(outputs: list[Tensor], inputs: Sequence[Tensor], group: 
         outputs: 1-D; rank r's part of the average is the r-th of the input's equal parts. At least one.
         inputs: 1-D, contiguous, each the group's size times as long as its output, of the output's dtype.
     """
-    averages = group._get_backend(inputs[0].device).name() in AVERAGING_BACKENDS
+    averages = backend_name(group, inputs[0].device) in AVERAGING_BACKENDS
     options = dist.ReduceScatterOptions()
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM)
     options.asyncOp = True
-    work = _reduce_scatter(group, outputs, list(inputs), options)
+    work = reduce_scatter_coalesced(group, outputs, list(inputs), options)
     return Reduction(work, outputs, 1 if averages else dist.get_world_size(group))
 
 
@@ -225,7 +226,7 @@ class Membership:
 
 
 def _notes(group: dist.ProcessGroup) -> c10d.PrefixStore:
-    return c10d.PrefixStore(f"lion_dist/{group.group_name}", c10d._get_process_group_store(group))
+    return c10d.PrefixStore(f"lion_dist/{group.group_name}", process_group_store(group))
 
 
 class Agreement:
@@ -240,16 +241,15 @@ class Agreement:
 
     Args:
         what: the call, for messages; ranks in different calls disagree.
-        timeout: how long to wait for the others; None is the group's own.
     """
 
-    def __init__(self, group: dist.ProcessGroup, what: str, timeout: timedelta | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, what: str) -> None:
         self._group = group
         self._what = what
         self._lines: list[str] = []
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
-        self._timeout = timeout or group_timeout(group)
+        self._timeout = group_timeout(group)
         # Counted in the store, so that calls of another process group, with another store, do not count.
         store = _notes(group)
         call = store.add(f"calls/{self._rank}", 1)
@@ -353,19 +353,24 @@ class Agreement:
         )
 
 
+def meet(group: dist.ProcessGroup, call: str) -> None:
+    """Waits until every rank of the group has made the same collective call.
+
+    Raises:
+        RuntimeError, ValueError: as an `Agreement` that is left; ranks are absent, or in another call.
+    """
+    with Agreement(group, call):
+        pass
+
+
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
     """How long the group's collectives wait for a rank."""
-    timeouts = []
-    for device in group._device_types:
-        timeout = getattr(group._get_backend(device).options, "_timeout", None)
-        if timeout is not None:
-            timeouts.append(timeout)
-    return max(timeouts, default=c10d.default_pg_timeout)
+    return max(backend_timeouts(group), default=c10d.default_pg_timeout)
 
 
 def device_types(group: dist.ProcessGroup) -> set[str]:
     """The types of devices whose tensors the group's backends carry."""
-    return {torch.device(d).type for d in group._device_types}
+    return {torch.device(d).type for d in group_devices(group)}
 
 
 def check_device(device: torch.device, group: dist.ProcessGroup) -> None:

@@ -5,14 +5,20 @@ Nothing here keeps its owner alive: parameters and backwards outlive optimizers.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
+
+from .._torch_compat import (
+    current_autograd_node,
+    disable_dynamo,
+    in_compiled_autograd,
+    post_accumulate_grad_hooks,
+    queue_backward_callback,
+)
 
 
 class _Hook:
@@ -31,7 +37,7 @@ class _Hook:
 class _CPUHook(_Hook):
     """Runs in the thread that calls backward(), where a torch.compile around that call would trace it."""
 
-    __call__ = _disable_dynamo(_Hook.__call__)
+    __call__ = disable_dynamo(_Hook.__call__)
 
 
 class GradHooks:
@@ -57,7 +63,7 @@ class GradHooks:
         for i, p in enumerate(self._params):
             if i in self._handles or not p.requires_grad:
                 continue
-            for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):
+            for hook in post_accumulate_grad_hooks(p):
                 other = hook.hooks() if isinstance(hook, _Hook) else None
                 lost = other._lost() if other is not None else None
                 if lost is not None:
@@ -103,14 +109,13 @@ class BackwardEnd:
 
     def __init__(self, ended: Callable[[], None], raised: Callable[[], None]) -> None:
         self._raised: weakref.WeakMethod[Any] | None = None
-        compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-        if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+        if in_compiled_autograd():
             raise RuntimeError("ShardedLion with stage=2 does not work under compiled autograd; use stage=1")
         self._ended: weakref.WeakMethod[Any] = weakref.WeakMethod(ended)
         self._raised = weakref.WeakMethod(raised)
-        torch.autograd.Variable._execution_engine.queue_callback(self)
+        queue_backward_callback(self)
 
-    @_disable_dynamo
+    @disable_dynamo
     def __call__(self) -> None:
         method = self._ended()
         if method is not None:
@@ -130,7 +135,7 @@ class _Once:
         self._method = method
         self.handle: Any = None
 
-    @_disable_dynamo
+    @disable_dynamo
     def __call__(self, _: Any) -> None:
         self.handle.remove()
         method = self._method()
@@ -140,14 +145,14 @@ class _Once:
 
 def in_reentrant_pass_end() -> bool:
     """Whether the backward that ends is that of a reentrant checkpoint: a node of the pass around it is running."""
-    return torch._C._current_autograd_node() is not None
+    return current_autograd_node() is not None
 
 
 def when_outer_pass_goes_on(call: Callable[[], None]) -> None:
     """At the end of a reentrant checkpoint's pass: has a bound method called when the pass around it takes its next
     node after the checkpoint. (Only there can one tell autograd anything about that pass.)"""
     method: weakref.WeakMethod[Any] = weakref.WeakMethod(call)
-    node = torch._C._current_autograd_node()
+    node = current_autograd_node()
     for following, _ in node.next_functions:
         if following is None:
             continue

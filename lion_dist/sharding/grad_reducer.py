@@ -34,8 +34,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from .._torch_compat import current_graph_task_id, disable_dynamo
 from .collectives import Membership
 from .flag_exchange import UNLIKE_ZEROING, FlagExchange, fail
 from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
@@ -120,10 +120,10 @@ class GradReducer:
         """What the sentinel calls before autograd adds to its gradient. It does not keep this object alive."""
         self_ref = weakref.ref(self)
 
-        @_disable_dynamo
+        @disable_dynamo
         def look() -> None:
             reducer = self_ref()
-            if reducer is not None and torch._C._current_graph_task_id() not in reducer._passes:
+            if reducer is not None and current_graph_task_id() not in reducer._passes:
                 reducer._follow_zeroing()
                 reducer._check_by_hand()
 
@@ -156,7 +156,7 @@ class GradReducer:
         """Runs for each parameter in each pass: this is a hot path of the host."""
         self._membership.check()
         self.generation += 1
-        current = torch._C._current_graph_task_id()
+        current = current_graph_task_id()
         local, rounds = self._local, self._rounds
         if i == local.stand_in:
             if self._sentinel.replaced:
@@ -180,7 +180,7 @@ class GradReducer:
         self._passes.add(number)
 
     def _watch_outer_pass(self) -> None:
-        current = torch._C._current_graph_task_id()
+        current = current_graph_task_id()
         if current not in self._passes:
             self._watch_pass(current)
 

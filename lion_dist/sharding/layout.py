@@ -1,15 +1,16 @@
-"""Who owns which elements: integers only, no torch.
+"""Which rank owns which elements: integers only, no torch.
 
-A parameter's elements are taken in memory order and numbered from 0.
+The elements of a parameter are numbered from 0 in memory order.
 
-Head: the largest multiple of world_size * ALIGN elements of a parameter, cut into world_size equal
-    slices, the r-th owned by rank r. It lies where the parameter lies, so that a reduce-scatter of its
-    gradient and an all-gather of its weights need no copy.
-Tail: the rest, fewer than world_size * ALIGN elements; all of a small parameter.
-Pack: the tails laid one after another at multiples of ALIGN, padded at the end to a multiple of
-    world_size * ALIGN and cut into world_size equal slices too. Only the pack is ever staged.
-Shard: what one rank owns: its slices of all heads in parameter order, then its slice of the pack. Of
-    one length on every rank; addressed by `ParamSlice`.
+Run: consecutive elements of one parameter.
+Head: the largest multiple of world_size * ALIGN elements of a parameter, cut into world_size equal runs, the r-th owned
+    by rank r. A head is communicated where it lies: reduce-scattering its gradient and all-gathering its weights need
+    no copy.
+Tail: the rest of the parameter, fewer than world_size * ALIGN elements. A small parameter is all tail.
+Tail buffer: the tails one after another, each at a multiple of ALIGN, padded at the end to a multiple of
+    world_size * ALIGN and cut into world_size equal parts. Only tails are copied in order to be communicated.
+Shard: what one rank owns: its runs of all heads in the order of the parameters, then its part of the tail buffer. All
+    shards have the same length.
 """
 
 from __future__ import annotations
@@ -21,47 +22,43 @@ ALIGN = 128  # elements; whole 16-byte accesses in every dtype, and one quantisa
 
 
 @dataclass(frozen=True)
-class ParamSlice:
-    """``length`` elements of parameter ``param`` from ``start``, owned by ``rank`` at ``shard_offset``
-    of its shard."""
+class Run:
+    """``length`` elements of parameter ``param`` from ``start``, which lie at ``offset`` in a flat buffer.
+
+    Starts and offsets are multiples of ALIGN.
+    """
 
     param: int
     start: int
     length: int
-    rank: int
-    shard_offset: int
-
-
-@dataclass(frozen=True)
-class Tail:
-    """``length`` elements of parameter ``param`` from ``start`` to its end, at ``pack_offset``."""
-
-    param: int
-    start: int
-    length: int
-    pack_offset: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """The cut of parameters of ``numels`` elements over ``world_size`` ranks.
+    """How parameters are cut over the ranks.
 
     Attributes:
-        heads: length of each parameter's head, a multiple of world_size * ALIGN, or 0.
-        tails: one for each parameter whose tail is not empty.
-        pack_numel: length of the pack with its padding.
-        shard_numel: length of one rank's shard, the same on every rank.
+        world_size: number of ranks.
+        heads: length of each parameter's head; 0 if it has none.
+        tails: the tails that are not empty; their offsets count in the tail buffer.
+        tail_buffer_numel: length of the tail buffer, padding included.
+        shard_numel: length of one rank's shard.
     """
 
-    numels: tuple[int, ...]
     world_size: int
     heads: tuple[int, ...]
-    tails: tuple[Tail, ...]
-    pack_numel: int
+    tails: tuple[Run, ...]
+    tail_buffer_numel: int
     shard_numel: int
 
     @staticmethod
     def make(numels: Sequence[int], world_size: int) -> ShardLayout:
+        """The layout of parameters with these numbers of elements.
+
+        Raises:
+            ValueError: a negative number of elements, or no ranks.
+        """
         if world_size < 1 or any(n < 0 for n in numels):
             raise ValueError(f"expected world_size >= 1 and numels >= 0, got {world_size} and {tuple(numels)}")
         unit = world_size * ALIGN
@@ -69,33 +66,41 @@ class ShardLayout:
         tails, end = [], 0
         for param, (n, head) in enumerate(zip(numels, heads, strict=True)):
             if n > head:
-                tails.append(Tail(param, head, n - head, end))
-                end += -(-(n - head) // ALIGN) * ALIGN
-        pack_numel = -(-end // unit) * unit
-        shard_numel = (sum(heads) + pack_numel) // world_size
-        return ShardLayout(tuple(numels), world_size, heads, tuple(tails), pack_numel, shard_numel)
+                tails.append(Run(param, head, n - head, end))
+                end += _rounded_up(n - head, ALIGN)
+        tail_buffer_numel = _rounded_up(end, unit)
+        shard_numel = (sum(heads) + tail_buffer_numel) // world_size
+        return ShardLayout(world_size, heads, tuple(tails), tail_buffer_numel, shard_numel)
 
     @property
-    def pack_shard_offset(self) -> int:
-        """Where a rank's slice of the pack begins in its shard."""
+    def tail_shard_offset(self) -> int:
+        """Where a rank's part of the tail buffer begins in its shard."""
         return sum(self.heads) // self.world_size
 
-    def slices(self, rank: int) -> tuple[ParamSlice, ...]:
-        """What ``rank`` owns, in the order of its shard."""
+    def slices(self, rank: int) -> tuple[Run, ...]:
+        """The runs that a rank owns, in the order of its shard; their offsets count in the shard.
+
+        Raises:
+            ValueError: no such rank.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"expected a rank in [0, {self.world_size}), got {rank}")
         owned, offset = [], 0
         for param, head in enumerate(self.heads):
             length = head // self.world_size
             if length:
-                owned.append(ParamSlice(param, rank * length, length, rank, offset))
+                owned.append(Run(param, rank * length, length, offset))
             offset += length
-        pack_length = self.pack_numel // self.world_size
-        first, last = rank * pack_length, (rank + 1) * pack_length
+        part = self.tail_buffer_numel // self.world_size
+        first, last = rank * part, (rank + 1) * part
         for tail in self.tails:
-            begin = max(first, tail.pack_offset)
-            end = min(last, tail.pack_offset + tail.length)
+            begin = max(first, tail.offset)
+            end = min(last, tail.offset + tail.length)
             if begin < end:
-                start = tail.start + begin - tail.pack_offset
-                owned.append(ParamSlice(tail.param, start, end - begin, rank, offset + begin - first))
+                start = tail.start + begin - tail.offset
+                owned.append(Run(tail.param, start, end - begin, offset + begin - first))
         return tuple(owned)
+
+
+def _rounded_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit

@@ -26,6 +26,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from .._torch_compat import version_of
 from ..memory_order import flat, laid_out_like
 from .placeholder import Placeholder
 
@@ -73,7 +74,7 @@ class ParamGrads:
 
     def _is_placeholder(self, grad: Tensor) -> bool:
         """Whether a tensor is the placeholder, to which nothing has been added."""
-        return grad is self._placeholder and grad._version == 0
+        return grad is self._placeholder and version_of(grad) == 0
 
     def has_gradient(self, i: int) -> bool:
         """Whether ``p.grad`` holds a gradient."""
@@ -103,7 +104,7 @@ class ParamGrads:
         grad = self.params[i].grad
         if grad is None:
             return
-        self._records[i] = grad, grad._version
+        self._records[i] = grad, version_of(grad)
         if state is GradState.REDUCED:
             self.states[i] = GradState.SPLIT
 
@@ -118,7 +119,7 @@ class ParamGrads:
         for i in indices:
             p = self.params[i]
             grad = p.grad
-            if grad is None or (grad is self._placeholder and grad._version == 0):
+            if grad is None or (grad is self._placeholder and version_of(grad) == 0):
                 taken.append(None)
                 continue
             self.states[i] = GradState.REDUCED
@@ -158,7 +159,7 @@ class ParamGrads:
 
     def is_as_recorded(self, i: int) -> bool:
         """Whether ``p.grad`` is as autograd last left it."""
-        return self.is_recorded_tensor(i) and self._records[i][0]._version == self._records[i][1]
+        return self.is_recorded_tensor(i) and version_of(self._records[i][0]) == self._records[i][1]
 
     # The stand-in -------------------------------------------------------------------------------
 
@@ -169,13 +170,13 @@ class ParamGrads:
         if grad is None:
             self._put_placeholder(i)
         else:
-            self._records.setdefault(i, (grad, grad._version))
+            self._records.setdefault(i, (grad, version_of(grad)))
 
     def accept(self, i: int) -> None:
         """Records the ``p.grad`` that somebody else has made for the stand-in, as if autograd had."""
         grad = self.params[i].grad
         assert grad is not None
-        self._records[i] = grad, grad._version
+        self._records[i] = grad, version_of(grad)
 
     def stop_filling(self) -> None:
         """Makes no parameter the stand-in, and removes the placeholder."""
@@ -209,7 +210,7 @@ class ParamGrads:
                 self.states[i] = GradState.REDUCED
                 del self._records[i]
             else:
-                self._records[i] = grad, grad._version
+                self._records[i] = grad, version_of(grad)
 
     def carry_over(self, previous: ParamGrads, lost: Collection[int], is_hooked: Callable[[int], bool]) -> None:
         """Takes over states from an object that had some of the parameters.
@@ -228,7 +229,7 @@ class ParamGrads:
             if before in previous._records:
                 self._records[i] = previous._records[before]
             if self.states[i] is not GradState.LOCAL and p.grad is not None and not is_hooked(before):
-                self._records[i] = p.grad, p.grad._version  # a backward may have reached it, unseen
+                self._records[i] = p.grad, version_of(p.grad)  # a backward may have reached it, unseen
                 self.states[i] = GradState.SPLIT
 
     # Between intervals --------------------------------------------------------------------------

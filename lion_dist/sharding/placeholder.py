@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import DisableTorchFunctionSubclass, amp_unscale_, data_getter
+
 ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
     "GradScaler.unscale_, model.zero_grad(set_to_none=False), DistributedDataParallel and the like do not reach them. "
     "Use ShardedLion's own clip_grad_norm_() and zero_grad() and do not wrap the model, or use stage=1"
 )
-
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Placeholder(Tensor):
@@ -33,15 +33,15 @@ class Placeholder(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+        if func is amp_unscale_:
             raise RuntimeError(
                 "GradScaler.unscale_() was called, which does not reach the gradients of ShardedLion with stage=2, "
                 "since they have left p.grad. Train in bfloat16 without GradScaler, or use stage=1 with "
                 "DistributedDataParallel"
             )
-        if func == _DATA:  # each access makes a new object
+        if func == data_getter:  # each access makes a new object
             raise RuntimeError(f"p.grad.data was read after the gradient had been reduced. {ADVICE}")
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> Tensor:

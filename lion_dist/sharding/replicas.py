@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..frozen import is_plain, takes_part
 from ..memory_order import flat_bytes
-from .collectives import all_gather_in_place, broadcast_from_first, device_types, explaining
+from .collectives import all_gather_in_place, broadcast_from_first, check_device, device_types, explaining
 
 _CHUNK = 1 << 22  # elements
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,7 +25,7 @@ def comparable(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     return [i for i in plain if params[i].device == params[ordered[0]].device]
 
 
-def checksum(t: Tensor) -> Tensor:
+def bits_checksum(t: Tensor) -> Tensor:
     """Of the bits of a dense tensor of any dtype, in memory order: int64, shape (). One changed bit changes it, as do
     elements that change places."""
     bits = flat_bytes(t).view(_BITS[min(t.element_size(), 8)])
@@ -46,7 +46,7 @@ def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Of at least one parameter on every rank: int64, shape (world_size, parameters). A collective call."""
-    own = torch.stack([checksum(p.detach()) for p in params])
+    own = torch.stack([bits_checksum(p.detach()) for p in params])
     with explaining(group):
         return gathered(own, group)
 
@@ -60,6 +60,17 @@ def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[
     sums = _checksums([params[i] for i in numbers], group)
     unlike = zip(numbers, (sums != sums[0]).t().tolist(), strict=True)
     return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in unlike if any(ranks)]
+
+
+def refuse_differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Raises RuntimeError, on every rank, where a parameter is not the same on all ranks; see `differing`."""
+    unlike = differing(params, group)
+    if unlike:
+        some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
+        raise RuntimeError(
+            f"{len(unlike)} parameters differ in their bits from those of the group's first rank: {some}. Call "
+            "resync() on every rank to give all ranks the parameters of the first"
+        )
 
 
 def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -114,6 +125,22 @@ def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     return numbers
 
 
+def describe_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[str]:
+    """What must be the same on all ranks for `broadcast_dense`. Raises ValueError where the group cannot send one."""
+    for t in tensors:
+        check_device(t.device, group)
+    return [f"buffer {i}: shape {tuple(t.shape)}, {t.dtype}" for i, t in enumerate(tensors)]
+
+
+def broadcast_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Overwrites tensors, which may have gaps, with those of the group's first rank; a collective call."""
+    for t in tensors:
+        sent = t.contiguous()  # itself, or a copy where a tensor has gaps
+        broadcast_from_first([sent], group)
+        if sent is not t:
+            t.copy_(sent)
+
+
 class DeferredCheck:
     """Numbers that all ranks should have alike, compared on the device at once, and on the host LAG calls later:
     by then they have got there as a rule, so that the host does not wait; and all ranks raise in the same call."""
@@ -138,6 +165,10 @@ class DeferredCheck:
             event.record()
         self._pending.append((event, copy, message))
         return (numbers == numbers[0]).all()
+
+    def clear(self) -> None:
+        """Forgets the numbers that have not been compared by the host."""
+        self._pending.clear()
 
     @property
     def under_way(self) -> bool:

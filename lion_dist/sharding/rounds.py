@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_add_, foreach_copy_, foreach_zero_
 from ..upload import upload
 from .buckets import complete_order, make_buckets
 from .collectives import Membership, Reduction, broadcast_from_first, reduce_scatter_mean
@@ -88,7 +89,7 @@ class _UnderWay:
     def wait(self) -> None:
         self.reduction.wait()
         if self.sums:
-            torch._foreach_add_(self.sums, self.addends)
+            foreach_add_(self.sums, self.addends)
 
 
 class Rounds:
@@ -125,18 +126,18 @@ class Rounds:
         self._shards = shards
         self._params = [p for shard in shards for p in shard.params]
         self._numbers = [n for shard in shards for n in shard.numbers]
-        self._dtypes = [shard.pack.dtype for shard in shards for _ in shard.params]
-        self._device = shards[0].pack.device if shards else None
+        self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
+        self._device = shards[0].tail_buffer.device if shards else None
 
         self._destinations: list[_Destination] = []
         self._tail_buffers: list[Tensor] = []  # one per shard
         self.grads: list[Tensor] = []
         world_size = dist.get_world_size(membership.group)
         for shard, grad in zip(shards, kept, strict=True):
-            layout, like = shard.layout, shard.pack
+            layout, like = shard.layout, shard.tail_buffer
             grad = like.new_zeros(layout.shard_numel) if grad is None else grad
-            tail_buffer = like.new_zeros(layout.pack_numel)
-            tails = {t.param: tail_buffer[t.pack_offset : t.pack_offset + t.length] for t in layout.tails}
+            tail_buffer = like.new_zeros(layout.tail_buffer_numel)
+            tails = {t.param: tail_buffer[t.offset : t.offset + t.length] for t in layout.tails}
             offset = 0
             for i, head in enumerate(layout.heads):
                 length = head // world_size
@@ -282,12 +283,12 @@ class Rounds:
                     tails.append(grad[place.head :])
                     staged.append(place.tail)
         if missing:
-            torch._foreach_zero_(missing)
+            foreach_zero_(missing)
         if tails:
-            torch._foreach_copy_(staged, tails)
+            foreach_copy_(staged, tails)
         for shard in self._completed_tails[number]:
             inputs.append(self._tail_buffers[shard])
-            outputs.append(self.grads[shard][self._shards[shard].layout.pack_shard_offset :])
+            outputs.append(self.grads[shard][self._shards[shard].layout.tail_shard_offset :])
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:

@@ -1,28 +1,54 @@
-"""A layout made flesh: parameters where they lie, and one rank's flat buffer of what goes with them."""
+"""A shard: parameters where they lie, and one rank's flat buffers of the state that belongs to them.
+
+Column: one kind of state, described by its name, dtype and block. A shard has one flat buffer for each column, in which
+    `ShardLayout.slices` says where each parameter's runs lie. What the columns mean is not known here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_compat import foreach_copy_
 from ..frozen import takes_part
 from ..memory_order import flat, is_dense, laid_out_like
 from .box_tensor import BoxTensor
 from .boxes import Box
 from .collectives import all_gather_in_place, check_device, start_all_gather
-from .layout import ParamSlice, ShardLayout
+from .layout import ALIGN, Run, ShardLayout
 
-# Elements of the parameters of a shard, if they are more than one. Shards are stepped and synchronised one after
-# another, so that the collective of one hides behind the work of the next; it must be large enough to be efficient.
+# Largest number of elements of a shard with several parameters. Shards are stepped and synchronised one after another,
+# so that the collective of one hides behind the work of the next; it must be large enough to be efficient.
 SHARD_NUMEL = 1 << 29
+
+_BITS = {2: torch.int16, 4: torch.int32}  # by element size
+
+
+class Column(Protocol):
+    """One kind of state, kept for every ``block`` consecutive elements of a parameter. Equal columns are alike."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def block(self) -> int: ...
+
+    def numel(self, length: int) -> int:
+        """Number of elements kept for ``length`` elements of a parameter."""
+
+    def shape(self, of: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the state of a parameter of shape ``of``: the same where ``block`` is 1, else 1-D."""
 
 
 def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Raises where parameters that take part cannot be sharded over the group, beside ``others``."""
+    """Raises ValueError where a parameter that takes part cannot be sharded over the group together with ``others``."""
     device = next((p.device for p in (*others, *params) if takes_part(p)), None)
     for i, p in enumerate(params):
         if not takes_part(p):
@@ -30,7 +56,8 @@ def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: d
         check_device(p.device, group)
         if p.device != device:
             raise ValueError(
-                f"parameter {i} of the group is on {p.device}, others on {device}: a rank's must share one"
+                f"parameter {i} of the group is on {p.device}, but the optimizer's others are on {device}: all "
+                "parameters of a rank must be on one device, so move the model before making the optimizer"
             )
         if not is_dense(p):
             raise ValueError(
@@ -39,146 +66,196 @@ def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: d
             )
 
 
-def make_shards(params: Sequence[Tensor], dtypes: Sequence[torch.dtype], world_size: int) -> list[Shard]:
-    """Shards of zeros, in the order of the parameters.
+def make_shards(params: Sequence[Tensor], columns: Sequence[tuple[Column, ...]], world_size: int) -> list[Shard]:
+    """Shards whose buffers are zeros, in the order of the parameters.
 
     Args:
-        dtypes: of each parameter's momentum.
+        params: dense, on one device.
+        columns: the columns of each parameter.
+        world_size: number of ranks.
     """
-    alike: dict[tuple[torch.dtype, torch.dtype], list[list[Tensor]]] = {}
-    filled: dict[tuple[torch.dtype, torch.dtype], int] = {}
-    for p, dtype in zip(params, dtypes, strict=True):
-        key = p.dtype, dtype
+    alike: dict[tuple[torch.dtype, tuple[Column, ...]], list[list[Tensor]]] = {}
+    filled: dict[tuple[torch.dtype, tuple[Column, ...]], int] = {}
+    for p, of_param in zip(params, columns, strict=True):
+        key = p.dtype, of_param
         parts = alike.setdefault(key, [])
         if not parts or filled[key] + p.numel() > SHARD_NUMEL:
             parts.append([])
             filled[key] = 0
         parts[-1].append(p)
         filled[key] += p.numel()
-    return [Shard(part, dtype, world_size) for (_, dtype), parts in alike.items() for part in parts]
+    return [Shard(part, of_part, world_size) for (_, of_part), parts in alike.items() for part in parts]
 
 
 class Shard:
-    """Parameters of one dtype whose momenta share a dtype, and this rank's part of those momenta.
+    """Parameters of one dtype with the same columns, and this rank's part of their state.
 
     Attributes:
         params: the parameters, dense, all on one device.
-        numbers: theirs, as the user counts them, for messages.
-        layout: their cut; parameter numbers are indices into ``params``.
-        exp_avg: the momentum shard, shape (layout.shard_numel,).
-        pack: staging for the tails, shape (layout.pack_numel,), dtype of the parameters.
+        numbers: the number of each parameter in the optimizer, for error messages.
+        columns: the kinds of state.
+        layout: how the parameters are cut; its parameter numbers are indices into ``params``.
+        buffers: for each column, by its name, the flat state, shape (layout.shard_numel / block,).
+        tail_buffer: staging memory for the tails of the parameters, shape (layout.tail_buffer_numel,), in their dtype.
     """
 
-    def __init__(self, params: list[Tensor], dtype: torch.dtype, world_size: int) -> None:
+    def __init__(self, params: list[Tensor], columns: tuple[Column, ...], world_size: int) -> None:
         self.params = params
         self.numbers = list(range(len(params)))
+        self.columns = columns
         self.layout = ShardLayout.make([p.numel() for p in params], world_size)
         device = params[0].device
-        self.exp_avg = torch.zeros(self.layout.shard_numel, dtype=dtype, device=device)
-        self.pack = torch.zeros(self.layout.pack_numel, dtype=params[0].dtype, device=device)
-        self._slices: dict[int, list[list[ParamSlice]]] = {}
+        self.buffers: dict[str, Tensor] = {}
+        for column in columns:
+            if ALIGN % column.block:
+                raise ValueError(f"the block of {column.name} must divide {ALIGN}, got {column.block}")
+            numel = column.numel(self.layout.shard_numel)
+            self.buffers[column.name] = torch.zeros(numel, dtype=column.dtype, device=device)
+        self.tail_buffer = torch.zeros(self.layout.tail_buffer_numel, dtype=params[0].dtype, device=device)
+        self._slices: dict[int, list[list[Run]]] = {}
         self._described = self._describe()
         self._addresses: list[int] = []
-        self._buffers: list[Tensor] = []  # what the all-gather completes: heads in place, and the pack
-        self._tails: list[Tensor] = []  # where the tails lie in the parameters ...
-        self._packed_tails: list[Tensor] = []  # ... and in the pack
+        self._gathered: list[Tensor] = []  # completed by the all-gather: heads in place, and the tail buffer
+        self._tails: list[Tensor] = []  # the tails in the parameters ...
+        self._staged_tails: list[Tensor] = []  # ... and in the tail buffer
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the buffers."""
+        return self.tail_buffer.device
 
     def _describe(self) -> list[tuple[Any, ...]]:
         return [(p.dtype, p.shape, p.stride()) for p in self.params]
 
     def refresh(self) -> None:
-        """Follows parameters that have moved; raises for ones that have become something else."""
+        """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
         described = self._describe()
         if described != self._described:
             i = next(i for i, (a, b) in enumerate(zip(described, self._described, strict=True)) if a != b)
             raise ValueError(
-                f"a parameter changed from (dtype, shape, strides) {self._described[i]} to {described[i]} under "
-                "ShardedLion: convert the model before making the optimizer"
+                f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {self._described[i]} to "
+                f"{described[i]} after ShardedLion was made: convert the model before making the optimizer"
             )
         addresses = [p.data_ptr() for p in self.params]
         if addresses == self._addresses:
             return
-        heads = [flat(p, 0, head) for p, head in zip(self.params, self.layout.heads, strict=True) if head]
-        self._buffers = [*heads, self.pack] if self.layout.pack_numel else heads
+        layout = self.layout
+        heads = [flat(p, 0, head) for p, head in zip(self.params, layout.heads, strict=True) if head]
+        self._gathered = [*heads, self.tail_buffer] if layout.tail_buffer_numel else heads
         # As integers: copies of 16-bit floats on a GPU may change the bits of a NaN.
-        bits = {2: torch.int16, 4: torch.int32}[self.pack.element_size()]
-        pack = self.pack.view(bits)
-        self._tails = [flat(self.params[t.param], t.start, t.length).view(bits) for t in self.layout.tails]
-        self._packed_tails = [pack[t.pack_offset : t.pack_offset + t.length] for t in self.layout.tails]
+        bits = _BITS[self.tail_buffer.element_size()]
+        staged = self.tail_buffer.view(bits)
+        self._tails = [flat(self.params[t.param], t.start, t.length).view(bits) for t in layout.tails]
+        self._staged_tails = [staged[t.offset : t.offset + t.length] for t in layout.tails]
         self._addresses = addresses
 
+    # Parameters -----------------------------------------------------------------------------------
+
     def start_gather(self, group: dist.ProcessGroup) -> Any:
-        """Starts bringing every rank's slices to every rank: heads in place, tails through the pack.
+        """Starts bringing every rank's slices of the parameters to every rank.
 
         Returns:
-            What to `wait` for before `finish_gather`; None if there is nothing to bring.
+            The work to `wait` for before `finish_gather`; None if there is nothing to bring.
         """
-        # All tails go into the pack, though only this rank's part of it counts: the gather overwrites the rest.
+        # All tails are staged, though only this rank's part of the buffer is sent: the gather overwrites the rest.
         if self._tails:
-            torch._foreach_copy_(self._packed_tails, self._tails)
-        return start_all_gather(self._buffers, group) if self._buffers else None
+            foreach_copy_(self._staged_tails, self._tails)
+        return start_all_gather(self._gathered, group) if self._gathered else None
 
     def finish_gather(self) -> None:
-        """Puts the tails in their place. All of it is unseen by autograd."""
+        """Copies the tails into the parameters. Autograd does not notice any of these writes."""
         if self._tails:
-            torch._foreach_copy_(self._tails, self._packed_tails)
+            foreach_copy_(self._tails, self._staged_tails)
 
-    def gather_exp_avgs(self, group: dist.ProcessGroup, keep: bool) -> Iterator[Tensor]:
-        """Every parameter's whole momentum in turn, on the CPU and in the parameter's shape; a collective.
-        Where ``keep`` is False this rank only contributes, and gets empty tensors."""
-        rank, layout = dist.get_rank(group), self.layout
+    # State ----------------------------------------------------------------------------------------
 
-        def gathered(numel: int, shard_offset: int) -> Tensor:
-            whole = torch.empty(numel * layout.world_size, dtype=self.exp_avg.dtype, device=self.exp_avg.device)
-            whole.narrow(0, rank * numel, numel).copy_(self.exp_avg.narrow(0, shard_offset, numel))
-            all_gather_in_place([whole] if numel else [], group)
+    def gather_state(self, group: dist.ProcessGroup, keep: bool) -> Iterator[dict[str, Tensor]]:
+        """Yields the whole state of each parameter in turn, by column name; a collective call.
+
+        Yields:
+            Contiguous tensors on the CPU, in the shape that the column gives to the parameter's state. Where ``keep``
+            is False, this rank only contributes its part, and the dicts are empty.
+        """
+        layout, rank = self.layout, dist.get_rank(group)
+
+        def gathered(column: Column, length: int, offset: int) -> Tensor:
+            """The parts of all ranks, given how many elements of parameters a part belongs to, and where it lies."""
+            part = self._state_of(column, length, offset)
+            whole = part.new_empty(part.numel() * layout.world_size)
+            whole.narrow(0, rank * part.numel(), part.numel()).copy_(part)
+            all_gather_in_place([whole] if part.numel() else [], group)
             return whole
 
-        pack = gathered(layout.pack_numel // layout.world_size, layout.pack_shard_offset)
+        part = layout.tail_buffer_numel // layout.world_size
+        all_tails = [gathered(column, part, layout.tail_shard_offset) for column in self.columns]
         tails, offset = {t.param: t for t in layout.tails}, 0
         for i, p in enumerate(self.params):
-            numel = layout.heads[i] // layout.world_size
-            head = gathered(numel, offset)
-            offset += numel
-            if not keep:
-                yield torch.empty(0)
-                continue
-            exp_avg = torch.empty_strided(p.shape, p.stride(), dtype=self.exp_avg.dtype)
-            flat(exp_avg, 0, head.numel()).copy_(head)
-            if i in tails:
-                t = tails[i]
-                flat(exp_avg, t.start).copy_(pack[t.pack_offset : t.pack_offset + t.length])
-            yield exp_avg.contiguous()
+            length = layout.heads[i] // layout.world_size
+            state = {}
+            for column, staged in zip(self.columns, all_tails, strict=True):
+                head = gathered(column, length, offset)
+                if not keep:
+                    continue
+                shape, strides = _shape_and_strides(column, p)
+                whole = torch.empty_strided(shape, strides, dtype=column.dtype)
+                flat(whole, 0, head.numel()).copy_(head)
+                if i in tails:
+                    t = tails[i]
+                    flat(whole, head.numel()).copy_(staged.narrow(0, t.offset // column.block, column.numel(t.length)))
+                state[column.name] = whole.contiguous()
+            offset += length
+            yield state
 
-    def take_exp_avgs(self, exp_avgs: dict[int, Tensor], rank: int) -> None:
-        """Takes over this rank's slices of momenta in the shapes of their parameters, by ``id`` of these: whole, or
-        `BoxTensor`s of this very shard's cut. Momenta that are not given become zeros."""
+    def take_state(self, state: Mapping[int, Mapping[str, Tensor]], rank: int) -> None:
+        """Copies this rank's slices of a state into the buffers.
+
+        Args:
+            state: by ``id`` of the parameter and by column name: whole tensors, or `BoxTensor`s that `boxes` made of
+                this shard or of one with the same layout. What is missing becomes zeros.
+            rank: this rank.
+        """
         for i, p in enumerate(self.params):
-            given = exp_avgs.get(id(p))
-            if isinstance(given, BoxTensor):
-                self.boxes(i, rank).copy_(given)
-                continue
-            in_order = None if given is None else laid_out_like(given, p)
-            for s in self.slices(i, rank):
-                own = self.exp_avg.narrow(0, s.shard_offset, s.length)
-                if in_order is None:
-                    own.zero_()
-                else:
-                    own.copy_(flat(in_order, s.start, s.length))
+            of_param = state.get(id(p), {})
+            for column in self.columns:
+                given = of_param.get(column.name)
+                if isinstance(given, BoxTensor):
+                    self.boxes(i, column, rank).copy_(given)
+                    continue
+                in_order = None
+                if given is not None:
+                    in_order = laid_out_like(given, p) if column.block == 1 else given.contiguous()
+                for start, own in self._runs(i, column, rank):
+                    if in_order is None:
+                        own.zero_()
+                    else:
+                        own.copy_(flat(in_order, start, own.numel()))
 
-    def slices(self, param: int, rank: int) -> list[ParamSlice]:
-        """What a rank owns of a parameter."""
+    def slices(self, param: int, rank: int) -> list[Run]:
+        """The runs of a parameter that a rank owns."""
         if rank not in self._slices:
             owned = self._slices[rank] = [[] for _ in self.params]
             for s in self.layout.slices(rank):
                 owned[s.param].append(s)
         return self._slices[rank][param]
 
-    def boxes(self, param: int, rank: int) -> BoxTensor:
-        """A parameter's momentum as this rank has it: a view. One without elements is the first rank's."""
-        p = self.params[param]
-        if rank == 0 and not p.numel():
-            nothing = self.exp_avg[:0].view(p.shape)
-            return BoxTensor(p.shape, [Box((0,) * p.dim(), tuple(p.shape))], [nothing], nothing.dtype, nothing.device)
-        runs = [(s.start, self.exp_avg.narrow(0, s.shard_offset, s.length)) for s in self.slices(param, rank)]
-        return BoxTensor.of_runs(p.shape, p.stride(), runs, self.exp_avg)
+    def boxes(self, param: int, column: Column, rank: int) -> BoxTensor:
+        """A view of this rank's part of a parameter's state. The first rank has the box of one without elements."""
+        shape, strides = _shape_and_strides(column, self.params[param])
+        buffer = self.buffers[column.name]
+        if rank == 0 and 0 in shape:
+            nothing = buffer[:0].view(shape)
+            return BoxTensor(shape, [Box((0,) * len(shape), shape)], [nothing], nothing.dtype, nothing.device)
+        return BoxTensor.of_runs(shape, strides, self._runs(param, column, rank), buffer)
+
+    def _runs(self, param: int, column: Column, rank: int) -> list[tuple[int, Tensor]]:
+        """The runs of a parameter's state that a rank owns: where each starts, and a view of its elements."""
+        return [(s.start // column.block, self._state_of(column, s.length, s.offset)) for s in self.slices(param, rank)]
+
+    def _state_of(self, column: Column, length: int, offset: int) -> Tensor:
+        """The state of ``length`` elements of parameters from ``offset`` of the shard: a view, 1-D."""
+        return self.buffers[column.name].narrow(0, offset // column.block, column.numel(length))
+
+
+def _shape_and_strides(column: Column, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of a parameter's state, and strides with which it is numbered as the parameter's elements are."""
+    return (tuple(p.shape), p.stride()) if column.block == 1 else (column.shape(p.shape), (1,))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import recompile_limit
 from ..memory_order import flat, is_dense, laid_out_like, same_layout
 from ..upload import upload
 from . import reference
@@ -28,6 +29,7 @@ from .segments import (
     StepTensors,
     check_no_shared_memory,
 )
+from .state import EXP_AVG
 
 try:
     from . import triton_norm, triton_step
@@ -72,7 +74,7 @@ def _compiled_step_(p: Tensor, g: Tensor, m: Tensor, s: reference.Scalars) -> No
     mix = (p.dtype, g.dtype, m.dtype)
     if mix not in _not_compiled:
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            with recompile_limit(RECOMPILE_LIMIT):
                 _compiled(p, g, m, torch.stack(s))
             return
         except Exception as error:  # compilation precedes every write, so nothing has been changed
@@ -135,6 +137,14 @@ def _of_each(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], 
     return list(map(method, tensors))  # type: ignore[arg-type]
 
 
+def check_use_triton(use_triton: bool | None) -> None:
+    """Raises TypeError or ValueError for an argument ``use_triton`` that cannot be satisfied."""
+    if use_triton is not None and not isinstance(use_triton, bool):
+        raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
+    if use_triton and not HAS_TRITON:
+        raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+
+
 class LionUpdate:
     """Applies the rule to the columns of one step.
 
@@ -149,10 +159,7 @@ class LionUpdate:
     """
 
     def __init__(self, use_triton: bool | None) -> None:
-        if use_triton is not None and not isinstance(use_triton, bool):
-            raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
-        if use_triton and not HAS_TRITON:
-            raise ValueError("use_triton=True, but triton cannot be imported: pip install triton, or use_triton=None")
+        check_use_triton(use_triton)
         self.use_triton = use_triton
         self._prepared: StepTensors | None = None
         self._key: list[Any] | None = None
@@ -177,7 +184,7 @@ class LionUpdate:
             ValueError: shapes or devices that do not match, parameters that share memory,
                 use_triton=True on tensors that Triton cannot reach.
         """
-        params, grads, exp_avgs = columns.params, columns.grads, columns.exp_avgs
+        params, grads, exp_avgs = columns.params, columns.grads, columns.state[EXP_AVG]
         strides, numels = list(map(_STRIDE, params)), list(map(_NUMEL, params))
         if len(self._grad_dtypes) != len(grads):
             self._grad_dtypes = [p.dtype for p in params]
@@ -245,7 +252,7 @@ class LionUpdate:
         return laid_out_like(g, p) if g.shape == p.shape else g
 
     def _build(self, columns: StepTensors) -> None:
-        params, exp_avgs = columns.params, columns.exp_avgs
+        params, exp_avgs = columns.params, columns.state[EXP_AVG]
         by_device: dict[torch.device, list[Tensor]] = {}
         for i, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
             by_device.setdefault(p.device, []).append(p)
@@ -286,7 +293,7 @@ class LionUpdate:
             else:
                 views.segments.append(s)
                 views.params.append(flat(p, s.param_start, s.length))
-                views.exp_avgs.append(flat(m, s.exp_avg_start, s.length))
+                views.exp_avgs.append(flat(m, s.state_start, s.length))
         self.plain = [plain for plain in (views, whole) if plain.segments]
         self.fused = [(mix, SegmentTable(columns, of_mix, device)) for (device, mix), of_mix in fused.items()]
 

@@ -21,17 +21,22 @@ from torch import Tensor
 from ..memory_order import is_dense
 from ..upload import upload
 from .reference import STORAGE_DTYPES
+from .state import EXP_AVG
 
 TILE = 8192  # elements; a multiple of every block size
 
 
 class Segment(NamedTuple):
-    """``length`` elements of entry number ``entry`` of the columns; starts count elements in memory order."""
+    """``length`` elements of entry number ``entry`` of the step's tensors.
+
+    The starts count elements of the parameter, in memory order: where the run begins in the parameter, in its gradient
+    and in its state.
+    """
 
     entry: int
     param_start: int
     grad_start: int
-    exp_avg_start: int
+    state_start: int
     length: int
 
 
@@ -40,8 +45,9 @@ class StepTensors:
     """The tensors of one step, one entry a parameter, and the parameter group of each.
 
     grads: None where the parameter takes no part in the step.
+    state: for each state column, by its name, the tensors of all entries.
     segments: the runs to step. None: every entry whole, the three tensors of one shape, with any
-        strides that do not overlap. Given: params are dense, and exp_avgs and grads may also be flat
+        strides that do not overlap. Given: params are dense, and state and grads may also be flat
         buffers, 1-D and contiguous, in which the segments' starts count.
     active: uint8, one an entry (a longer tensor's first), on the tensors' device: entries with 0 take no part
         either. For what other ranks decide too: a kernel reads it, the host need not wait to know it.
@@ -50,7 +56,7 @@ class StepTensors:
 
     params: list[Tensor]
     grads: list[Tensor | None]
-    exp_avgs: list[Tensor]
+    state: dict[str, list[Tensor]]
     groups: list[int]
     segments: Sequence[Segment] | None = None
     active: Tensor | None = None
@@ -108,9 +114,9 @@ class SegmentTable:
         self.device = device
         rows, lengths, first_tile = [], [], 0
         for s in segments:
-            p, m = columns.params[s.entry], columns.exp_avgs[s.entry]
+            p, m = columns.params[s.entry], columns.state[EXP_AVG][s.entry]
             p_address = p.data_ptr() + s.param_start * p.element_size()
-            m_address = m.data_ptr() + s.exp_avg_start * m.element_size()
+            m_address = m.data_ptr() + s.state_start * m.element_size()
             rows.append((p_address, m_address, s.length, columns.groups[s.entry], first_tile, s.entry))
             lengths.append(s.length)
             first_tile += -(-s.length // TILE)

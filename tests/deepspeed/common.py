@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from tests.distributed.toy import SHAPES, Toy
 from tests.harness import device_of
+from tests.scenarios.toy import SHAPES, Toy
 
 
 def built_op() -> Path:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lion_dist
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 

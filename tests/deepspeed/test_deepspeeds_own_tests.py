@@ -30,7 +30,7 @@ import lion_dist
 from lion_dist.deepspeed import DeepSpeedLion
 from lion_dist.update.dispatch import hyper_table
 from lion_dist.update.reference import HyperParameters, lion_rule, scalars
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 

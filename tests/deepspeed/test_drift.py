@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lion_dist
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 

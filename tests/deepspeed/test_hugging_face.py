@@ -60,7 +60,7 @@ def body_hugging_face(rank: int, world_size: int, out: Path) -> list[str]:
     group = basic.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.03, (0.95, 0.98), 0.2)
     before = model.module.weight.detach().clone()
-    x = torch.ones(2, 7, device=accelerator.device)
+    x = torch.ones(2, 7, device=before.device)  # the Trainer above has set accelerate's own device to the CPU
     accelerator.backward(model(x).square().mean())
     optimizer.step()
     step = (model.module.weight.detach() - before * (1 - 0.03 * 0.2)).abs()

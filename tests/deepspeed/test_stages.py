@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lion_dist
 from lion_dist import Lion
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lion_dist import checkpoint
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.examples.runs import LAST_LINE, ROOT, TINY
 from tests.harness import device_of, run_ranks
 from tests.marks import skip_module_without

@@ -21,18 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lion_dist import Lion, ShardedLion, checkpoint
-from tests.distributed.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, STRATEGIES, Run, assert_same
+from tests.asserts import assert_same_tensors
 from tests.harness import DEADLINE_S, run_ranks
-
-SEED = 3
-
-
-def uninterrupted() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """Whole states of one process with Lion after FIRST and after FIRST + MORE steps, and its last groups."""
-    run = Run("single", SEED, None).train(range(FIRST))
-    then = run.whole()
-    run.train(range(FIRST, FIRST + MORE))
-    return then, run.whole(), run.hyper_parameters()
+from tests.scenarios.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, SEED, STRATEGIES, Run, uninterrupted
 
 
 def body_matrix(rank: int, world_size: int, folder: Path, saves: tuple[str, ...], loads: tuple[str, ...]) -> list[str]:
@@ -61,9 +52,9 @@ def body_matrix(rank: int, world_size: int, folder: Path, saves: tuple[str, ...]
                     path, run.wrapped, run.optimizer, schedulers=run.scheduler, process_group=run.ranks
                 )
                 assert extra == {"step": FIRST, "pair": (1, 2.5)}
-                assert_same(run.whole(), then, f"{what}, loaded")
+                assert_same_tensors(run.whole(), then, f"{what}, loaded")
                 run.train(range(FIRST, FIRST + MORE))
-                assert_same(run.whole(), later, f"{what}, {MORE} steps later")
+                assert_same_tensors(run.whole(), later, f"{what}, {MORE} steps later")
                 assert run.hyper_parameters() == hyper_parameters, what
                 table.append(f"{what}: same bits")
         dist.barrier()
@@ -181,15 +172,15 @@ def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
     then, later, _ = uninterrupted()
 
     def check(run: Run, what: str) -> None:
-        assert_same(run.whole(), then, what)
-        assert_same(run.train(range(FIRST, FIRST + MORE)).whole(), later, f"{what}, later")
+        assert_same_tensors(run.whole(), then, what)
+        assert_same_tensors(run.train(range(FIRST, FIRST + MORE)).whole(), later, f"{what}, later")
 
     # The buffer is not what counts here: the doors load each rank's own.
     beside = [dist.new_group(), dist.new_group()]
     for strategy in ("signs", "stage1", "fsdp2"):
         run = Run(strategy, SEED, group).train(range(FIRST))
         state = tutorial_state(run)
-        assert_same(run.whole(), then, f"{strategy}: asking for the state changes nothing")
+        assert_same_tensors(run.whole(), then, f"{strategy}: asking for the state changes nothing")
         dcp.save(state, storage_writer=checkpoint.Writer(folder / f"{strategy}-ours"))
         dcp.save(state, checkpoint_id=folder / f"{strategy}-torch")  # torch's own storage
         flat = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True)
@@ -216,24 +207,25 @@ def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
             set_optimizer_state_dict(run.wrapped, run.optimizer, state["optim"])
             run.scheduler.load_state_dict(Run("single", 0, None).train(range(FIRST)).scheduler.state_dict())
             check(run, what)
+        expected = {n: t for n, t in then.items() if n.startswith("m ")}
         flat_run = Run(target, SEED + 1, group).train(range(20, 21))
         flat_options = StateDictOptions(flatten_optimizer_state_dict=True)
         state = {"optim": get_optimizer_state_dict(flat_run.wrapped, flat_run.optimizer, options=flat_options)}
         dcp.load(state, storage_reader=checkpoint.Reader(folder / f"{source}-flat"))
         set_optimizer_state_dict(flat_run.wrapped, flat_run.optimizer, state["optim"], options=flat_options)
         momenta = {n: t for n, t in flat_run.whole().items() if n.startswith("m ")}
-        assert_same(momenta, {n: t for n, t in then.items() if n.startswith("m ")}, f"{source} -> {target}, flat")
+        assert_same_tensors(momenta, expected, f"{source} -> {target}, flat")
         # What user code saved, lion_dist.checkpoint loads, and the other way round.
         run = Run(target, SEED + 1, group).train(range(20, 21))
         checkpoint.load(folder / f"{source}-ours", run.wrapped, run.optimizer)
-        assert_same(run.whole(), then, f"{source} by dcp.save, {target} by lion_dist.checkpoint")
+        assert_same_tensors(run.whole(), then, f"{source} by dcp.save, {target} by lion_dist.checkpoint")
         checkpoint.save(folder / f"{target}-again", run.wrapped, run.optimizer)
         run = Run(source, SEED + 1, group).train(range(20, 21))
         state = untie(tutorial_state(run))
         dcp.load(state, storage_reader=checkpoint.Reader(folder / f"{target}-again"))
         set_optimizer_state_dict(run.wrapped, run.optimizer, state["optim"])
         momenta = {n: t for n, t in run.whole().items() if n.startswith("m ")}
-        assert_same(momenta, {n: t for n, t in then.items() if n.startswith("m ")}, f"{target} -> {source} by dcp.load")
+        assert_same_tensors(momenta, expected, f"{target} -> {source} by dcp.load")
 
 
 def test_torchs_own_doors(tmp_path: Path) -> None:

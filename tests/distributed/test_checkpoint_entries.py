@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import ShardedLion, checkpoint
 from lion_dist.fsdp import is_dtensor, is_flat_view, local
-from tests.bits import assert_same_bits
-from tests.distributed.checkpoint_toy import FIRST, CheckpointToy, Run, assert_same, groups
+from tests.asserts import assert_same_bits, assert_same_tensors
 from tests.harness import device_of, run_ranks
+from tests.scenarios.checkpoint_toy import FIRST, CheckpointToy, Run, groups
 
 SEED = 3
 STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2")
@@ -101,7 +101,7 @@ def body_entries(rank: int, world_size: int, folder: Path) -> None:
             for _, entry in entries_of(loaded):
                 for key in ("wide", "slow", "part", "count", "step"):
                     del entry[key]
-        assert_same(fresh.whole(), run.whole(), f"{strategy}: with frozen parameters")
+        assert_same_tensors(fresh.whole(), run.whole(), f"{strategy}: with frozen parameters")
         if strategy == "ddp":
             check_sharded_lion(folder)
         # What cannot be saved, on one rank alone.
@@ -134,7 +134,7 @@ def check_refused(run: Run, path: Path, message: str, what: str) -> None:
     generator = torch.get_rng_state()
     with pytest.raises((ValueError, RuntimeError), match=message):  # on both ranks
         checkpoint.load(path, run.wrapped, run.optimizer, schedulers=run.scheduler)
-    assert_same(run.whole(), before, what)
+    assert_same_tensors(run.whole(), before, what)
     assert run.hyper_parameters() == hypers
     assert run.scheduler.state_dict() == schedule
     assert torch.equal(torch.get_rng_state(), generator)
@@ -164,7 +164,7 @@ def body_one_fails(rank: int, world_size: int, folder: Path) -> None:
         run.train(range(32, 33))
         checkpoint.load(path, run.wrapped, run.optimizer, schedulers=run.scheduler)
         expected = Run("single", SEED, None).train(range(FIRST)).whole()
-        assert_same(run.whole(), expected, f"{strategy}: the good one")
+        assert_same_tensors(run.whole(), expected, f"{strategy}: the good one")
 
 
 def test_one_ranks_code_that_fails_changes_nothing_on_any(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import nn
 
 from lion_dist import Lion, ShardedLion, checkpoint
 from lion_dist.checkpoint import folders, saving, writer
-from tests.distributed.checkpoint_toy import FIRST, MORE, CheckpointToy, Run, assert_same, groups
-from tests.distributed.test_checkpoint import SEED, uninterrupted
+from tests.asserts import assert_same_tensors
 from tests.harness import device_of, run_ranks
-from tests.unit.test_checkpoint_storage import ATTACKS, flip, manifest_edit, rewrite
+from tests.scenarios.checkpoint_toy import FIRST, MORE, SEED, CheckpointToy, Run, groups, uninterrupted
+from tests.scenarios.tampering import ATTACKS, flip, manifest_edit, rewrite
 
 # Of those attacks, a few that every rank must hear of; the rest are tried in one process.
 ON_RANKS = {
@@ -48,7 +48,7 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
         given.update(changed)
         with pytest.raises((ValueError, OSError, RuntimeError), match=here or message):
             checkpoint.load(given.pop("path"), given.pop("model"), given.pop("optimizer"), **given)
-        assert_same(run.whole(), before, f"after {what}")
+        assert_same_tensors(run.whole(), before, f"after {what}")
         assert run.hyper_parameters() == hyper_parameters
         assert run.scheduler.state_dict() == lr
 
@@ -123,9 +123,9 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     # The good one still loads; with casts where they are asked for.
     checkpoint.load(good, run.wrapped, run.optimizer, schedulers=run.scheduler)
     then, later, _ = uninterrupted()
-    assert_same(run.whole(), then, "the good one")
+    assert_same_tensors(run.whole(), then, "the good one")
     run.train(range(FIRST, FIRST + MORE))
-    assert_same(run.whole(), later, "the good one, later")
+    assert_same_tensors(run.whole(), later, "the good one, later")
     narrow = CheckpointToy(0).to(device_of(rank, world_size))
     optimizer = ShardedLion(groups(narrow), momentum_dtype=torch.bfloat16)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
@@ -166,7 +166,7 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
         )
         extra["places"].append(2)  # what was saved is what was then
         run.train(range(FIRST, FIRST + MORE))  # with the training's own collectives
-        assert_same(run.whole(), later, f"{strategy}, beside a save")
+        assert_same_tensors(run.whole(), later, f"{strategy}, beside a save")
         assert not pending.done()
         assert pending.progress()[0] == 0 < pending.progress()[1]
         with pytest.raises(TimeoutError):
@@ -182,7 +182,7 @@ def body_async(rank: int, world_size: int, folder: Path) -> None:
         for name, expected in (("1", then), ("2", later)):
             extra = checkpoint.load(folder / f"{strategy}-{name}", run.wrapped, run.optimizer, schedulers=run.scheduler)
             assert extra == ({"places": [1]} if name == "1" else None)
-            assert_same(run.whole(), expected, f"{strategy}-{name}")
+            assert_same_tensors(run.whole(), expected, f"{strategy}-{name}")
 
     # An error of one rank's is raised on all: by result(), or by the next save if nobody asked.
     write = writer.write_block

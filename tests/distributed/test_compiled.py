@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import ShardedLion
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
 
 

@@ -5,7 +5,6 @@ A rank goes through many cases, because it takes longer to start than to train a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lion_dist import Lion, ShardedLion
-from tests.distributed.fsdp_toy import FsdpToy, Unit
-from tests.distributed.fsdp_training import (
+from tests.harness import device_of, run_ranks
+from tests.scenarios.fsdp_toy import FsdpToy, Unit
+from tests.scenarios.fsdp_training import (
     Place,
     Way,
     backward,
@@ -37,7 +36,7 @@ from tests.distributed.fsdp_training import (
     from_meta,
     make_lion,
 )
-from tests.harness import device_of, run_ranks
+from tests.scenarios.fsdp_wrapping import fsdp1_way, wrap_fsdp1
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 S = ShardingStrategy
@@ -45,18 +44,8 @@ UNTIED = {"tied": False}
 FSDP1 = partial(Way, zeros=True)
 
 
-def wrap(model: nn.Module, strategy: S = S.FULL_SHARD, **options: Any) -> FSDP:
-    device = options.pop("device_id", None) or next(model.parameters()).device
-    options = {"use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Unit, nn.Linear}), **options}
-    return FSDP(model, sharding_strategy=strategy, device_id=device, **options)
-
-
-def way(strategy: S = S.FULL_SHARD, **options: Any) -> Callable[[FsdpToy], nn.Module]:
-    return lambda model: wrap(model, strategy, **options)
-
-
 def checkpointed(model: FsdpToy) -> nn.Module:
-    wrapped = wrap(model)
+    wrapped = wrap_fsdp1(model)
     apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, Unit))
     return wrapped
 
@@ -66,35 +55,35 @@ def one_group(model: nn.Module, **options: Any) -> Lion:
 
 
 def with_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    return wrap(model, device_id=device, param_init_fn=lambda m: m.to_empty(device=device, recurse=False))
+    return wrap_fsdp1(model, device_id=device, param_init_fn=lambda m: m.to_empty(device=device, recurse=False))
 
 
 def ways(world_size: int, device: torch.device) -> dict[str, Way]:
     found = {
-        "SHARD_GRAD_OP": FSDP1(way(S.SHARD_GRAD_OP)),
-        "bfloat16, momentum in float32": FSDP1(way(), (BF16,), partial(make_lion, momentum_dtype=F32)),
-        "reduced in float32": FSDP1(way(mixed_precision=MixedPrecision(param_dtype=BF16, reduce_dtype=F32))),
+        "SHARD_GRAD_OP": FSDP1(fsdp1_way(S.SHARD_GRAD_OP)),
+        "bfloat16, momentum in float32": FSDP1(fsdp1_way(), (BF16,), partial(make_lion, momentum_dtype=F32)),
+        "reduced in float32": FSDP1(fsdp1_way(mixed_precision=MixedPrecision(param_dtype=BF16, reduce_dtype=F32))),
     }
     if world_size == 4:
         mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicate", "shard"))
-        found["HYBRID_SHARD"] = FSDP1(way(S.HYBRID_SHARD, device_mesh=mesh))
+        found["HYBRID_SHARD"] = FSDP1(fsdp1_way(S.HYBRID_SHARD, device_mesh=mesh))
     low = MixedPrecision(param_dtype=BF16, reduce_dtype=BF16, keep_low_precision_grads=True)
     found |= {
-        "FULL_SHARD": FSDP1(way()),
-        "NO_SHARD": FSDP1(way(S.NO_SHARD)),
+        "FULL_SHARD": FSDP1(fsdp1_way()),
+        "NO_SHARD": FSDP1(fsdp1_way(S.NO_SHARD)),
         # (Of a parameter with two names torch 2.13 cannot keep them: it fails in its own backward.)
-        "gradients kept in bfloat16": FSDP1(way(mixed_precision=low), toy=UNTIED),
-        "mixed dtypes": FSDP1(way(), (BF16, F32, F16)),
-        "accumulation": FSDP1(way(), micro_steps=2),
-        "accumulation, SHARD_GRAD_OP": FSDP1(way(S.SHARD_GRAD_OP), micro_steps=2),
-        "replaced gradients": FSDP1(way(), replaces_gradients=True),
+        "gradients kept in bfloat16": FSDP1(fsdp1_way(mixed_precision=low), toy=UNTIED),
+        "mixed dtypes": FSDP1(fsdp1_way(), (BF16, F32, F16)),
+        "accumulation": FSDP1(fsdp1_way(), micro_steps=2),
+        "accumulation, SHARD_GRAD_OP": FSDP1(fsdp1_way(S.SHARD_GRAD_OP), micro_steps=2),
+        "replaced gradients": FSDP1(fsdp1_way(), replaces_gradients=True),
         "activation checkpointing": FSDP1(checkpointed),
         "meta device": FSDP1(lambda model: from_meta(model, partial(with_memory, device=device)), toy=UNTIED),
         # A flat parameter is one parameter: all of it is trained, in one group.
-        "use_orig_params=False": FSDP1(way(use_orig_params=False), make=one_group, toy={"frozen": False}),
+        "use_orig_params=False": FSDP1(fsdp1_way(use_orig_params=False), make=one_group, toy={"frozen": False}),
     }
     if device.type == "cuda":  # torch pins the memory, and makes streams, of an accelerator
-        found["CPU offload"] = FSDP1(way(cpu_offload=CPUOffload(offload_params=True)))
+        found["CPU offload"] = FSDP1(fsdp1_way(cpu_offload=CPUOffload(offload_params=True)))
     return found
 
 
@@ -130,14 +119,14 @@ def clip(model: Any, max_norm: float) -> torch.Tensor:
 
 def body_life(rank: int, world_size: int) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    check_moves(FSDP1(way()), place, [cloned_data, moved, edited_whole])
-    check_clipping(FSDP1(way()), place, clip)
-    check_loss_scale(FSDP1(way(), (F16,)), place, ShardedGradScaler(device=place.device.type, init_scale=2.0**8))
-    check_one_launch(FSDP1(way()), place)
+    check_moves(FSDP1(fsdp1_way()), place, [cloned_data, moved, edited_whole])
+    check_clipping(FSDP1(fsdp1_way()), place, clip)
+    check_loss_scale(FSDP1(fsdp1_way(), (F16,)), place, ShardedGradScaler(device=place.device.type, init_scale=2.0**8))
+    check_one_launch(FSDP1(fsdp1_way()), place)
     if world_size == 2:
-        check_growth(FSDP1(way()), place)
-        check_no_recompilation(FSDP1(way()), place)
-        check_compiled(wrap, place)
+        check_growth(FSDP1(fsdp1_way()), place)
+        check_no_recompilation(FSDP1(fsdp1_way()), place)
+        check_compiled(wrap_fsdp1, place)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -148,7 +137,7 @@ def test_life(world_size: int, tmp_path: Path) -> None:
 
 def body_corners(rank: int, world_size: int) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    model, optimizer, _ = FSDP1(way()).start(place)
+    model, optimizer, _ = FSDP1(fsdp1_way()).start(place)
     before = [p.detach().clone() for p in model.parameters()]
     with model.no_sync():  # type: ignore[operator]
         model(0, rank, world_size).backward()
@@ -158,7 +147,7 @@ def body_corners(rank: int, world_size: int) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     optimizer.zero_grad()
 
-    backward(FSDP1(way()), model, 0, place)
+    backward(FSDP1(fsdp1_way()), model, 0, place)
     optimizer.step()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert list(map(id, optimizer.state)) == list(

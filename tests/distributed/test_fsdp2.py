@@ -3,14 +3,12 @@ unsharded model. A rank goes through many cases, because it takes longer to star
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,9 +17,10 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
-from tests.distributed.fsdp_toy import FsdpToy, Unit
-from tests.distributed.fsdp_training import (
+from tests.asserts import assert_same_bits
+from tests.harness import device_of, run_ranks
+from tests.scenarios.fsdp_toy import FsdpToy, Unit
+from tests.scenarios.fsdp_training import (
     Place,
     Way,
     backward,
@@ -37,33 +36,15 @@ from tests.distributed.fsdp_training import (
     local,
     make_lion,
 )
-from tests.harness import device_of, run_ranks
+from tests.scenarios.fsdp_wrapping import all_ranks, fsdp2_way, shard_fsdp2
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNTIED = {"tied": False}  # torch loads no whole weight with two names into DTensors
 
 
-def all_ranks() -> DeviceMesh:
-    """fully_shard's own default is a mesh of the device that torch was built for, whether ranks see one or not."""
-    ranks = dist.get_world_size()
-    return init_device_mesh(device_of(dist.get_rank(), ranks).type, (ranks,))
-
-
-def shard(model: Any, **options: Any) -> nn.Module:
-    options.setdefault("mesh", all_ranks())
-    for module in model.modules():
-        if isinstance(module, (Unit, nn.Linear)):
-            fully_shard(module, **options)
-    return fully_shard(model, **options)
-
-
-def way(**options: Any) -> Callable[[FsdpToy], nn.Module]:
-    return lambda model: shard(model, **options)
-
-
 def checkpointed(model: FsdpToy) -> nn.Module:
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Unit))
-    return shard(model)
+    return shard_fsdp2(model)
 
 
 def some_plain(model: FsdpToy) -> nn.Module:
@@ -90,28 +71,34 @@ def tensor_parallel(model: FsdpToy, mesh: DeviceMesh) -> nn.Module:
 
     for name, unit in model.units.items():
         distribute_module(unit, mesh["tp"], partial(lambda name, _, module, tp: cut(name, module, tp), name))
-    return shard(model, mesh=mesh["dp"])
+    return shard_fsdp2(model, mesh=mesh["dp"])
 
 
 def ways(world_size: int, device: torch.device) -> dict[str, Way]:
     found = {
-        "as it comes": Way(way()),
-        "bfloat16, momentum in float32": Way(way(), (BF16,), partial(make_lion, momentum_dtype=F32)),
+        "as it comes": Way(fsdp2_way()),
+        "bfloat16, momentum in float32": Way(fsdp2_way(), (BF16,), partial(make_lion, momentum_dtype=F32)),
     }
     if world_size == 4:
         mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicate", "shard"))
-        found["HSDP"] = Way(way(mesh=mesh))
+        found["HSDP"] = Way(fsdp2_way(mesh=mesh))
     reduced = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
-    pins = device.type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+    def on_meta(model: FsdpToy) -> nn.Module:
+        return from_meta(model, lambda m: shard_fsdp2(m).to_empty(device=device))
+
     return found | {
-        "reshard_after_forward=False": Way(way(reshard_after_forward=False)),
-        "MixedPrecisionPolicy": Way(way(mp_policy=reduced)),
-        "CPUOffloadPolicy": Way(lambda model: shard(model.cpu(), offload_policy=CPUOffloadPolicy(pin_memory=pins))),
-        "mixed dtypes": Way(way(), (BF16, F32, F16)),
-        "accumulation": Way(way(), micro_steps=2),
-        "replaced gradients": Way(way(), replaces_gradients=True),
+        "reshard_after_forward=False": Way(fsdp2_way(reshard_after_forward=False)),
+        "MixedPrecisionPolicy": Way(fsdp2_way(mp_policy=reduced)),
+        "CPUOffloadPolicy": Way(lambda model: shard_fsdp2(model.cpu(), offload_policy=offload)),
+        "mixed dtypes": Way(fsdp2_way(), (BF16, F32, F16)),
+        "accumulation": Way(fsdp2_way(), micro_steps=2),
+        "replaced gradients": Way(fsdp2_way(), replaces_gradients=True),
         "activation checkpointing": Way(checkpointed),
-        "meta device": Way(lambda model: from_meta(model, lambda m: shard(m).to_empty(device=device)), toy=UNTIED),
+        "meta device": Way(
+            lambda model: from_meta(model, lambda m: shard_fsdp2(m).to_empty(device=device)), toy=UNTIED
+        ),
         "plain parameters too": Way(some_plain),
     }
 
@@ -152,17 +139,19 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 def body_life(rank: int, world_size: int) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    check_moves(Way(way(), toy=UNTIED), place, [cloned_data, moved, edited_whole])
-    check_clipping(Way(way()), place, clip)
+    check_moves(Way(fsdp2_way(), toy=UNTIED), place, [cloned_data, moved, edited_whole])
+    check_clipping(Way(fsdp2_way()), place, clip)
     in_half = MixedPrecisionPolicy(param_dtype=F16, reduce_dtype=F32)
-    check_loss_scale(Way(way(mp_policy=in_half)), place, torch.amp.GradScaler(place.device.type, init_scale=2.0**8))
-    check_loss_scale(Way(way(mp_policy=in_half)), place, ShardedGradScaler(place.device.type, init_scale=2.0**8))
-    check_one_launch(Way(way()), place)
+    check_loss_scale(
+        Way(fsdp2_way(mp_policy=in_half)), place, torch.amp.GradScaler(place.device.type, init_scale=2.0**8)
+    )
+    check_loss_scale(Way(fsdp2_way(mp_policy=in_half)), place, ShardedGradScaler(place.device.type, init_scale=2.0**8))
+    check_one_launch(Way(fsdp2_way()), place)
     check_one_launch(Way(some_plain), place)
     if world_size == 2:
-        check_growth(Way(way()), place)
-        check_no_recompilation(Way(way()), place)
-        check_compiled(shard, place)
+        check_growth(Way(fsdp2_way()), place)
+        check_no_recompilation(Way(fsdp2_way()), place)
+        check_compiled(shard_fsdp2, place)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -173,8 +162,8 @@ def test_life(world_size: int, tmp_path: Path) -> None:
 
 def body_corners(rank: int, world_size: int) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    model, optimizer, _ = Way(way()).start(place)
-    backward(Way(way()), model, 0, place)
+    model, optimizer, _ = Way(fsdp2_way()).start(place)
+    backward(Way(fsdp2_way()), model, 0, place)
     versions = [p._version for p in model.parameters()]
     optimizer.step()
     for p, version in zip(model.parameters(), versions, strict=True):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lion_dist import Lion
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
 
 

@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp import ShardingStrategy, StateDictType
 
 from lion_dist import Lion, checkpoint
-from tests.bits import assert_same_bits
-from tests.distributed import test_fsdp1, test_fsdp2
-from tests.distributed.fsdp_toy import FsdpToy, Twin, assert_same_as
-from tests.distributed.fsdp_training import FULL, Place, Way, local, make_lion, train
+from tests.asserts import assert_same_as, assert_same_bits
 from tests.harness import device_of, run_ranks
+from tests.scenarios.fsdp_toy import FsdpToy, Twin
+from tests.scenarios.fsdp_training import FULL, Place, Way, local, make_lion, train
+from tests.scenarios.fsdp_wrapping import fsdp1_way, shard_fsdp2, wrap_fsdp1
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNTIED = {"tied": False}
@@ -44,14 +44,14 @@ def ways(place: Place) -> dict[str, Way]:
     mesh = init_device_mesh(place.device.type, (place.size,))  # FSDP1's sharded state is DTensors then
 
     def fsdp1(model: FsdpToy) -> nn.Module:
-        return test_fsdp1.wrap(model, device_mesh=mesh)
+        return wrap_fsdp1(model, device_mesh=mesh)
 
     mixed = (BF16, F32, F16)  # the momentum of float16 is float32 by itself
     return {
         "fsdp1": Way(fsdp1, mixed, toy=UNTIED, zeros=True),
         "fsdp1, momentum in float32": Way(fsdp1, (BF16,), fp32_momentum, toy=UNTIED, zeros=True),
-        "fsdp2": Way(test_fsdp2.shard, mixed, toy=UNTIED),
-        "fsdp2, momentum in float32": Way(test_fsdp2.shard, (BF16,), fp32_momentum, toy=UNTIED),
+        "fsdp2": Way(shard_fsdp2, mixed, toy=UNTIED),
+        "fsdp2, momentum in float32": Way(shard_fsdp2, (BF16,), fp32_momentum, toy=UNTIED),
     }
 
 
@@ -182,7 +182,7 @@ def body_doors(rank: int, world_size: int) -> None:
 
 def body_evaluated(rank: int, world_size: int, folder: Path) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
-    grad_op = test_fsdp1.way(test_fsdp1.S.SHARD_GRAD_OP)
+    grad_op = fsdp1_way(ShardingStrategy.SHARD_GRAD_OP)
     found = {**ways(place), "fsdp1, SHARD_GRAD_OP": Way(grad_op, toy=UNTIED, zeros=True)}
     for name, way in found.items():
         model, optimizer, twin = way.start(place)

@@ -21,7 +21,7 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.memory_order import flat, laid_out_like
 from lion_dist.sharding import shard
 from lion_dist.update import reference
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 from tests.distributed.programs import Group, Param, Program, write_program
 from tests.harness import device_of, run_ranks
 
@@ -179,7 +179,7 @@ class Run:
         for part in self.sharded._shards:
             for s in part.layout.slices(self.rank):
                 copy = copy_of[id(part.params[s.param])]
-                got = part.exp_avg[s.shard_offset : s.shard_offset + s.length]
+                got = part.buffers["exp_avg"][s.offset : s.offset + s.length]
                 if id(copy) not in momenta:
                     assert not got.any()
                     continue

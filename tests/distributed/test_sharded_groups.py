@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits, bits
+from tests.asserts import assert_loaded, assert_same_bits, bits
 from tests.harness import device_of, run_ranks
-from tests.mutations import assert_loaded, mutated
+from tests.mutations import mutated
 
 SHAPES = {"a.weight": (20, 30), "a.bias": (30,), "b.weight": (20, 30), "b.bias": (30,), "scale": ()}
 
@@ -248,7 +248,7 @@ def check_hyper_parameters(world_size: int, device: torch.device) -> None:
 def snapshot(optimizer: ShardedLion) -> str:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     params = [(id(p), bits(p).tolist()) for g in optimizer.param_groups for p in g["params"]]
-    shards = [bits(shard.exp_avg).tolist() for shard in optimizer._shards]
+    shards = [bits(shard.buffers["exp_avg"]).tolist() for shard in optimizer._shards]
     entries = [(str(type(entry)), len(entry) if isinstance(entry, MutableMapping) else entry)
                for entry in optimizer.state.values()]  # fmt: skip
     return str((groups, params, shards, entries))

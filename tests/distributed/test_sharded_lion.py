@@ -4,83 +4,19 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
-from tests.bits import assert_same_bits
-from tests.distributed.toy import SHAPES, Toy
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
+from tests.scenarios.toy import FP32, MAX_NORM, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
 
-FP32 = (torch.float32,)
-MIXED = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = 20
-MAX_NORM = 5.0
-
-
-def wrapped(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
-
-
-def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 7))
-
-
-def train(model: Toy, ddp: nn.Module, optimizer: Any, scheduler: Any, steps: range, clip: bool = False) -> list[Tensor]:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    norms = []
-    for step in steps:
-        ddp(step, rank, world_size).backward()
-        if clip:
-            norms.append(optimizer.clip_grad_norm_(MAX_NORM))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    return norms
-
-
-def expect(
-    model: Toy, optimizer: Lion, scheduler: Any, steps: range, world_size: int, clip: bool = False
-) -> list[Tensor]:
-    """The same training on one process: Lion over the averaged gradient, clipped by the reference's coefficient."""
-    norms = []
-    for step in steps:
-        for name in SHAPES:
-            getattr(model, name).grad = model.average_gradient(name, step, world_size)
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if clip:
-            total = torch.stack([reference.sum_of_squares(g) for g in grads]).sum()
-            norm, coefficient = reference.clip_coefficient(total, MAX_NORM)
-            norms.append(norm)
-            for g in grads:
-                assert g.dtype == torch.float32  # in 16 bits the product would be rounded once more
-                g.mul_(coefficient)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    return norms
-
-
-def assert_same_model(got: Toy, expected: Toy) -> None:
-    for name in SHAPES:
-        assert_same_bits(getattr(got, name), getattr(expected, name), name)
-
-
-def assert_same_momentum(got: dict, expected: Lion) -> None:
-    params = [p for group in expected.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        if p in expected.state:
-            assert_same_bits(got["state"][i]["exp_avg"], expected.state[p]["exp_avg"].cpu(), f"exp_avg {i}")
-        else:
-            assert i not in got["state"]
 
 
 def body_equals_lion(rank: int, world_size: int, dtypes: tuple, clip: bool, use_triton: bool | None) -> None:
@@ -140,7 +76,7 @@ def body_clip_mixed(rank: int, world_size: int) -> None:
     # Clipping that no step used is dropped with the gradients.
     optimizer.clip_grad_norm_(1e-3)
     optimizer.zero_grad()
-    assert optimizer._clipping is None
+    assert optimizer._stepper._clipping is None
 
 
 def test_clip_mixed_dtypes(tmp_path: Path) -> None:
@@ -213,7 +149,7 @@ def body_grows(rank: int, world_size: int) -> None:
     trainable = sum(p.numel() for p in model.parameters()) + 500
     padding = world_size * 128 * (len(SHAPES) + 1)
     assert total <= (trainable + padding) / world_size
-    assert sum(shard.exp_avg.numel() for shard in optimizer._shards) == total
+    assert sum(shard.buffers["exp_avg"].numel() for shard in optimizer._shards) == total
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

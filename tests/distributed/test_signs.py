@@ -11,109 +11,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lion_dist import Lion, ShardedLion
+from lion_dist.param_sync import GatherSigns
 from lion_dist.sharding import collectives
-from lion_dist.update.signs import FOOTER
-from tests.distributed.test_sharded_lion import FP32, MAX_NORM, MIXED, assert_same_model, assert_same_momentum, warm_up
-from tests.distributed.test_stage2 import BF16, FEW, TRAINABLE, some
-from tests.distributed.toy import SHAPES, Toy, coefficient, hash_of
+from lion_dist.sharding.exchange import FOOTER
+from tests.asserts import assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
+from tests.scenarios.hostile import equals, hostile_averages, hostile_backward
+from tests.scenarios.toy import BF16, FP32, MAX_NORM, MIXED, SHAPES, Toy
 
-STEPS = 20
 LR = 0.25
 
+
 # -- The same bits
-
-
-def hostile(name: str, p: Tensor, step: int, rank: int, world_size: int, rarity: int = 300) -> Tensor:
-    """The toy's coefficients, and in other places each step, one in ``rarity`` for each: NaN on one rank, an infinity
-    on one, infinities of both signs on two (whose sum is NaN), an exact zero as a sum; and in a ninth of all, exact
-    zeros on every rank."""
-    c = coefficient(name, p, step, rank, world_size).float()
-    where = torch.randint(rarity, p.shape, generator=torch.Generator().manual_seed(hash_of(name) + 31 * step))
-    where = where.to(p.device)
-    one = step % world_size == rank  # whose turn it is
-    next_ = (step + 1) % world_size == rank
-    c = torch.where((where >= 6) & (where % 9 == 0), torch.zeros_like(c), c)
-    for kind, mine, others in [
-        (0, float("nan"), 1.0), (1, float("inf"), 1.0), (2, float("-inf"), -1.0), (3, -0.0, 0.0),
-    ]:  # fmt: skip
-        c = torch.where(where == kind, torch.full_like(c, mine if one else others), c)
-    both = float("inf") if one else float("-inf") if next_ else 1.0
-    cancels = world_size if one else -world_size if next_ else 0.0
-    c = torch.where(where == 4, torch.full_like(c, both), c)
-    return torch.where(where == 5, torch.full_like(c, cancels), c).to(p.dtype)
-
-
-def used(step: int, rank: int) -> list[str]:
-    return TRAINABLE if step % 4 == 0 else some(step, rank)
-
-
-def hostile_backward(model: Toy, step: int, rank: int, world_size: int, rarity: int = 300) -> None:
-    terms = [
-        (p * hostile(name, p, step, rank, world_size, rarity)).float().sum()
-        for name in used(step, rank)
-        for p in [getattr(model, name)]
-    ]
-    torch.stack(terms).sum().backward()
-
-
-def hostile_averages(model: Toy, step: int, world_size: int, rarity: int = 300) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    for rank in range(world_size):
-        for name in used(step, rank):
-            c = hostile(name, getattr(model, name), step, rank, world_size, rarity).float()
-            sums[name] = sums[name] + c if name in sums else c
-    return {name: (s / world_size).to(getattr(model, name).dtype) for name, s in sums.items()}
 
 
 def body_equals(rank: int, world_size: int) -> None:
     for dtypes in (FP32, BF16, MIXED):
         equals(rank, world_size, dtypes)
-
-
-def equals(rank: int, world_size: int, dtypes: tuple, steps: int = STEPS) -> None:
-    """Ranks use other parameters, which in stage 1 is averaged already."""
-    device = device_of(rank, world_size)
-    expected = Toy(100, dtypes, device)
-    lion = Lion(expected.groups(), lr=0.01)
-    schedulers = [warm_up(lion)]
-    rarity = 15 * steps  # a good part of the weights shall outlive them
-    trained = []
-    for stage in (1, 2):
-        for sync in ("signs", "params"):
-            model = Toy(100 + rank, dtypes, device)  # the first rank's must win
-            optimizer = ShardedLion(model.groups(), lr=0.01, stage=stage, param_sync=sync, bucket_mb=FEW)
-            schedulers.append(warm_up(optimizer))
-            trained.append((f"stage {stage}, {sync}", stage, model, optimizer))
-    for step in range(steps):
-        averages = hostile_averages(expected, step, world_size, rarity)
-        for name, g in averages.items():
-            getattr(expected, name).grad = g
-        lion.step()
-        lion.zero_grad()
-        for what, stage, model, optimizer in trained:
-            if stage == 2:
-                hostile_backward(model, step, rank, world_size, rarity)
-            else:
-                for name, g in averages.items():
-                    getattr(model, name).grad = g
-            optimizer.step()
-            optimizer.zero_grad()
-            try:
-                assert_same_model(model, expected)
-            except AssertionError as error:
-                raise AssertionError(f"{what}, step {step}") from error
-        for scheduler in schedulers:
-            scheduler.step()
-    for _, _, _, optimizer in trained:
-        assert_same_momentum(optimizer.full_state_dict(), lion)
-        optimizer.check_replicas()
-    big = expected.embedding.detach()
-    assert 0 < big.isnan().float().mean() < 0.5  # something of everything has come
-    assert not any(entry["exp_avg"].isinf().any() for entry in lion.state.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -202,7 +119,7 @@ def body_auto(rank: int, world_size: int) -> list[str]:
     logger.setLevel(logging.DEBUG)
     for sync in ("auto", "signs", "params"):
         optimizer = ShardedLion([p], stage=1, param_sync=sync)
-        assert optimizer._signs is (sync == "signs" or (sync == "auto" and world_size > 1))
+        assert isinstance(optimizer._sync, GatherSigns) is (sync == "signs" or (sync == "auto" and world_size > 1))
     return said
 
 

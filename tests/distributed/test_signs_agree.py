@@ -15,69 +15,11 @@ from torch import nn
 from lion_dist import ShardedLion
 from lion_dist.sharding.collectives import all_reduce_sum
 from lion_dist.sharding.replicas import DeferredCheck
-from tests.bits import assert_same_bits, bits
+from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of, run_ranks, spawn_only
+from tests.scenarios.replicas import Trained, other_lr, step_until_known
 
 LR = 0.25
-
-
-def step_until_known(optimizer: ShardedLion, device: torch.device) -> None:
-    """A step that is refused raises on the CPU at once. On a GPU one of the next does, the same on every rank, which
-    these still fit together badly in."""
-    optimizer.step()
-    assert device.type == "cuda", "the step was not refused"
-    for _ in range(3):
-        optimizer.step()
-
-
-class Trained:
-    """Two fp32 parameters, one in bfloat16, and a small group; gradients that differ from step to step only."""
-
-    def __init__(self, rank: int, world_size: int, stage: int, param_sync: str = "signs", **kwargs: Any) -> None:
-        self.device = device_of(rank, world_size)
-        shapes = [((700,), torch.float32), ((3, 129), torch.float32), ((40, 20), torch.bfloat16), ((5,), torch.float32)]
-        self.stage = stage
-        self.params = [nn.Parameter(torch.ones(s, dtype=d, device=self.device)) for s, d in shapes]
-        groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.5}]
-        self.optimizer = ShardedLion(groups, lr=LR, weight_decay=0.5, stage=stage, param_sync=param_sync, **kwargs)
-        self.number = 0
-        self.max_norm: float | None = None
-
-    def gradients(self) -> None:
-        self.number += 1
-        generator = torch.Generator().manual_seed(self.number)
-        grads = [torch.randint(-4, 5, p.shape, generator=generator).to(p.device, p.dtype) for p in self.params]
-        if self.stage == 2:
-            torch.stack([(p * g).float().sum() for p, g in zip(self.params, grads, strict=True)]).sum().backward()
-        else:
-            for p, g in zip(self.params, grads, strict=True):
-                p.grad = g
-
-        if self.max_norm is not None:
-            self.optimizer.clip_grad_norm_(self.max_norm)
-
-    def step(self) -> None:
-        self.gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def refused(self) -> str:
-        """Makes a step that must be refused on this rank, with no weight moved; returns what was said."""
-        unchanged = list(self.params)
-        if not self.optimizer._signs and self.device.type == "cpu":  # found out before the step: nor do momenta
-            unchanged += [shard.exp_avg for shard in self.optimizer._shards]
-        before = [bits(t) for t in unchanged]
-        self.gradients()
-        with pytest.raises(ValueError, match="made a step that is not that of its first rank") as error:
-            step_until_known(self.optimizer, self.device)
-        for t, b in zip(unchanged, before, strict=True):
-            assert torch.equal(bits(t), b), "a weight or momentum moved"
-        self.optimizer.zero_grad()
-        return str(error.value)
-
-
-def other_lr(group: dict[str, Any]) -> None:
-    group["lr"] *= 1 + 2**-52
 
 
 def other_decay(group: dict[str, Any]) -> None:
@@ -175,7 +117,7 @@ def body_sums_in_another_order(rank: int, world_size: int) -> None:
             for _ in range(3):
                 trained.gradients()
                 with pytest.MonkeyPatch.context() as monkeypatch:
-                    monkeypatch.setattr("lion_dist.sharded_lion.all_reduce_sum", summed)
+                    monkeypatch.setattr("lion_dist.stepper.all_reduce_sum", summed)
                     norm = trained.optimizer.clip_grad_norm_(torch.pi, process_groups=[others[rank]])
                 trained.optimizer.step()
                 trained.optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
-from tests.bits import assert_same_bits
-from tests.distributed.pair import (
-    LR,
-    Pair,
-    average,
-    gradient,
-)
-from tests.distributed.test_sharded_lion import FP32, MIXED, assert_same_model
-from tests.distributed.test_stage2 import FEW, TINY, Pass, averages, backward, subsets
-from tests.distributed.toy import SHAPES, Toy
+from tests.asserts import assert_same_bits, assert_same_model
 from tests.harness import device_of, run_ranks, spawn_only
+from tests.scenarios.pair import LR, Pair, average, gradient, other_ranks_and_dtypes, run_bodies
+from tests.scenarios.passes import FEW, TINY, Pass, averages, backward, subsets
+from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy
 
 
 def body_clip(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...], bucket_mb: float) -> None:
@@ -341,3 +336,11 @@ def body_sparse(rank: int, world_size: int, bucket_mb: float) -> None:
 @pytest.mark.parametrize("bucket_mb", [TINY, 64.0], ids=["tiny", "one"])
 def test_sparse_gradient_is_refused(bucket_mb: float, tmp_path: Path) -> None:
     run_ranks(body_sparse, 2, tmp_path, (bucket_mb,))
+
+
+@other_ranks_and_dtypes
+def test_on_other_ranks_and_in_bfloat16(world_size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    bodies: list[Callable[[int, int], object]] = [body_clip_then_more]
+    if dtype == torch.float32:  # the fused step does not round a scaled gradient to 16 bits, as the copies do
+        bodies.append(body_clip_then)
+    run_ranks(run_bodies, world_size, tmp_path, (bodies, dtype))

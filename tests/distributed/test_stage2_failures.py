@@ -12,18 +12,11 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
-from tests.distributed.pair import (
-    LR,
-    SHORT,
-    Exit,
-    OwnError,
-    Pair,
-    assert_unmoved,
-    fail_in_backward,
-)
-from tests.distributed.test_stage2 import TINY
+from lion_dist.sharding import flag_exchange
+from tests.asserts import assert_unmoved
 from tests.harness import device_of, run_ranks, spawn_only
+from tests.scenarios.pair import LR, SHORT, Exit, OwnError, Pair, fail_in_backward
+from tests.scenarios.passes import TINY
 
 
 def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
@@ -41,7 +34,7 @@ def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
             pair.backward_and_step(2)
-    assert_unmoved(pair, weights)
+    assert_unmoved(pair.params, weights)
     return time.monotonic() - start
 
 
@@ -93,7 +86,7 @@ def body_one_dies(rank: int, world_size: int) -> None:
         fail_in_backward(pair, 2, Exit)
     with pytest.raises(RuntimeError, match="one may have ended"):
         pair.backward_and_step(2)
-    assert_unmoved(pair, weights)
+    assert_unmoved(pair.params, weights)
     assert time.monotonic() - start < SHORT.total_seconds() + 2
 
 
@@ -144,7 +137,7 @@ def body_all_raise(rank: int, world_size: int) -> None:
     for call in (pair.sharded.step, lambda: pair.sharded.clip_grad_norm_(1.0), lambda: pair.backward(2)):
         with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
             call()
-    assert_unmoved(pair, weights)
+    assert_unmoved(pair.params, weights)
 
 
 @spawn_only
@@ -168,11 +161,11 @@ def body_step_left_out(rank: int, world_size: int) -> None:
         pair.sharded.step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match=r"Did a rank leave out a step\(\)"):
             go_on()
     if rank == 1:
-        assert_unmoved(pair, weights)
+        assert_unmoved(pair.params, weights)
 
 
 def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
@@ -189,7 +182,7 @@ def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+            patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match="were zeroed, but not those of every rank"):
             go_on()
 

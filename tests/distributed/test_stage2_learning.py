@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.pair import Pair
-from tests.distributed.test_stage2_corners import backward_expect, expect_uses
 from tests.harness import run_ranks
+from tests.scenarios.pair import Pair, backward_expect, expect_uses
 
 # Thousands of elements, and ways for them to arrive: in buckets of ten thousand they make other numbers of buckets.
 SIZES = (4, 4, 6, 6)
@@ -23,7 +22,7 @@ def pair_of(rank: int, world_size: int, sizes: tuple[int, ...], bucket: float) -
 
 
 def number_of_buckets(pair: Pair) -> int:
-    reducer = pair.sharded._reducer
+    reducer = pair.sharded._grads._reducer
     assert reducer is not None
     return len(reducer._rounds._buckets)
 

@@ -3,21 +3,17 @@ the same. Against Lion on the averaged gradient: the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lion_dist.sharding import grad_reducer
-from lion_dist.update import reference
-from tests.bits import assert_same_bits
-from tests.distributed.pair import SHORT, Pair, assert_unmoved
-from tests.distributed.test_stage2_corners import ALL, add_group, expect_uses, model_of
+from lion_dist.sharding import flag_exchange
+from tests.asserts import assert_unmoved
 from tests.harness import run_ranks, spawn_only
+from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, expect_uses, make_period, model_of
 
-# Each a period: for each pass, the parameters that it reaches on each of three ranks.
-FULL = [ALL, ALL, ALL]
 PERIODS: list[list[list[list[int]]]] = [
     [FULL, [[], ALL, ALL]],  # the second pass misses a rank,
     [[ALL, [], ALL], FULL],  # the first one,
@@ -28,24 +24,6 @@ PERIODS: list[list[list[list[int]]]] = [
     [[ALL, [], []]],
     [FULL],
 ]
-
-
-def make_period(pair: Pair, step: int, period: Sequence[Sequence[Sequence[int]]]) -> None:
-    """The backward passes of a period, and what Lion is to step by."""
-    for number, uses in enumerate(period):
-        if uses[pair.rank]:
-            pair.backward(10 * step + number, uses[pair.rank])
-        expect_uses(pair, 10 * step + number, uses)
-
-
-def clip_both(pair: Pair, max_norm: float) -> None:
-    grads = [p.grad for p in pair.copies if p.grad is not None]
-    zero = torch.zeros((), dtype=torch.float64, device=pair.device)
-    total = torch.stack([zero, *map(reference.sum_of_squares, grads)]).sum()
-    norm, scale = reference.clip_coefficient(total, max_norm)
-    assert_same_bits(pair.sharded.clip_grad_norm_(max_norm), norm, "norm")
-    for g in grads:
-        g.mul_(scale)
 
 
 def body_periods(rank: int, world_size: int) -> None:
@@ -70,7 +48,7 @@ def body_periods_unwaited(rank: int, world_size: int) -> None:
     """As on GPUs, where the ranks read of each other's late gradients only if they expect some: once several passes
     have been made in one period."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         for first in ([FULL, FULL], [FULL, [[], ALL, ALL]]):
             pair = Pair(rank, world_size)
             make_period(pair, 0, first)
@@ -89,7 +67,7 @@ def test_passes_that_miss_ranks(body: Callable[[int, int], None], tmp_path: Path
 def body_unexpected(rank: int, world_size: int) -> None:
     """As on GPUs: a rank that made one pass does not wait to hear that others have made two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)
         pair.train(0, 1)
 
@@ -189,7 +167,7 @@ def body_dropped(rank: int, world_size: int, dropped_by: str, next_call: str) ->
     with pytest.raises(RuntimeError, match="can go on no more"):
         pair.sharded.step()
     pair.params = pair.params[: len(weights)]
-    assert_unmoved(pair, weights)
+    assert_unmoved(pair.params, weights)
 
 
 @spawn_only

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
-from tests.distributed.pair import SHORT, Pair, assert_unmoved
-from tests.distributed.test_stage2_corners import ALL, add_group
-from tests.distributed.test_stage2_missed import FULL, clip_both, make_period
+from lion_dist.sharding import flag_exchange
+from tests.asserts import assert_unmoved
 from tests.harness import run_ranks, spawn_only
+from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, make_period
 
 MISSED = [[], ALL, [0]]
 
@@ -40,7 +39,7 @@ def body_after_clipping(rank: int, world_size: int) -> None:
             changed = r"changed since clip_grad_norm_" if uses[rank] else r"ranks \[1, 2\] .*backward pass between clip"
             with pytest.raises(ValueError, match=changed):
                 pair.sharded.step()
-            assert_unmoved(pair, weights)
+            assert_unmoved(pair.params, weights)
             pair.sharded.zero_grad()
             pair.lion.zero_grad()
         for number in range(2):  # zeroed after such a pass: nothing was under way
@@ -101,7 +100,7 @@ def body_unfrozen_unlike(rank: int, world_size: int) -> None:
         call = (lambda pair=pair: pair.sharded.clip_grad_norm_(1.0)) if clip else pair.sharded.step
         with pytest.raises(ValueError, match=r"after unfreezing.*requires_grad"):
             call()
-        assert_unmoved(pair, weights)
+        assert_unmoved(pair.params, weights)
 
 
 def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
@@ -127,7 +126,7 @@ def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
 def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
     """As on GPUs, where a rank that has nothing to ask about does not wait for the others' answers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)
         add_group(pair, (77,), requires_grad=False)
         pair.train(0, 1)
@@ -140,7 +139,7 @@ def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
 
         with pytest.raises(RuntimeError, match="unfrozen, or have a gradient though"):
             train()
-        assert_unmoved(pair, weights)
+        assert_unmoved(pair.params, weights)
 
 
 @spawn_only

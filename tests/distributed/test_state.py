@@ -14,19 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
-from tests.distributed.test_sharded_lion import (
-    FP32,
-    MIXED,
-    assert_same_model,
-    assert_same_momentum,
-    expect,
-    train,
-    warm_up,
-    wrapped,
-)
-from tests.distributed.toy import SHAPES, Toy
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks, spawn_only
+from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
 
 EXACT = 4  # ranks whose average the gradients are in every run here, whatever the world size
 
@@ -109,7 +99,7 @@ def test_takes_a_lion_state(tmp_path: Path) -> None:
 
 
 def snapshot(model: Toy, optimizer: ShardedLion) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()] + [s.exp_avg.clone() for s in optimizer._shards]
+    return [p.detach().clone() for p in model.parameters()] + [s.buffers["exp_avg"].clone() for s in optimizer._shards]
 
 
 def body_foreign_state(rank: int, world_size: int) -> None:
@@ -208,7 +198,7 @@ def body_hooks(rank: int, world_size: int) -> None:
         log.clear()
         with torch.no_grad():
             signs.param_groups[0]["params"][0].add_(rank)
-        with pytest.raises(RuntimeError, match="have not the bits"):
+        with pytest.raises(RuntimeError, match="differ in their bits"):
             signs.load_state_dict(good)
         assert log == []
     handles[2].remove()

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from lion_dist import checkpoint
 from lion_dist.checkpoint import Reader
+from tests.asserts import assert_same_bits
 from tests.harness import DEADLINE_S, processes
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +28,9 @@ TINY = {
     "checkpoint-every": 6, "log-every": 3, "sample": 40,
 }  # fmt: skip
 LAST_LINE = re.compile(r"val_loss=(\S+) unigram=(\S+) bigram=(\S+) tokens_per_s=(\d+) peak_mib=(\d+)")
-
-
 GRACE_S = 60.0  # for the other ranks, once one has failed
+
+on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
 
 
 def arguments(out: Path, *options: str) -> list[str]:
@@ -178,3 +180,17 @@ def workers(pid: int) -> list[int]:
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         found += [int(child) for child in children.read_text().split()]
     return found
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Weights, momenta, groups, schedule and step of the last checkpoints of two runs."""
+    got, expected = last(a), last(b)
+    tensors = {n for n in expected.manifest.tensors if not n.startswith("rng.")}
+    assert {n for n in got.manifest.tensors if not n.startswith("rng.")} == tensors
+    assert any(n.startswith("optim.state.") for n in tensors)
+    for name in tensors:
+        assert_same_bits(got.fetch(name), expected.fetch(name), name)
+    for name, value in expected.manifest.objects.items():
+        if name.startswith(("optim.", "scheduler.")):
+            assert got.manifest.objects[name] == value, name
+    assert step_of(a) == step_of(b)

@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from lion_dist import checkpoint
-from tests.examples.runs import LAST_LINE, await_checkpoint, errors_of, run_well, start, step_of, workers
-from tests.examples.test_train import assert_same_checkpoint, on_proc
+from tests.examples.runs import (
+    LAST_LINE,
+    assert_same_checkpoint,
+    await_checkpoint,
+    errors_of,
+    on_proc,
+    run_well,
+    start,
+    step_of,
+    workers,
+)
 from tests.harness import DEADLINE_S, spawn_only
 
 RUNS, KILLS, RANKS = 4, 5, 2  # 20 kills

@@ -17,15 +17,15 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from lion_dist import checkpoint
-from tests.bits import assert_same_bits
 from tests.examples.runs import (
     LAST_LINE,
     ROOT,
     arguments,
+    assert_same_checkpoint,
     await_checkpoint,
     errors_of,
     kill_after_checkpoint,
-    last,
+    on_proc,
     run,
     run_well,
     start,
@@ -33,20 +33,6 @@ from tests.examples.runs import (
     workers,
 )
 from tests.harness import DEADLINE_S, device_of, run_ranks, spawn_only
-
-
-def assert_same_checkpoint(a: Path, b: Path) -> None:
-    """Weights, momenta, groups, schedule and step of the last checkpoints of two runs."""
-    got, expected = last(a), last(b)
-    tensors = {n for n in expected.manifest.tensors if not n.startswith("rng.")}
-    assert {n for n in got.manifest.tensors if not n.startswith("rng.")} == tensors
-    assert any(n.startswith("optim.state.") for n in tensors)
-    for name in tensors:
-        assert_same_bits(got.fetch(name), expected.fetch(name), name)
-    for name, value in expected.manifest.objects.items():
-        if name.startswith(("optim.", "scheduler.")):
-            assert got.manifest.objects[name] == value, name
-    assert step_of(a) == step_of(b)
 
 
 @spawn_only
@@ -82,7 +68,6 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
         assert step_of(out) == 24
 
 
-on_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="kills processes by way of /proc")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

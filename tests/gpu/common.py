@@ -15,7 +15,7 @@ from lion_dist import Lion
 from lion_dist.update import reference
 from lion_dist.update.reference import NAN_BITS, HyperParameters
 from lion_dist.update.segments import TILE
-from tests.bits import assert_same_bits, bits
+from tests.asserts import assert_same_bits, bits
 from tests.harness import run_ranks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,6 +28,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # A whole tile, one off it, one off an alignment of 128 elements, and too few for one 16-byte access.
 LENGTHS = (1, 2, 127, 128, 129, TILE - 1, TILE, TILE + 1, 3 * TILE + 5)
+
+# Elements by which p, g and m miss their alignment: only where all three are aligned is the fast path taken.
+SHIFTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 16, 32), (3, 5, 7), (2, 2, 2))
 
 GUARD = 64  # elements
 GUARD_BITS = 0x5A5A

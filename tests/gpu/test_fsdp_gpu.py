@@ -6,19 +6,19 @@ from pathlib import Path
 
 from benchmarks.measure import device_activity
 from benchmarks.step_alone import TwoSets, local_parts, measure_alone, params_of
-from tests.distributed import test_fsdp1, test_fsdp2
-from tests.distributed.fsdp_toy import assert_same_as
-from tests.distributed.fsdp_training import Place, Way, backward
+from tests.asserts import assert_same_as
 from tests.harness import device_of
+from tests.scenarios.fsdp_training import Place, Way, backward
+from tests.scenarios.fsdp_wrapping import fsdp1_way, fsdp2_way
 
 from .common import needs_gpu, no_host_synchronisation, run_on_gpus
 
 pytestmark = needs_gpu
 
 WAYS = {
-    "fsdp1": Way(test_fsdp1.way(), zeros=True),
-    "fsdp2": Way(test_fsdp2.way()),
-    "fsdp2, replaced gradients": Way(test_fsdp2.way(), replaces_gradients=True),
+    "fsdp1": Way(fsdp1_way(), zeros=True),
+    "fsdp2": Way(fsdp2_way()),
+    "fsdp2, replaced gradients": Way(fsdp2_way(), replaces_gradients=True),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lion_dist import Lion
-from tests.bits import assert_same_bits
+from tests.asserts import assert_same_bits
 
 from .common import BF16, F16, F32, GPU, Twins, needs_gpu
 

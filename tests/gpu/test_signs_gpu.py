@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.layout import ShardLayout
-from lion_dist.sharding.replicas import Comparison, checksum
+from lion_dist.sharding.replicas import DeferredCheck, bits_checksum
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
-from lion_dist.update.signs import SignUpdate
-from tests.bits import assert_same_bits, bits
-from tests.distributed.test_signs import BF16 as ALL_BF16
-from tests.distributed.test_signs import FP32 as ALL_FP32
-from tests.distributed.test_signs import equals
-from tests.distributed.test_signs_agree import Trained, other_lr
+from lion_dist.update.state import EXP_AVG
+from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of
+from tests.scenarios.exchanged_signs import ExchangedSigns
+from tests.scenarios.hostile import equals
+from tests.scenarios.mixes import MIXES, name
+from tests.scenarios.replicas import Trained, other_lr
+from tests.scenarios.toy import BF16 as ALL_BF16
+from tests.scenarios.toy import FP32 as ALL_FP32
 
-from .common import F32, GPU, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
-from .test_step_gpu import MIXES, SHIFTS, name
+from .common import F32, GPU, SHIFTS, Guarded, awkward, needs_gpu, no_host_synchronisation, reference_step, run_on_gpus
 
 SALT = 1 << 62 | 777
 
@@ -55,13 +56,13 @@ class Ranks:
             [Guarded(t, SHIFTS[(i + r) % len(SHIFTS)][0]) for i, t in enumerate(p)] for r in range(world_size)
         ]
         self.shards = [Guarded(self.cut(m, r), 0) for r in range(world_size)]
-        slices = [[(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
-        self.updates = [SignUpdate(LionUpdate(None), layout.shard_numel, r, slices, GPU) for r in range(world_size)]
+        slices = [[(s.param, s.start, s.offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
+        self.updates = [ExchangedSigns(LionUpdate(None), layout.shard_numel, r, slices, GPU) for r in range(world_size)]
 
     def cut(self, whole: Sequence[Tensor], rank: int) -> Tensor:
         shard = torch.full((self.layout.shard_numel,), 77.0, dtype=whole[0].dtype, device=whole[0].device)
         for s in self.layout.slices(rank):
-            shard[s.shard_offset : s.shard_offset + s.length] = whole[s.param][s.start : s.start + s.length]
+            shard[s.offset : s.offset + s.length] = whole[s.param][s.start : s.start + s.length]
         return shard
 
     def step(self, hypers: list[HyperParameters], inactive: Sequence[int], scale: float | None, flat: bool) -> None:
@@ -80,10 +81,12 @@ class Ranks:
                     None if g is None else Guarded(g, SHIFTS[(i + r) % len(SHIFTS)][1]).at for i, g in enumerate(grads)
                 ]
             segments = [
-                Segment(s.param, s.start, s.shard_offset if flat else s.start, s.shard_offset, s.length)
+                Segment(s.param, s.start, s.offset if flat else s.start, s.offset, s.length)
                 for s in self.layout.slices(r)
             ]
-            columns.append(StepTensors(params, given, [self.shards[r].at] * len(params), self.groups, segments, active))
+            columns.append(
+                StepTensors(params, given, {EXP_AVG: [self.shards[r].at] * len(params)}, self.groups, segments, active)
+            )
         before = [[bits(p.at) for p in replica] for replica in self.replicas]
         for update, own in zip(self.updates, columns, strict=True):
             update.pack(own, hypers, grad_scale, SALT)
@@ -91,9 +94,9 @@ class Ranks:
             assert all(torch.equal(bits(p.at), b) for p, b in zip(replica, old, strict=True)), "pack wrote a parameter"
         for a, update in enumerate(self.updates):
             for other in self.updates:
-                other.mail[a] = update.mail[a]
+                other.rows[a] = update.rows[a]
         want = int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT, grad_scale))
-        assert self.updates[0].checksums.tolist() == [want] * self.world_size
+        assert self.updates[0].numbers.tolist() == [want] * self.world_size
         for agree in (False, True):
             for replica, old in zip(self.replicas, before, strict=True):
                 assert all(torch.equal(bits(p.at), b) for p, b in zip(replica, old, strict=True)), "without agreement"
@@ -137,18 +140,18 @@ def test_kernels_give_the_references_bits(mix: tuple[torch.dtype, ...]) -> None:
 
 @needs_gpu
 def test_of_no_elements_at_all() -> None:
-    update = SignUpdate(LionUpdate(None), 0, 0, [[]], GPU)
+    update = ExchangedSigns(LionUpdate(None), 0, 0, [[]], GPU)
     p = torch.zeros(0, 3, device=GPU)
-    columns = StepTensors([p], [torch.zeros_like(p)], [torch.zeros(0, device=GPU)], [0], [])
+    columns = StepTensors([p], [torch.zeros_like(p)], {EXP_AVG: [torch.zeros(0, device=GPU)]}, [0], [])
     hypers = [HyperParameters(0.1, 0.0, 0.9, 0.99, False)]
     update.pack(columns, hypers, None, SALT)
     update.apply(columns, torch.tensor(True, device=GPU))
-    assert int(update.checksums[0]) == int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
+    assert int(update.numbers[0]) == int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
 
 
 def calls_until_told(slow: bool) -> int:
     """Steps that are begun until one of them raises for the first."""
-    comparison = Comparison()
+    comparison = DeferredCheck()
     numbers = torch.tensor([[1, 0], [1, 0], [2, 0]], device=GPU)[:, 0]
     for call in range(10):
         try:
@@ -181,7 +184,7 @@ def test_checksums_are_those_of_the_cpu() -> None:
     for n in (0, 1, 129, (1 << 22) + 77):
         for dtype in (F32, torch.bfloat16, torch.float16):
             t = awkward(n, dtype, torch.Generator().manual_seed(n))
-            assert int(checksum(t.to(GPU))) == int(checksum(t))
+            assert int(bits_checksum(t.to(GPU))) == int(bits_checksum(t))
 
 
 # -- Over NCCL
@@ -283,7 +286,7 @@ def body_no_growth(rank: int, world_size: int) -> None:
     assert seen[-1][2] <= seen[1][2] * 2, seen
     life.step()
     for optimizer in life.optimizers:
-        assert len(optimizer._comparison._pending) <= Comparison.LAG
+        assert len(optimizer._deferred._pending) <= DeferredCheck.LAG
 
 
 @needs_gpu

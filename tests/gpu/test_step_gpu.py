@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,19 +11,13 @@ from lion_dist.update import reference
 from lion_dist.update.dispatch import LionUpdate
 from lion_dist.update.reference import NAN_BITS, STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
-from tests.bits import assert_canonical_nan, assert_same_bits, bits
+from lion_dist.update.state import EXP_AVG
+from tests.asserts import assert_canonical_nan, assert_same_bits, bits
+from tests.scenarios.mixes import MIXES, name
 
-from .common import BF16, F16, F32, GPU, LENGTHS, Guarded, Twins, awkward, needs_gpu, reference_step
+from .common import BF16, F16, F32, GPU, LENGTHS, SHIFTS, Guarded, Twins, awkward, needs_gpu, reference_step
 
 pytestmark = needs_gpu
-
-MIXES = list(itertools.product(STORAGE_DTYPES, repeat=3))
-# Elements by which p, g and m miss their alignment: only where all three are aligned is the fast path taken.
-SHIFTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 16, 32), (3, 5, 7), (2, 2, 2))
-
-
-def name(mix: tuple[torch.dtype, ...]) -> str:
-    return "-".join({F32: "fp32", BF16: "bf16", F16: "fp16"}[d] for d in mix)
 
 
 class Trial:
@@ -39,7 +31,9 @@ class Trial:
         self.groups = [i % 4 for i in range(len(self.cases))]
         self.params = [Guarded(awkward(n, mix[0], self.generator), s[0]) for n, s in self.cases]
         self.exp_avgs = [Guarded(awkward(n, mix[2], self.generator), s[2]) for n, s in self.cases]
-        self.columns = StepTensors([p.at for p in self.params], [], [m.at for m in self.exp_avgs], self.groups)
+        self.columns = StepTensors(
+            [p.at for p in self.params], [], {EXP_AVG: [m.at for m in self.exp_avgs]}, self.groups
+        )
         self.copies = [
             ([p.at.clone().to(device) for p in self.params], [m.at.clone().to(device) for m in self.exp_avgs])
             for device in (GPU, torch.device("cpu"))
@@ -119,7 +113,7 @@ def test_nan_is_stored_in_one_form(dtype: torch.dtype, source: str) -> None:
     target = tensors[source].view(integer)[where]
     target.copy_(forms.repeat(n)[: len(target)])
     p, g, m = (tensors[key].to(GPU) for key in ("parameter", "gradient", "momentum"))
-    LionUpdate(None).step(StepTensors([p], [g], [m], [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
+    LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
     expected = torch.zeros(n, dtype=torch.bool)
     expected[where] = True
     assert_canonical_nan(p.cpu(), expected, "parameter")
@@ -137,7 +131,7 @@ def test_a_momentum_that_overflows_its_dtype(dtype: torch.dtype) -> None:
     sign[::3] = -1
     for scale, nan in ((least.nextafter(torch.tensor(0.0)), False), (least, True)):
         p, g, m = torch.full((n,), 0.5, device=GPU), sign.to(GPU), torch.zeros(n, dtype=dtype, device=GPU)
-        LionUpdate(None).step(StepTensors([p], [g], [m], [0]), [hyper], scale.to(GPU))
+        LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale.to(GPU))
         assert_canonical_nan(p.cpu(), torch.full((n,), nan), "parameter")
         assert_canonical_nan(m.cpu(), torch.full((n,), nan), "momentum")
         if not nan:
@@ -152,7 +146,7 @@ def test_lr_zero_writes_no_parameter(dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(3)
         p, g, m = (awkward(TILE + 9, dtype, generator).to(GPU) for _ in range(3))
         before, momentum = p.clone(), m.clone()
-        LionUpdate(None).step(StepTensors([p], [g], [m], [0]), [HyperParameters(lr, 0.1, 0.9, 0.99, False)])
+        LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(lr, 0.1, 0.9, 0.99, False)])
         assert_same_bits(p, before, "parameter")
         assert (bits(m) != bits(momentum)).any()
 
@@ -165,7 +159,7 @@ def test_an_inactive_segment_is_not_touched() -> None:
     for i in (1, 3):
         params[i].view(torch.int32).fill_(poison)
         exp_avgs[i].view(torch.int32).fill_(poison)
-    columns = StepTensors(params, [torch.ones_like(p) for p in params], exp_avgs, [0] * 4)
+    columns = StepTensors(params, [torch.ones_like(p) for p in params], {EXP_AVG: exp_avgs}, [0] * 4)
     columns.grads[1] = columns.grads[3] = None
     update, hypers = LionUpdate(None), [HyperParameters(0.1, 0.1, 0.9, 0.99, False)]
     update.step(columns, hypers)
@@ -197,11 +191,11 @@ def test_only_segments_are_written() -> None:
             for t, start in (
                 (expected[s.entry], s.param_start),
                 (grads[s.entry], s.grad_start),
-                (expected[2], s.exp_avg_start),
+                (expected[2], s.state_start),
             )
         ]
         reference_step(runs[:1], runs[1:2], runs[2:], [0], [hyper])
-    LionUpdate(None).step(StepTensors([p, q], [*grads], [m, m], [0, 0], segments), [hyper])
+    LionUpdate(None).step(StepTensors([p, q], [*grads], {EXP_AVG: [m, m]}, [0, 0], segments), [hyper])
     for got, want, old, what in zip((p, q, m), expected, before, "pqm", strict=True):
         assert_same_bits(got, want, what)
         assert (bits(got) != bits(old)).sum() <= 3 + TILE + 2 + 1
@@ -280,7 +274,7 @@ def test_past_int32() -> None:
     for p, g, m in [*expected, plain]:
         reference_step([p], [g], [m], [0], [hyper])
     p, g, m = tensors
-    LionUpdate(None).step(StepTensors([p], [g], [m], [0]), [hyper])
+    LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper])
     for run_, (want_p, _, want_m) in zip(runs, expected, strict=True):
         assert_same_bits(p[run_], want_p, f"parameter {run_}")
         assert_same_bits(m[run_], want_m, f"momentum {run_}")
@@ -301,7 +295,7 @@ def test_sum_of_squares(dtype: torch.dtype) -> None:
         grads: list[Tensor | None] = [Guarded(v, i % 3).at for i, v in enumerate(values)]
         grads[4] = None
         params = [torch.zeros(n, dtype=dtype, device=GPU) for n in LENGTHS]
-        columns = StepTensors(params, grads, [torch.zeros_like(p) for p in params], [0] * len(params))
+        columns = StepTensors(params, grads, {EXP_AVG: [torch.zeros_like(p) for p in params]}, [0] * len(params))
         update = LionUpdate(None)
         total = update.sum_of_squares(columns)
         assert total is not None
@@ -318,7 +312,7 @@ def test_sum_of_squares_of_nan_and_of_large_gradients() -> None:
     """Squares that overflow float32 do not; an infinity and a NaN are not lost."""
     p = torch.zeros(TILE + 1, device=GPU)
     g = torch.full_like(p, 1e30)
-    columns = StepTensors([p], [g], [torch.zeros_like(p)], [0])
+    columns = StepTensors([p], [g], {EXP_AVG: [torch.zeros_like(p)]}, [0])
     total = LionUpdate(None).sum_of_squares(columns)
     assert total is not None
     assert float(total) == pytest.approx((TILE + 1) * float(g[0].double()) ** 2, rel=1e-12)

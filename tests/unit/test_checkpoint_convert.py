@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lion_dist import Lion
 from lion_dist.checkpoint import convert
-from tests.bits import assert_same_bits
-from tests.unit.test_checkpoint_storage import Bomb
+from tests.asserts import assert_same_bits
+from tests.scenarios.tampering import Bomb
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage")
 

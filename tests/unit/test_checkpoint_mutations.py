@@ -24,8 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint.__main__ import main
-from lion_dist.checkpoint.plain import DTYPES, from_plain
-from tests.bits import bits
+from lion_dist.checkpoint.json_values import from_json
+from lion_dist.dtypes import DTYPES
+from tests.asserts import bits
 
 SECONDS = 20.0  # that a load may take, on a loaded machine; it takes some 20 ms
 MIB = 200.0  # that all loads together may have taken at their peak
@@ -284,7 +285,7 @@ def check_loaded(run: Run, path: Path, extra: Any) -> None:
             assert key in raw["objects"] or not t.any(), key
     for key in raw["tensors"]:
         assert key in tensors or not key.startswith(("model.", "optim.state.")), key
-    objects = {key: from_plain(value) for key, value in raw["objects"].items()}
+    objects = {key: from_json(value) for key, value in raw["objects"].items()}
     assert canonical(extra) == canonical(objects.get("extra"))
     for key, value in objects.items():
         if key in values and not key.endswith((".betas", ".momentum_dtype")):  # which may be stored in another form

@@ -143,10 +143,26 @@ def test_triton_is_tried_in_one_place(path: Path) -> None:
         assert any(of_triton(imports_of(node, module)) for node in plain)
 
 
-def test_the_wings_meet_only_in_the_optimizers() -> None:
-    both = {
-        str(path.relative_to(PACKAGE))
-        for path in FILES
-        if all(any(within(n, f"lion_dist.{wing}") for n in imports(path)) for wing in ("update", "sharding"))
+def test_the_wings_meet_only_in_the_sharded_optimizer_and_its_protocols() -> None:
+    """StateColumn says names and dtypes of state, and no rule, so files that move state may use it."""
+
+    def uses(path: Path, wing: str) -> bool:
+        return any(within(n, f"lion_dist.{wing}") and not within(n, "lion_dist.update.state") for n in imports(path))
+
+    both = {str(path.relative_to(PACKAGE)) for path in FILES if uses(path, "update") and uses(path, "sharding")}
+    assert both <= {"sharded_lion.py", "stepper.py", "grad_source.py", "param_sync.py", "intake.py"}
+
+
+TESTS_FOLDER = Path(__file__).parents[1]
+TESTS = sorted(TESTS_FOLDER.rglob("*.py"))
+
+
+def test_no_test_module_imports_another() -> None:
+    """Helpers that several modules need stand in tests/scenarios and tests/asserts.py."""
+    found = {
+        f"{path.relative_to(TESTS_FOLDER)}: {name}"
+        for path in TESTS
+        for name in imports_of(parse(path), f"tests.{path.parent.name}.{path.stem}")
+        if any(part.startswith("test_") for part in name.split(".")) and name.startswith("tests.")
     }
-    assert both <= {"lion.py", "sharded_lion.py"}
+    assert not found

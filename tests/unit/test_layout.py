@@ -43,7 +43,6 @@ def test_every_element_is_owned_once(numels: list[int], world_size: int) -> None
     owned: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(numels))}
     for rank in range(world_size):
         for s in layout.slices(rank):
-            assert s.rank == rank
             assert s.length > 0
             owned[s.param].append((s.start, s.start + s.length))
     for param, numel in enumerate(numels):
@@ -59,15 +58,15 @@ def test_every_element_is_owned_once(numels: list[int], world_size: int) -> None
 def test_slices_lie_in_the_shard(numels: list[int], world_size: int) -> None:
     layout = ShardLayout.make(numels, world_size)
     assert layout.shard_numel % ALIGN == 0
-    assert layout.pack_numel % (world_size * ALIGN) == 0
-    assert layout.pack_shard_offset + layout.pack_numel // world_size == layout.shard_numel
+    assert layout.tail_buffer_numel % (world_size * ALIGN) == 0
+    assert layout.tail_shard_offset + layout.tail_buffer_numel // world_size == layout.shard_numel
     for rank in range(world_size):
         reached = 0
         for s in layout.slices(rank):
-            assert s.shard_offset % ALIGN == 0
+            assert s.offset % ALIGN == 0
             assert s.start % ALIGN == 0
-            assert s.shard_offset >= reached, "slices overlap in the shard"
-            reached = s.shard_offset + s.length
+            assert s.offset >= reached, "slices overlap in the shard"
+            reached = s.offset + s.length
         assert reached <= layout.shard_numel
 
 
@@ -82,41 +81,39 @@ def test_heads_are_cut_alike_on_every_rank(numels: list[int], world_size: int) -
         assert 0 <= numel - head < unit
     heads = [[s for s in layout.slices(r) if s.start < layout.heads[s.param]] for r in range(world_size)]
     for rank, of_rank in enumerate(heads):
-        assert [(s.param, s.length, s.shard_offset) for s in of_rank] == [
-            (s.param, s.length, s.shard_offset) for s in heads[0]
-        ]
+        assert [(s.param, s.length, s.offset) for s in of_rank] == [(s.param, s.length, s.offset) for s in heads[0]]
         assert all(s.start == rank * s.length and s.length * world_size == layout.heads[s.param] for s in of_rank)
-        assert all(s.shard_offset + s.length <= layout.pack_shard_offset for s in of_rank)
+        assert all(s.offset + s.length <= layout.tail_shard_offset for s in of_rank)
 
 
 @worlds
 @cases
-def test_tails_lie_in_the_pack(numels: list[int], world_size: int) -> None:
+def test_tails_lie_in_their_buffer(numels: list[int], world_size: int) -> None:
     layout = ShardLayout.make(numels, world_size)
     reached = 0
     for tail in layout.tails:
         assert tail.start == layout.heads[tail.param]
         assert tail.start + tail.length == numels[tail.param]
         assert 0 < tail.length < world_size * ALIGN
-        assert tail.pack_offset % ALIGN == 0
-        assert tail.pack_offset >= reached
-        reached = tail.pack_offset + tail.length
+        assert tail.offset % ALIGN == 0
+        assert tail.offset >= reached
+        reached = tail.offset + tail.length
     assert {t.param for t in layout.tails} == {i for i, n in enumerate(numels) if n % (world_size * ALIGN)}
-    assert reached <= layout.pack_numel < reached + ALIGN + world_size * ALIGN
-    # What a rank owns of the pack stands in its shard where the cut of the pack puts it.
-    per_rank = layout.pack_numel // world_size
+    assert reached <= layout.tail_buffer_numel < reached + ALIGN + world_size * ALIGN
+    # A rank's part of the tail buffer lies in its shard in the same order.
+    per_rank = layout.tail_buffer_numel // world_size
     for rank in range(world_size):
         for s in layout.slices(rank):
             if s.start >= layout.heads[s.param]:
                 (tail,) = (t for t in layout.tails if t.param == s.param)
-                in_pack = tail.pack_offset + s.start - tail.start
-                assert in_pack == rank * per_rank + s.shard_offset - layout.pack_shard_offset
-                assert in_pack + s.length <= (rank + 1) * per_rank
+                in_buffer = tail.offset + s.start - tail.start
+                assert in_buffer == rank * per_rank + s.offset - layout.tail_shard_offset
+                assert in_buffer + s.length <= (rank + 1) * per_rank
 
 
 def test_one_rank_owns_everything_in_place() -> None:
     (only,) = ShardLayout.make([1000], 1).slices(0)[:1]
-    assert (only.start, only.length, only.shard_offset) == (0, 896, 0)
+    assert (only.start, only.length, only.offset) == (0, 896, 0)
     assert ShardLayout.make([1000], 1).shard_numel == 1024
 
 

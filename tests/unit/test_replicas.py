@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lion_dist.sharding import replicas
-from lion_dist.sharding.replicas import DeferredCheck, checksum
-from tests.bits import bits
+from lion_dist.sharding.replicas import DeferredCheck, bits_checksum
+from tests.asserts import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHUNK = 8
@@ -22,7 +22,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of(t: Tensor) -> int:
-    value = checksum(t)
+    value = bits_checksum(t)
     assert value.dtype == torch.int64
     assert value.shape == ()
     return int(value)

@@ -15,7 +15,8 @@ from lion_dist.memory_order import flat, is_dense, laid_out_like, may_overlap, s
 from lion_dist.update import dispatch
 from lion_dist.update.reference import HyperParameters, lion_step_, scalars
 from lion_dist.update.segments import TILE, Segment, SegmentTable, StepTensors, check_no_shared_memory
-from tests.bits import assert_same_bits
+from lion_dist.update.state import EXP_AVG
+from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
 CPU = torch.device("cpu")
@@ -158,7 +159,7 @@ def assert_covers_once(table: SegmentTable, lengths: list[int]) -> None:
 
 
 def columns_of(params: list[Tensor], exp_avgs: list[Tensor], groups: list[int]) -> StepTensors:
-    return StepTensors(params, [None] * len(params), exp_avgs, groups)
+    return StepTensors(params, [None] * len(params), {EXP_AVG: exp_avgs}, groups)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_tiles_cover_every_element_once(lengths: list[int]) -> None:
 def test_starts_become_addresses() -> None:
     p, m, g = torch.zeros(1000), torch.zeros(500, dtype=torch.float16), torch.zeros(1000, dtype=torch.bfloat16)
     segments = [Segment(0, 131, 140, 7, 100), Segment(0, 300, 0, 200, 1), Segment(1, 0, 1, 2, 3)]
-    table = SegmentTable(StepTensors([p, p], [g, None], [m, m], [1, 0]), segments, CPU)
+    table = SegmentTable(StepTensors([p, p], [g, None], {EXP_AVG: [m, m]}, [1, 0]), segments, CPU)
     assert table.rows.tolist() == [
         [p.data_ptr() + 4 * 131, m.data_ptr() + 2 * 7, 100, 1, 0, 0],
         [p.data_ptr() + 4 * 300, m.data_ptr() + 2 * 200, 1, 1, 1, 0],
@@ -241,7 +242,7 @@ def test_segments_step_their_own_elements_and_no_others(use_triton: bool) -> Non
     # The gradient has the parameter's shape in the columns' check: one flat run that both starts index.
     whole_p, whole_g = torch.zeros(9100), g.clone()
     whole_p[:9000] = p
-    dispatch.LionUpdate(use_triton).step(StepTensors([whole_p], [whole_g], [m], [0], segments), [hyper])
+    dispatch.LionUpdate(use_triton).step(StepTensors([whole_p], [whole_g], {EXP_AVG: [m]}, [0], segments), [hyper])
     assert_same_bits(whole_p[:9000], expected_p)
     assert_same_bits(m, expected_m)
     assert_same_bits(whole_g, g)
@@ -296,4 +297,4 @@ P = nn.Parameter(torch.zeros(4, 3))
 )
 def test_bad_gradients_are_refused(g: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"gradient of parameter 7 .*{message}"):
-        StepTensors([P, P], [None, g], [P, P], [0, 0], numbers=[0, 7]).check_gradient(1, g)
+        StepTensors([P, P], [None, g], {EXP_AVG: [P, P]}, [0, 0], numbers=[0, 7]).check_gradient(1, g)

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from lion_dist.memory_order import flat
+from lion_dist.sharding.exchange import FOOTER
 from lion_dist.sharding.layout import ShardLayout
 from lion_dist.update import dispatch, reference
 from lion_dist.update.dispatch import CHUNK, LionUpdate
-from lion_dist.update.reference import HYPER_COLUMNS, HyperParameters, pack_signs, unpack_signs
+from lion_dist.update.reference import HyperParameters, pack_signs
 from lion_dist.update.segments import Segment, StepTensors
-from lion_dist.update.signs import FOOTER, SignUpdate
-from tests.bits import assert_canonical_nan, assert_same_bits, bits
-from tests.unit.test_backends import HYPERS, MIXES, Mix, awkward, both, name, on_triton
+from lion_dist.update.state import EXP_AVG
+from tests.asserts import assert_canonical_nan, assert_same_bits, bits
+from tests.scenarios.exchanged_signs import ExchangedSigns
+from tests.scenarios.mixes import HYPERS, MIXES, Mix, awkward, both, name, on_triton
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -33,64 +35,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAN, INF = math.nan, math.inf
 SALT = 1 << 62 | 12345
 FEW_MIXES: list[Mix] = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, F16), (BF16, F32, F32)]
-LENGTHS = [*range(10), 127, 129]
-
-# -- The code
-
-
-def test_the_code_literally() -> None:
-    """Element i of a group of four in bits 2i and 2i + 1; zeros behind the last."""
-    for sign, code in [(0.0, 0b00), (-0.0, 0b00), (1.0, 0b01), (-1.0, 0b10), (NAN, 0b11), (-NAN, 0b11)]:
-        for i in range(4):
-            alone = torch.zeros(4)
-            alone[i] = sign
-            assert pack_signs(alone).tolist() == [code << 2 * i]
-    assert pack_signs(torch.tensor([1.0, -1.0, NAN, 0.0, -1.0])).tolist() == [0b00_11_10_01, 0b10]
-    assert pack_signs(torch.zeros(0)).tolist() == []
-    unpacked = unpack_signs(torch.tensor([0b11_10_01_00, 0b01], dtype=torch.uint8), 5)
-    assert_same_bits(unpacked, torch.tensor([0.0, 1.0, -1.0, NAN, 1.0]))
-
-
-@pytest.mark.parametrize("n", LENGTHS)
-def test_round_trip(n: int) -> None:
-    """Against arithmetic on Python's integers, at every length that ends a byte otherwise."""
-    codes = torch.randint(4, (n,))
-    sign = torch.tensor([0.0, 1.0, -1.0, NAN])[codes]
-    packed = pack_signs(sign)
-    assert packed.dtype == torch.uint8
-    number = sum(code << 2 * i for i, code in enumerate(codes.tolist()))
-    assert bytes(packed.tolist()) == number.to_bytes(-(-n // 4), "little")
-    assert_same_bits(unpack_signs(packed, n), sign)
-    garbage = torch.cat([packed, torch.tensor([0xFF], dtype=torch.uint8)])
-    assert_same_bits(unpack_signs(garbage, n), sign, "what lies behind is not read")
-
-
-# -- The halves
-
-
-@pytest.mark.parametrize("grad_scale", [None, 0.37, -1.0, 1e38, NAN])
-@pytest.mark.parametrize("mix", MIXES, ids=name)
-def test_two_halves_are_the_rule(mix: Mix, grad_scale: float | None) -> None:
-    """Five groups' hyper-parameters: maximize, lr = 0, an lr tensor, betas of 0."""
-    generator = torch.Generator().manual_seed(0)
-    scale = None if grad_scale is None else torch.tensor(grad_scale)
-    hypers = [*HYPERS, HYPERS[0]._replace(lr=1e-50)]  # the last is 0 in float32
-    for row in dispatch.hyper_table(hypers, CPU):
-        s = reference.scalars(row, scale)
-        p, g, m = (awkward((997,), dtype, generator) for dtype in mix)
-        want_p, want_m = reference.lion_rule(p, g, m, s)
-        sign, new_m = reference.momentum_rule(g, m, s)
-        assert_same_bits(new_m, want_m, "momentum")
-        assert_same_bits(reference.parameter_rule(p, sign, s), want_p, "parameter")
-        before, packed = p.clone(), torch.empty(250, dtype=torch.uint8)
-        reference.sign_step_(g, m, packed, s)
-        assert_same_bits(m, want_m, "momentum, in place")
-        assert_same_bits(p, before, "the parameter is not the owner's half to write")
-        reference.apply_signs_(p, packed, s)
-        assert_same_bits(p, want_p, "parameter, by packed signs")
-
-
-# -- SignUpdate, on ranks of one process
 
 
 class Ranks:
@@ -107,11 +51,11 @@ class Ranks:
         self.replicas = [[p.clone() for p in self.whole] for _ in range(world_size)]
         # Padding that nothing may write.
         self.shards = [torch.full((layout.shard_numel,), 77.0, dtype=mix[2]) for _ in range(world_size)]
-        slices = [[(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
+        slices = [[(s.param, s.start, s.offset, s.length) for s in layout.slices(r)] for r in range(world_size)]
         for r, shard in enumerate(self.shards):
             self.cut(self.whole_exp_avgs, r, shard)
         self.updates = [
-            SignUpdate(LionUpdate(use_triton), layout.shard_numel, r, slices, CPU) for r in range(world_size)
+            ExchangedSigns(LionUpdate(use_triton), layout.shard_numel, r, slices, CPU) for r in range(world_size)
         ]
 
     def draw(self, n: int, dtype: torch.dtype) -> Tensor:
@@ -119,7 +63,7 @@ class Ranks:
 
     def cut(self, whole: Sequence[Tensor], rank: int, into: Tensor) -> Tensor:
         for s in self.layout.slices(rank):
-            into[s.shard_offset : s.shard_offset + s.length] = whole[s.param][s.start : s.start + s.length]
+            into[s.offset : s.offset + s.length] = whole[s.param][s.start : s.start + s.length]
         return into
 
     def columns(self, rank: int, grads: Sequence[Tensor | None], active: Tensor | None) -> StepTensors:
@@ -130,10 +74,10 @@ class Ranks:
             present = [a if g is None else g for a, g in zip(absent, grads, strict=True)]
             mine = [self.cut(present, rank, torch.full((len(shard),), NAN, dtype=self.mix[1]))] * len(params)
         segments = [
-            Segment(s.param, s.start, s.shard_offset if self.stage == 2 else s.start, s.shard_offset, s.length)
+            Segment(s.param, s.start, s.offset if self.stage == 2 else s.start, s.offset, s.length)
             for s in self.layout.slices(rank)
         ]
-        return StepTensors(params, mine, [shard] * len(params), self.groups, segments, active)
+        return StepTensors(params, mine, {EXP_AVG: [shard] * len(params)}, self.groups, segments, active)
 
     def step(
         self, hypers: list[HyperParameters], inactive: Sequence[int] = (), scale: float | None = None,
@@ -149,19 +93,21 @@ class Ranks:
         before = [[bits(p) for p in replica] for replica in self.replicas]
         for r, update in enumerate(self.updates):
             others = [q for q in range(self.world_size) if q != r]
-            update.mail[others] = 0xAA
+            update.rows[others] = 0xAA
             update.pack(columns[r], hypers, grad_scale, SALT)
-            assert (update.mail[others] == 0xAA).all(), "pack wrote another rank's row"
-            assert not update.mail[r, -FOOTER + 8 :].any(), "pack wrote behind the checksum"
+            assert (update.rows[others] == 0xAA).all(), "pack wrote another rank's row"
+            assert not update.rows[r, -FOOTER + 8 :].any(), "pack wrote behind the checksum"
         for replica, old in zip(self.replicas, before, strict=True):
             for p, b in zip(replica, old, strict=True):
                 assert torch.equal(bits(p), b), "pack wrote a parameter"
         for a, b in itertools.permutations(range(self.world_size), 2):
-            self.updates[b].mail[a] = self.updates[a].mail[a]
-        sums = {int(c) for update in self.updates for c in update.checksums}
+            self.updates[b].rows[a] = self.updates[a].rows[a]
+        sums = {int(c) for update in self.updates for c in update.numbers}
         assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
-            self.lion.step(StepTensors(self.whole, list(grads), self.whole_exp_avgs, self.groups), hypers, grad_scale)
+            self.lion.step(
+                StepTensors(self.whole, list(grads), {EXP_AVG: self.whole_exp_avgs}, self.groups), hypers, grad_scale
+            )
         for r, update in enumerate(self.updates):
             update.apply(columns[r], torch.tensor(agree))
             if not agree:
@@ -267,7 +213,7 @@ def test_nothing_is_applied_without_agreement(use_triton: bool) -> None:
         for r, shard in enumerate(ranks.shards):
             for s in ranks.layout.slices(r):
                 if s.param == i:
-                    whole[s.start : s.start + s.length] = shard[s.shard_offset : s.shard_offset + s.length]
+                    whole[s.start : s.start + s.length] = shard[s.offset : s.offset + s.length]
     ranks.step(HYPERS)
     ranks.check("after it")
 
@@ -301,11 +247,11 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
     table = dispatch.hyper_table(HYPERS, CPU)
     for r in range(2):
         for s in ranks.layout.slices(r):
-            at = slice(s.shard_offset, s.shard_offset + s.length)
+            at = slice(s.offset, s.offset + s.length)
             scalars = reference.scalars(table[ranks.groups[s.param]])
             g = grads[s.param][s.start : s.start + s.length]
             sign, _ = reference.momentum_rule(g, momenta[r][at], scalars)
-            got = ranks.updates[1 - r].mail[r, s.shard_offset // 4 :][: -(-s.length // 4)]
+            got = ranks.updates[1 - r].rows[r, s.offset // 4 :][: -(-s.length // 4)]
             assert got.tolist() == pack_signs(sign).tolist()
 
 
@@ -318,10 +264,10 @@ def test_what_is_not_finite_is_sent_as_nan(use_triton: bool) -> None:
     exp_avg = torch.zeros(128, dtype=F16)
     exp_avg[:10] = m
     segments = [Segment(0, 0, 0, 0, 10)]
-    update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
-    columns = StepTensors([torch.ones(10)], [g], [exp_avg], [0], segments)
+    update = ExchangedSigns(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 10)]], CPU)
+    columns = StepTensors([torch.ones(10)], [g], {EXP_AVG: [exp_avg]}, [0], segments)
     update.pack(columns, ONE, None, SALT)
-    packed = [byte >> shift & 3 for byte in update.mail[0, :3].tolist() for shift in (0, 2, 4, 6)]
+    packed = [byte >> shift & 3 for byte in update.rows[0, :3].tolist() for shift in (0, 2, 4, 6)]
     assert packed == [*codes, 0, 0]
     update.apply(columns, torch.tensor(True))
     nan = torch.tensor(codes) == 3
@@ -358,8 +304,8 @@ def test_flags_of_what_is_fused_are_read_by_kernels_alone(use_triton: bool) -> N
     segments = [Segment(i, 0, 384 * i, 384 * i, 300) for i in range(3)]
     active = on_device(torch.tensor([1, 0, 1, 1], dtype=torch.uint8))
     hypers, scale = [ONE[0]._replace(lr=0.25, weight_decay=0.0)], on_device(torch.tensor(1.0))
-    update = SignUpdate(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
-    columns = StepTensors(params, [g] * 3, [exp_avg] * 3, [0] * 3, segments, active)
+    update = ExchangedSigns(LionUpdate(use_triton), 3 * 384, 0, [slices], CPU)
+    columns = StepTensors(params, [g] * 3, {EXP_AVG: [exp_avg] * 3}, [0] * 3, segments, active)
     update.pack(columns, hypers, scale, SALT)
     update.apply(columns, on_device(torch.tensor(True)))
     assert [p[299].item() for p in params] == [0.75, 1.0, 0.75]
@@ -380,14 +326,14 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
     whole = [p.clone(memory_format=torch.preserve_format) for p in params]
     momenta = [torch.zeros_like(p) for p in whole]
     layout = ShardLayout.make([p.numel() for p in params], 1)
-    slices = [(s.param, s.start, s.shard_offset, s.length) for s in layout.slices(0)]
+    slices = [(s.param, s.start, s.offset, s.length) for s in layout.slices(0)]
     segments = [Segment(param, start, start, at, length) for param, start, at, length in slices]
     exp_avg = torch.zeros(layout.shard_numel)
-    update = SignUpdate(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
-    columns = StepTensors(params, grads, [exp_avg] * 2, [0, 1], segments)
+    update = ExchangedSigns(LionUpdate(use_triton), layout.shard_numel, 0, [slices], CPU)
+    columns = StepTensors(params, grads, {EXP_AVG: [exp_avg] * 2}, [0, 1], segments)
     update.pack(columns, HYPERS, None, SALT)
     update.apply(columns, torch.tensor(True))
-    LionUpdate(use_triton).step(StepTensors(whole, grads, momenta, [0, 1]), HYPERS)
+    LionUpdate(use_triton).step(StepTensors(whole, grads, {EXP_AVG: momenta}, [0, 1]), HYPERS)
     for i, (p, want) in enumerate(zip(params, whole, strict=True)):
         assert_same_bits(flat(p), flat(want), f"parameter {i}")
     assert_same_bits(torch.cat([buffer[:3], buffer[1004:]]), around, "beside a parameter")
@@ -409,9 +355,9 @@ def test_autograd_notices(use_triton: bool) -> None:
     """Kernels write by address; a graph that saved a weight must not use it changed."""
     w = torch.ones(300, requires_grad=True)
     segments = [Segment(0, 0, 0, 0, 300)]
-    update = SignUpdate(LionUpdate(use_triton), 384, 0, [[(0, 0, 0, 300)]], CPU)
+    update = ExchangedSigns(LionUpdate(use_triton), 384, 0, [[(0, 0, 0, 300)]], CPU)
     loss = (w * w).sum()
-    columns = StepTensors([w], [torch.ones(300)], [torch.zeros(384)], [0], segments)
+    columns = StepTensors([w], [torch.ones(300)], {EXP_AVG: [torch.zeros(384)]}, [0], segments)
     with torch.no_grad():
         update.pack(columns, HYPERS, None, SALT)
         update.apply(columns, torch.tensor(True))
@@ -419,88 +365,4 @@ def test_autograd_notices(use_triton: bool) -> None:
         loss.backward()
 
 
-# -- The checksum
-
-
-def of_kernel(
-    hypers: list[HyperParameters], salt: int, use_triton: bool = True, grad_scale: Tensor | None = None
-) -> int:
-    """What `pack` writes behind the signs."""
-    update = SignUpdate(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
-    columns = StepTensors([torch.ones(100)], [torch.ones(100)], [torch.zeros(128)], [0], [Segment(0, 0, 0, 0, 100)])
-    update.pack(columns, hypers, grad_scale, salt)
-    return int(update.mail[0, 128 // 4 :][:8].view(torch.int64))
-
-
-def of_definition(hypers: list[HyperParameters], salt: int, grad_scale: Tensor | None = None) -> int:
-    return int(reference.checksum(dispatch.hyper_table(hypers, CPU), salt, grad_scale))
-
-
 ONE = [HyperParameters(1e-3, 0.1, 0.9, 0.99, False)]
-
-
-@both
-@pytest.mark.parametrize("groups", [1, 2, 3, 7])
-@pytest.mark.parametrize("salt", [1 << 31, 1 << 62, (1 << 63) - 1])
-def test_checksum_in_the_mail(use_triton: bool, groups: int, salt: int) -> None:
-    """Of tables that are, and are not, a power of two long; sums that wrap around."""
-    hypers = [HyperParameters(1e-3 / (1 + i), 0.1 * i, 0.9, 0.99, i % 2 == 1) for i in range(groups)]
-    assert of_kernel(hypers, salt, use_triton) == of_definition(hypers, salt)
-
-
-@both
-@pytest.mark.parametrize("groups", [1, 3])
-def test_checksum_covers_the_clipping_coefficient(use_triton: bool, groups: int) -> None:
-    """By its bits: every bit counts, a NaN has a checksum too, and 1 is not the same as no clipping."""
-    hypers = [ONE[0]._replace(beta1=0.9 + 0.01 * i) for i in range(groups)]
-    scales = [None, *map(torch.tensor, (1.0, 0.37, -0.37, 1e-38, NAN))]
-    scales.append(torch.nextafter(torch.tensor(0.37), torch.tensor(1.0)))
-    sums = [of_kernel(hypers, SALT, use_triton, scale) for scale in scales]
-    assert sums == [of_definition(hypers, SALT, scale) for scale in scales]
-    assert len(set(sums)) == len(sums)
-
-
-def test_checksum_by_hand() -> None:
-    """Element i of the table, as bits, (2i + 1) times, and the coefficient's 32 bits behind them; modulo 2^64."""
-    import struct
-
-    hypers = [*ONE, HyperParameters(0.25, 0.0, 0.95, 0.98, True)]
-    numbers = [1e-3, 0.1, 0.9, 0.99, 1.0, 0.25, 0.0, 0.95, 0.98, -1.0]
-    assert len(numbers) == 2 * HYPER_COLUMNS
-    words = struct.unpack("<10q", struct.pack("<10d", *numbers))
-    expected = (sum(w * (2 * i + 1) for i, w in enumerate(words)) + SALT) % (1 << 64)
-    assert of_definition(hypers, SALT) % (1 << 64) == expected
-    (scale_bits,) = struct.unpack("<i", struct.pack("<f", -0.25))
-    expected += scale_bits * (2 * len(numbers) + 1)
-    assert of_definition(hypers, SALT, torch.tensor(-0.25)) % (1 << 64) == expected % (1 << 64)
-
-
-CHANGES: dict[str, Callable[[list[HyperParameters], int], tuple[list[HyperParameters], int]]] = {
-    "lr, by the last bit": lambda h, s: ([h[0]._replace(lr=math.nextafter(h[0].lr, 1)), *h[1:]], s),
-    "lr of the second": lambda h, s: ([h[0], h[1]._replace(lr=0.1), *h[2:]], s),
-    "weight decay": lambda h, s: ([h[0]._replace(weight_decay=0.2), *h[1:]], s),
-    "beta1": lambda h, s: ([h[0]._replace(beta1=0.95), *h[1:]], s),
-    "beta2": lambda h, s: ([h[0]._replace(beta2=0.98), *h[1:]], s),
-    "betas swapped": lambda h, s: ([h[0]._replace(beta1=h[0].beta2, beta2=h[0].beta1), *h[1:]], s),
-    "lr and decay swapped": lambda h, s: ([h[0]._replace(lr=h[0].weight_decay, weight_decay=h[0].lr), *h[1:]], s),
-    "maximize": lambda h, s: ([h[0]._replace(maximize=True), *h[1:]], s),
-    "order of groups": lambda h, s: (h[::-1], s),
-    "a group more": lambda h, s: ([*h, h[0]], s),
-    "salt": lambda h, s: (h, s + 1),
-}
-
-
-@both
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_checksum_changes_with(change: Callable, use_triton: bool) -> None:
-    hypers = [*ONE, HyperParameters(0.25, 0.0, 0.9, 0.99, False)]
-    changed, salt = change(hypers, SALT)
-    assert of_kernel(changed, salt, use_triton) != of_kernel(hypers, SALT, use_triton)
-
-
-@both
-def test_an_lr_tensor_counts_as_its_value(use_triton: bool) -> None:
-    as_tensor = [ONE[0]._replace(lr=torch.tensor(0.3, dtype=torch.float64))]
-    assert of_kernel(as_tensor, SALT, use_triton) == of_kernel([ONE[0]._replace(lr=0.3)], SALT, use_triton)
-    rounded = [ONE[0]._replace(lr=torch.tensor(0.3))]
-    assert of_kernel(rounded, SALT, use_triton) != of_kernel(as_tensor, SALT, use_triton)

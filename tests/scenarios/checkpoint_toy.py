@@ -16,7 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
@@ -25,9 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
-from tests.distributed.toy import hash_of
 from tests.harness import device_of
+from tests.scenarios.toy import hash_of
 
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
 # FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks.
@@ -197,7 +200,12 @@ class Run:
         return [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    assert got.keys() == expected.keys(), f"{what}: {sorted(got.keys() ^ expected.keys())}"
-    for name, t in expected.items():
-        assert_same_bits(got[name], t, f"{what}: {name}")
+SEED = 3
+
+
+def uninterrupted() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Whole states of one process with Lion after FIRST and after FIRST + MORE steps, and its last groups."""
+    run = Run("single", SEED, None).train(range(FIRST))
+    then = run.whole()
+    run.train(range(FIRST, FIRST + MORE))
+    return then, run.whole(), run.hyper_parameters()

@@ -11,8 +11,21 @@ fewer than 128, a scalar, nothing at all, and a channels-last kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from lion_dist import Lion
+from lion_dist.update import reference
+
+FP32 = (torch.float32,)
+BF16 = (torch.bfloat16,)
+MIXED = (torch.float32, torch.bfloat16, torch.float16)
+MAX_NORM = 5.0
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (100, 71),  # used twice, as tied weights are
@@ -82,3 +95,47 @@ def coefficient(name: str, p: Tensor, step: int, rank: int, world_size: int) -> 
 
 def hash_of(name: str) -> int:
     return sum((i + 1) * ord(c) for i, c in enumerate(name))
+
+
+def wrapped(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+
+
+def warm_up(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 7))
+
+
+def train(model: Toy, ddp: nn.Module, optimizer: Any, scheduler: Any, steps: range, clip: bool = False) -> list[Tensor]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    norms = []
+    for step in steps:
+        ddp(step, rank, world_size).backward()
+        if clip:
+            norms.append(optimizer.clip_grad_norm_(MAX_NORM))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def expect(
+    model: Toy, optimizer: Lion, scheduler: Any, steps: range, world_size: int, clip: bool = False
+) -> list[Tensor]:
+    """The same training on one process: Lion over the averaged gradient, clipped by the reference's coefficient."""
+    norms = []
+    for step in steps:
+        for name in SHAPES:
+            getattr(model, name).grad = model.average_gradient(name, step, world_size)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if clip:
+            total = torch.stack([reference.sum_of_squares(g) for g in grads]).sum()
+            norm, coefficient = reference.clip_coefficient(total, MAX_NORM)
+            norms.append(norm)
+            for g in grads:
+                assert g.dtype == torch.float32  # in 16 bits the product would be rounded once more
+                g.mul_(coefficient)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return norms

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from lion_dist import Lion
 from lion_dist.update import dispatch
-from tests.bits import assert_same_bits
-from tests.distributed.fsdp_toy import FsdpToy, Twin, assert_same_as, groups_of
+from tests.asserts import assert_same_as, assert_same_bits
+from tests.scenarios.fsdp_toy import FsdpToy, Twin, groups_of
 
 FULL = StateDictOptions(full_state_dict=True)
 

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lion_dist import Lion
-from tests.bits import assert_same_bits
-from tests.distributed.toy import coefficient
+from tests.scenarios.toy import coefficient
 
 UNITS: dict[str, dict[str, tuple[int, ...]]] = {
     "first": {"weight": (13, 7), "gain": (13,), "frozen": (5, 9), "bias": (3,)},
@@ -139,19 +137,3 @@ class Twin:
             grads = [g for g in found if g is not None]
             p.grad = sum(grads[1:], grads[0]) * scale if grads else None
         self.optimizer.step()
-
-
-def full_states(model: nn.Module, optimizer: Lion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(parameters, momenta) whole, on every rank, by plain name: what torch's state dicts make of them."""
-    options = StateDictOptions(full_state_dict=True)
-    momenta = get_optimizer_state_dict(model, optimizer, options=options)["state"]
-    return get_model_state_dict(model, options=options), {name: entry["exp_avg"] for name, entry in momenta.items()}
-
-
-def assert_same_as(twin: Twin, model: nn.Module, optimizer: Lion, what: str) -> None:
-    weights, momenta = full_states(model, optimizer)
-    assert set(momenta) == {name for name, p in twin.model.named_parameters() if p.requires_grad}, what
-    for name, p in twin.model.named_parameters():
-        assert_same_bits(weights[name], p.detach(), f"{what}: {name}")
-        if p.requires_grad:
-            assert_same_bits(momenta[name], twin.optimizer.state[p]["exp_avg"], f"{what}: momentum of {name}")

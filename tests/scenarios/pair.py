@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 from lion_dist import Lion, ShardedLion
-from tests.bits import assert_same_bits
-from tests.distributed.test_sharded_lion import assert_same_momentum
-from tests.distributed.test_stage2 import TINY
-from tests.distributed.toy import coefficient
+from lion_dist.update import reference
+from tests.asserts import assert_same_bits, assert_same_momentum
 from tests.harness import device_of
+from tests.scenarios.passes import TINY
+from tests.scenarios.toy import coefficient
 
 # Heads and tails, tails alone, and a small sentinel.
 SIZES: tuple[tuple[int, ...], ...] = ((40, 33), (300,), (24, 48), (129,), (3,))
@@ -140,6 +141,77 @@ def fail_in_backward(pair: Pair, step: int, error: type[Exception]) -> None:
     loss.backward()
 
 
-def assert_unmoved(pair: Pair, weights: list[Tensor]) -> None:
-    for p, w in zip(pair.params, weights, strict=True):
-        assert_same_bits(p, w, "not stepped")
+ALL = list(range(len(SIZES)))
+
+
+def model_of(pair: Pair) -> nn.Module:
+    """What has a zero_grad() of its own."""
+    return nn.ParameterList(pair.params)
+
+
+def left(pair: Pair) -> list[int]:
+    """The parameters that have a gradient in p.grad."""
+    return [i for i, p in enumerate(pair.params) if p.grad is not None]
+
+
+def add_group(pair: Pair, shape: tuple[int, ...], requires_grad: bool = True) -> None:
+    """One more parameter, in a group of its own."""
+    pair.add(shape, requires_grad)
+    for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):
+        optimizer.add_param_group({"params": [params[-1]]})
+
+
+def backward_expect(pair: Pair, step: int, of: Sequence[int] | None = None) -> None:
+    pair.backward(step, of)
+    pair.expect(step, of)
+
+
+def expect_uses(pair: Pair, step: int, uses: Sequence[Sequence[int]]) -> None:
+    """Adds to the copies' gradients the averages of a backward in which rank r uses the parameters ``uses[r]``."""
+    for i, p in enumerate(pair.copies):
+        terms = [gradient(i, p, step, r, pair.world_size) * use.count(i) for r, use in enumerate(uses) if i in use]
+        if terms:
+            g = torch.stack(terms).sum(0) / pair.world_size
+            p.grad = g if p.grad is None else p.grad + g
+
+
+# Each a period: for each pass, the parameters that it reaches on each of three ranks.
+FULL = [ALL, ALL, ALL]
+
+
+def make_period(pair: Pair, step: int, period: Sequence[Sequence[Sequence[int]]]) -> None:
+    """The backward passes of a period, and what Lion is to step by."""
+    for number, uses in enumerate(period):
+        if uses[pair.rank]:
+            pair.backward(10 * step + number, uses[pair.rank])
+        expect_uses(pair, 10 * step + number, uses)
+
+
+def clip_both(pair: Pair, max_norm: float) -> None:
+    grads = [p.grad for p in pair.copies if p.grad is not None]
+    zero = torch.zeros((), dtype=torch.float64, device=pair.device)
+    total = torch.stack([zero, *map(reference.sum_of_squares, grads)]).sum()
+    norm, scale = reference.clip_coefficient(total, max_norm)
+    assert_same_bits(pair.sharded.clip_grad_norm_(max_norm), norm, "norm")
+    for g in grads:
+        g.mul_(scale)
+
+
+def run_bodies(
+    rank: int, world_size: int, bodies: Sequence[Callable[[int, int], object]], dtype: torch.dtype = torch.float32
+) -> None:
+    """Runs several tests on ranks that are started once, with pairs of this dtype."""
+    Pair.dtype = dtype  # of this process
+    for body in bodies:
+        try:
+            body(rank, world_size)
+        except Exception as error:
+            raise AssertionError(body.__name__) from error
+
+
+# For tests that run in float32 on two or three ranks elsewhere.
+other_ranks_and_dtypes = pytest.mark.parametrize(
+    ("world_size", "dtype"),
+    [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.bfloat16), (4, torch.float32)],
+    ids=["2-bf16", "3-bf16", "4-bf16", "4-fp32"],
+)

@@ -1,0 +1,127 @@
+"""What benchmarks.step measures of ours alone: further models, and the sweep of block sizes and warps."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_dist import Lion
+from lion_dist.update import reference, triton_step
+from lion_dist.update.segments import TILE
+
+from .measure import DEVICE, Step, copy_bandwidth, device_ms, freed
+from .peer_steps import BETAS, DECAY, LR
+from .step_model import MODES, Model, Reading, Shape, llama_shapes, make_ours, measure
+
+
+@dataclass
+class Extra:
+    name: str
+    step_bytes: int
+    reading: Reading
+    note: str = ""
+
+
+def small_tensors(dtype: torch.dtype) -> Model:
+    """1000 tensors of 1 to 4096 elements; they fit the L2 cache, so the floor does not bind them."""
+    chooser = random.Random(0)
+    return Model.random([Shape((chooser.randint(1, 4096),), i % 2 == 0) for i in range(1000)], dtype)
+
+
+def unaligned_tensors(dtype: torch.dtype) -> Model:
+    """Parameters and gradients one element into their buffers, as FSDP1 may hand them out; momenta are aligned."""
+    shapes = [s for s in llama_shapes() if s.decays][:29]
+
+    def views() -> list[Tensor]:
+        buffers = [torch.zeros(1 + s.size[0] * s.size[1], dtype=dtype, device=DEVICE).normal_() for s in shapes]
+        return [b[1:].view(s.size).detach() for b, s in zip(buffers, shapes, strict=True)]
+
+    return Model([p.requires_grad_() for p in views()], [views(), views()], [True] * len(shapes))
+
+
+def past_int32(extra: int = 128) -> Model:
+    shapes = [Shape(((1 << 31) + extra,), True)]
+    return Model.random(shapes, torch.bfloat16)
+
+
+def check_slices(model: Model, step: Step, optimizer: Lion) -> str:
+    """Steps the one parameter once and compares slices at both ends and around element 2**31 with the rule."""
+    (p,), length, border = model.params, 4096, 1 << 31
+    starts = [0, border // 2, border - length // 2, p.numel() - length]
+    slices = [slice(start, min(start + length, p.numel())) for start in starts]
+    m = optimizer.state[p]["exp_avg"]
+    g = p.grad
+    assert g is not None
+    row = torch.tensor([LR, DECAY, *BETAS, 1.0], dtype=torch.float64, device=DEVICE)
+    before = [(p.detach()[s].clone(), g[s].clone(), m[s].clone()) for s in slices]
+    step()
+    for s, tensors in zip(slices, before, strict=True):
+        expected = reference.lion_rule(*tensors, reference.scalars(row))
+        for got, want in zip((p.detach()[s], m[s]), expected, strict=True):
+            if not torch.equal(got.view(torch.int16), want.view(torch.int16)):
+                raise AssertionError(f"elements {s.start} to {s.stop} differ from the reference")
+    return f"{len(slices)} slices of {length} have the reference's bits"
+
+
+def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
+    extras: list[Extra] = []
+
+    def add(name: str, build: Callable[[], Model], check: Callable[..., str] | None = None) -> None:
+        with freed():
+            model = build()
+            optimizer = Lion(model.groups(), lr=LR, betas=BETAS)
+            optimizer.step()
+            note = check(model, optimizer.step, optimizer) if check is not None else ""
+            extras.append(Extra(name, model.step_bytes, measure(optimizer.step, model, None, repeats, cycles), note))
+            del model, optimizer
+
+    for mode, dtype in MODES.items():
+        add(f"1000 tensors of 1 to 4096, {mode}", lambda dtype=dtype: small_tensors(dtype))  # type: ignore[misc]
+        add(f"p and g at odd offsets, {mode}", lambda dtype=dtype: unaligned_tensors(dtype))  # type: ignore[misc]
+    if large:
+        free = torch.cuda.mem_get_info()[0]
+        if free < 24 << 30:
+            print(f"  2^31 + 128 elements: skipped, {free >> 30} GiB free, 24 needed", flush=True)
+        else:
+            add("one tensor of 2^31 + 128, bf16", past_int32, check_slices)
+    return extras
+
+
+# The sweep.
+
+
+def sweep(repeats: int, cycles: float) -> dict[str, Any]:
+    """Device time of ours for every block size and number of warps. Three passes, so that drift is seen."""
+    configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
+    raw: dict[str, Any] = {}
+    with freed():
+        bandwidth = copy_bandwidth(repeats)
+    for mode, dtype in MODES.items():
+        with freed():
+            model = Model.random(llama_shapes(), dtype)
+            floor = model.step_bytes / statistics.median(bandwidth) * 1e3
+            step = make_ours(model.groups())
+            times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
+            shipped = triton_step.LAUNCH[dtype.itemsize]
+            try:
+                for config in configs * 3:
+                    triton_step.LAUNCH[dtype.itemsize] = config
+                    step()  # compiles at its first turn
+                    (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
+                    times[config] += readings
+            finally:
+                triton_step.LAUNCH[dtype.itemsize] = shipped
+            del model, step
+        raw[mode] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
+        print(f"\n{mode}, ms a step (fraction of the floor, {floor:.2f} ms); shipped: {shipped[0]}, {shipped[1]} warps")
+        print("\n| BLOCK | 2 warps | 4 warps | 8 warps |\n|---|---|---|---|")
+        for block in dict.fromkeys(block for block, _ in configs):
+            medians = [statistics.median(times[block, warps]) for warps in (2, 4, 8)]
+            print(f"| {block} | " + " | ".join(f"{ms:.3f} ({floor / ms:.3f})" for ms in medians) + " |")
+    return raw

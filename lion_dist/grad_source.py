@@ -1,0 +1,253 @@
+"""Where the gradients of a step come from: one class for each stage.
+
+`LocalGrads` reads ``p.grad``, which something else has averaged over the ranks. `ReducedGrads` averages gradients
+itself, each part on the rank that owns it. `ShardedLion` makes one of them and never asks which it is.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .clipping import same_gradients
+from .frozen import takes_part
+from .sharding.averaged import AveragedGradients
+from .sharding.collectives import Membership
+from .sharding.grad_reducer import GradReducer
+from .sharding.layout import Run
+from .sharding.shard import Shard
+from .update.segments import StepTensors
+
+
+def check_stage(stage: int, bucket_mb: float) -> None:
+    """Raises ValueError for arguments that no `GradSource` can be made from."""
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+    if not 0 < bucket_mb < math.inf:
+        raise ValueError(f"bucket_mb must be > 0 and finite, got {bucket_mb!r}")
+
+
+class GradSource(Protocol):
+    """The gradients of sharded parameters. Shards are counted as in the last `set_shards`.
+
+    A step calls `reduce`, then `of` for every shard, then `ready` for each shard before it is stepped, then `finish`.
+
+    Attributes:
+        takes_loss_scale: whether torch's GradScaler shall leave its scale on the optimizer, for `refuse_scaler`.
+    """
+
+    takes_loss_scale: bool
+
+    def set_shards(self, shards: Sequence[Shard]) -> None:
+        """Takes other shards; a collective call."""
+
+    def start_of(self, run: Run) -> int:
+        """Where the gradient of a run that this rank owns begins in the tensor that `of` gives for its parameter."""
+
+    def settle(self) -> None:
+        """Completes on every rank what a backward has begun, so that other collectives may follow; a collective call."""
+
+    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
+        """Starts bringing every gradient to the rank that owns it; a collective call.
+
+        Args:
+            frozen: parameters that are not sharded because they were frozen.
+            adopt: shards the ones with these indices; called, on every rank, for those that take part by now.
+        """
+
+    def of(self, shard: int) -> list[Tensor | None]:
+        """One tensor for each parameter of a shard: its gradient, or a flat buffer that holds it."""
+
+    def ready(self, shard: int) -> Tensor | None:
+        """Makes the current stream wait for the gradients of a shard.
+
+        Returns:
+            uint8, at least one element a parameter: 0 where no rank has a gradient. None: `of` says the same.
+        """
+
+    def finish(self) -> None:
+        """Makes the current stream wait for all that is under way."""
+
+    def check(self, tensors: Sequence[StepTensors]) -> None:
+        """Raises ValueError, on every rank, where the gradients in ``tensors`` cannot be stepped with."""
+
+    def fingerprint(self) -> int:
+        """32 bits that are the same on every rank if the gradients that `of` last gave are of the same parameters."""
+
+    def none_active(self) -> bool:
+        """Whether no rank had a gradient of any sharded parameter in the last step."""
+
+    def snapshot(self) -> Callable[[], bool]:
+        """Returns a function that says whether this rank's gradients are still what they are now."""
+
+    def hold(self, clipped: bool) -> None:
+        """Says whether the gradients have been clipped and not been stepped with yet."""
+
+    def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Context manager around the zeroing of ``p.grad``."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context manager in which gradients accumulate without being reduced."""
+
+    def refuse_scaler(self, optimizer: Any) -> None:
+        """Raises RuntimeError where GradScaler has called step() and its scale would be ignored."""
+
+
+def make_grad_source(stage: int, membership: Membership, bucket_bytes: int) -> GradSource:
+    """The source of gradients of a stage of ZeRO."""
+    return LocalGrads(membership) if stage == 1 else ReducedGrads(membership, bucket_bytes)
+
+
+class LocalGrads:
+    """Stage 1: ``p.grad`` as DistributedDataParallel leaves it, averaged, and None on all ranks or on none."""
+
+    takes_loss_scale = False
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._several = dist.get_world_size(membership.group) > 1
+        # Nothing else would notice that nobody averages the gradients.
+        self._averaged = AveragedGradients(membership.group)
+        self._shards: list[Shard] = []
+        self._present: list[bytes] = []  # for each shard, 1 where a parameter had a gradient when `of` was called
+
+    def set_shards(self, shards: Sequence[Shard]) -> None:
+        self._shards = list(shards)
+        self._present = [b""] * len(shards)
+        self._averaged.again()
+
+    def start_of(self, run: Run) -> int:
+        return run.start
+
+    def settle(self) -> None:
+        pass
+
+    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
+        unfrozen = [i for i, p in enumerate(frozen) if takes_part(p)]
+        if unfrozen:
+            adopt(unfrozen)
+
+    def of(self, shard: int) -> list[Tensor | None]:
+        grads = [p.grad for p in self._shards[shard].params]
+        self._present[shard] = bytes(g is not None for g in grads)
+        return grads
+
+    def ready(self, shard: int) -> None:
+        return None
+
+    def finish(self) -> None:
+        pass
+
+    def check(self, tensors: Sequence[StepTensors]) -> None:
+        if not (self._several and self._averaged.left):
+            return
+        params = [p for own in tensors for p in own.params]
+        grads = [g for own in tensors for g in own.grads]
+        with self._membership.collective():
+            self._averaged.check(params, grads, [n for shard in self._shards for n in shard.numbers])
+
+    def fingerprint(self) -> int:
+        return zlib.crc32(b"".join(self._present))
+
+    def none_active(self) -> bool:
+        return not any(1 in present for present in self._present)
+
+    def snapshot(self) -> Callable[[], bool]:
+        shards = self._shards  # another list once there are other parameters
+        same = same_gradients([p for shard in shards for p in shard.params])
+        return lambda: self._shards is shards and same()
+
+    def hold(self, clipped: bool) -> None:
+        pass
+
+    def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        raise RuntimeError(
+            "no_sync() of ShardedLion is for stage=2. With stage=1 use the no_sync() of DistributedDataParallel, which "
+            "reduces the gradients"
+        )
+
+    def refuse_scaler(self, optimizer: Any) -> None:
+        pass  # GradScaler unscales p.grad itself
+
+
+class ReducedGrads:
+    """Stage 2: gradients that a `GradReducer` averages as they arrive in the backward, each on its owner."""
+
+    takes_loss_scale = True
+
+    def __init__(self, membership: Membership, bucket_bytes: int) -> None:
+        self._membership = membership
+        self._reducer = GradReducer(membership, bucket_bytes)
+        self._shards: list[Shard] = []
+
+    def set_shards(self, shards: Sequence[Shard]) -> None:
+        self._reducer.set_shards(shards)
+        self._shards = list(shards)
+
+    def start_of(self, run: Run) -> int:
+        return run.offset
+
+    def settle(self) -> None:
+        self._reducer.settle()
+
+    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
+        if self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
+            # A pass may have reached a parameter on some ranks only, and it may be frozen again.
+            anywhere = self._membership.any_rank(*map(takes_part, frozen))
+            adopt([i for i, on_any in enumerate(anywhere) if on_any])
+            self._reducer.reduce()
+
+    def of(self, shard: int) -> list[Tensor | None]:
+        return [self._reducer.grads[shard]] * len(self._shards[shard].params)
+
+    def ready(self, shard: int) -> Tensor | None:
+        self._reducer.finish(shard)
+        return self._reducer.active(shard)
+
+    def finish(self) -> None:
+        self._reducer.finish()
+
+    def check(self, tensors: Sequence[StepTensors]) -> None:
+        pass
+
+    def fingerprint(self) -> int:
+        return 0  # the ranks have exchanged which parameters have gradients
+
+    def none_active(self) -> bool:
+        return self._reducer.none_active()
+
+    def snapshot(self) -> Callable[[], bool]:
+        reducer, generation = self._reducer, self._reducer.generation
+        return lambda: not reducer.has_local() and reducer.generation == generation
+
+    def hold(self, clipped: bool) -> None:
+        # Gradients that arrive after clipping stay in p.grad: ranks that their pass misses could not know of a
+        # collective, and make the step.
+        self._reducer.holds = clipped
+
+    def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
+        # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet.
+        unfrozen = not self._reducer.holds and any(p.requires_grad for p in frozen)
+        if unfrozen and (any(p.grad is not None for p in frozen) or self._reducer.is_open or self._reducer.has_local()):
+            self._reducer.settle()
+        return self._reducer.zeroing(set_to_none)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self._reducer.no_sync()
+
+    def refuse_scaler(self, optimizer: Any) -> None:
+        if "grad_scale" in vars(optimizer):
+            del optimizer.grad_scale, optimizer.found_inf  # GradScaler deletes them after a step() that returns
+            raise RuntimeError(
+                "ShardedLion with stage=2 does not support GradScaler, which checks p.grad: train in bfloat16 without "
+                "it, or use stage=1 with DistributedDataParallel"
+            )

@@ -1,0 +1,165 @@
+"""How parameters come into a ShardedLion: they are checked, made equal on all ranks, and sharded.
+
+Frozen parameters wait in `FrozenParams` and are sharded once they are unfrozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .frozen import is_plain, takes_part
+from .fsdp import refuse_sharded
+from .param_groups import Group, check_params, describe_groups, state_columns
+from .sharding.collectives import Agreement
+from .sharding.replicas import broadcast, comparable, refuse_permuted
+from .sharding.shard import Shard, check_shardable, make_shards
+from .update.segments import check_no_shared_memory
+from .update.state import StateColumn
+
+
+def own_rank(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, int]:
+    """The process group that an argument means, None being the default group, and this rank's number in it.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "ShardedLion needs an initialised process group: call torch.distributed.init_process_group() first "
+            "(under torchrun), or use lion_dist.Lion on one process"
+        )
+    group = dist.group.WORLD if process_group is None else process_group
+    assert group is not None  # the default group exists once initialised
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this rank is not in process_group; make the optimizer on the group's ranks only")
+    return group, rank
+
+
+def check_new(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Raises ValueError or TypeError for parameters that cannot be sharded together with others.
+
+    Frozen parameters may be anything, and are checked once they take part.
+    """
+    refuse_sharded(params)
+    check_params(params, others)
+    check_shardable(params, others, group)
+    check_no_shared_memory([p for p in (*others, *params) if takes_part(p)])
+
+
+def describe_new(groups: Sequence[Group], first: int, group: dist.ProcessGroup) -> list[str]:
+    """What must be the same on all ranks about the parameter groups from number ``first`` on.
+
+    That includes which frozen parameters are broadcast and compared, since a rank that leaves one out makes other
+    collectives than the rest.
+    """
+    params = [p for of in groups[first:] for p in of["params"]]
+    reached = set(comparable(params, group))
+    frozen = [
+        f"frozen parameter {i} of the new ones is "
+        + ("broadcast" if i in reached else "not broadcast, since it is on another device than the trainable ones")
+        for i, p in enumerate(params)
+        if not takes_part(p) and is_plain(p)
+    ]
+    return [*describe_groups(groups, first), *frozen]
+
+
+def make_equal(params: Sequence[Tensor], named: bool, group: dist.ProcessGroup) -> set[int]:
+    """Gives every rank the parameters of the group's first rank; a collective call.
+
+    Args:
+        named: whether the ranks have compared the names of the parameters. Their order is judged by values otherwise.
+
+    Returns:
+        Indices of the parameters that were sent. The others are frozen ones whose bytes cannot be sent.
+
+    Raises:
+        ValueError: on every rank, where a rank has the parameters in another order; nothing was changed.
+    """
+    if not named:
+        refuse_permuted(params, group)
+    return set(broadcast(params, group))
+
+
+def new_shards(
+    params: Sequence[Tensor],
+    groups: Sequence[Group],
+    columns: Mapping[int, tuple[StateColumn, ...]],
+    group: dist.ProcessGroup,
+) -> list[Shard]:
+    """Shards of parameters, whose state is zeros.
+
+    Args:
+        groups: the optimizer's parameter groups, which say what state their parameters have.
+        columns: the state, by ``id`` of the parameter, where it is not what the group says.
+        group: the ranks to shard over.
+    """
+    group_of = {id(p): of for of in groups for p in of["params"]}
+    of_params = [columns.get(id(p)) or state_columns(p, group_of[id(p)]) for p in params]
+    return make_shards(params, of_params, dist.get_world_size(group))
+
+
+class FrozenParams:
+    """The parameters that are not sharded, because they were frozen when the optimizer was given them.
+
+    Attributes:
+        params: in the order in which they were given.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.params: list[Tensor] = []
+        self._group = group
+        self._given: list[Tensor] = []  # those that have been sharded since too
+        self._unequal: set[int] = set()  # ids of those that could not be broadcast when they were given
+
+    def add(self, params: Sequence[Tensor], equal: set[int]) -> None:
+        """Takes new parameters; trainable ones are left out.
+
+        Args:
+            equal: indices of the parameters that are equal on all ranks.
+        """
+        frozen = [p for p in params if not p.requires_grad]
+        self._given += frozen
+        self.params += frozen
+        self._unequal |= {id(p) for i, p in enumerate(params) if i not in equal}
+
+    def leave_out(self, shards: Sequence[Shard]) -> None:
+        """Takes note of the parameters that are sharded now. All others are not."""
+        sharded = {id(p) for shard in shards for p in shard.params}
+        self.params = [p for p in self._given if id(p) not in sharded]
+
+    def unfrozen(self) -> list[int]:
+        """Indices of the parameters that take part by now."""
+        return [i for i, p in enumerate(self.params) if takes_part(p)]
+
+    def prepare(self, indices: Sequence[int], others: Sequence[Tensor], call: str) -> list[Tensor]:
+        """Compares unfrozen parameters over the ranks and makes them equal, so that they can be sharded; a collective
+        call.
+
+        Args:
+            indices: the unfrozen parameters.
+            others: all parameters that are sharded already.
+            call: the collective call, for error messages.
+
+        Returns:
+            The unfrozen parameters.
+
+        Raises:
+            ValueError, TypeError: on every rank, where the ranks unfroze different parameters or one cannot be sharded.
+        """
+        new = [self.params[i] for i in indices]
+        with Agreement(self._group, call) as agreement:
+            check_new(new, others, self._group)
+            agreement.says(
+                [
+                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}, "
+                    f"requires_grad={p.requires_grad}"
+                    for i, p in zip(indices, new, strict=True)
+                ]
+            )
+        broadcast([p for p in new if id(p) in self._unequal], self._group)
+        return new

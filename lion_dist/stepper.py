@@ -1,0 +1,226 @@
+"""The step of a ShardedLion: gradients from a `GradSource`, through the update, to every rank by a `ParamSync`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .clipping import Clipping
+from .grad_source import GradSource
+from .intake import FrozenParams
+from .mismatch import mismatch, refusal
+from .param_groups import Group, warn
+from .param_sync import ParamSync, Part, Step
+from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_first
+from .sharding.replicas import DeferredCheck
+from .sharding.shard import Shard
+from .update.dispatch import LionUpdate
+from .update.reference import HyperParameters, clip_coefficient
+from .update.segments import Segment, StepTensors
+
+# Shards frozen parameters, given by their indices, that take part by now; a collective call.
+Adopt = Callable[[list[int]], None]
+
+
+class Stepper:
+    """Steps the shards of a ShardedLion and clips their gradients. All methods but `check_groups` are collective.
+
+    Args:
+        membership: the ranks.
+        grads: the source of gradients.
+        sync: brings the outcome of a step to every rank.
+        deferred: the comparisons of steps that ``sync`` makes.
+        frozen: the parameters that are not sharded yet.
+        use_triton: as for `ShardedLion`.
+
+    Attributes:
+        shards: the shards that are stepped.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        grads: GradSource,
+        sync: ParamSync,
+        deferred: DeferredCheck,
+        frozen: FrozenParams,
+        use_triton: bool | None,
+    ) -> None:
+        self._membership, self._grads, self._sync, self._deferred = membership, grads, sync, deferred
+        self._frozen = frozen
+        self._use_triton = use_triton
+        self._rank = dist.get_rank(membership.group)
+        self.shards: list[Shard] = []
+        self._parts: list[Part] = []
+        self._clipping: Clipping | None = None
+        self._warned_of_no_gradient = False
+        self._ids: list[list[int]] = []  # of the parameters of each group, when _groups was made
+        self._groups: list[list[int]] = []
+
+    def set_shards(self, shards: list[Shard]) -> None:
+        """Takes other shards. What is kept between steps for shards that stay is not lost."""
+        self._grads.set_shards(shards)
+        kept = {id(part.shard): part for part in self._parts}
+        self.shards, self._parts = shards, [kept.get(id(shard)) or self._part(shard) for shard in shards]
+        self._sync.set_parts(self._parts)
+        self._ids = []
+
+    def _part(self, shard: Shard) -> Part:
+        segments = [
+            Segment(run.param, run.start, self._grads.start_of(run), run.offset, run.length)
+            for run in shard.layout.slices(self._rank)
+        ]
+        return Part(shard, segments, LionUpdate(self._use_triton))
+
+    def check_groups(self, groups: Sequence[Group]) -> list[list[int]]:
+        """Finds the parameter group of each parameter, for each shard.
+
+        Raises:
+            ValueError: the groups hold other parameters than those that the optimizer was given.
+        """
+        ids = [list(map(id, group["params"])) for group in groups]
+        if ids != self._ids:
+            group_of = {i: number for number, of_group in enumerate(ids) for i in of_group}
+            given = {id(p) for shard in self.shards for p in shard.params} | set(map(id, self._frozen.params))
+            if group_of.keys() != given:
+                raise ValueError(
+                    "parameters were added to or removed from param_groups: use add_param_group() on every rank, or "
+                    "make a new ShardedLion"
+                )
+            self._groups = [[group_of[id(p)] for p in shard.params] for shard in self.shards]
+            self._ids = ids
+        return self._groups
+
+    def _tensors(self, groups: Sequence[Group]) -> list[StepTensors]:
+        """The tensors of each part; ``active`` is set once the gradients are ready."""
+        tensors = []
+        for i, (part, of_params) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
+            shard = part.shard
+            shard.refresh()
+            params = shard.params
+            state = {name: [buffer] * len(params) for name, buffer in shard.buffers.items()}
+            grads = self._grads.of(i)
+            tensors.append(StepTensors(params, grads, state, of_params, part.segments, None, shard.numbers))
+        return tensors
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def step(self, hypers: list[HyperParameters], groups: Sequence[Group], adopt: Adopt) -> None:
+        """Steps every shard; see `ShardedLion.step`.
+
+        Args:
+            hypers: one for each parameter group.
+            groups: the parameter groups.
+            adopt: called for parameters that were unfrozen.
+        """
+        self._membership.check()
+        clipping = self._clipping
+        if clipping is None:
+            self._grads.reduce(self._frozen.params, adopt)
+        elif self._changed_since(clipping):
+            self._sync.refuse(refusal)
+            raise ValueError(
+                "the gradients have changed since clip_grad_norm_() was called: call it just before step(), or "
+                "zero_grad() if they are new and not to be clipped"
+            )
+        tensors = self._tensors(groups)
+        scale = None if clipping is None else clipping.scale
+        step = Step(hypers, scale, 1 << 62 | self._grads.fingerprint(), mismatch(hypers, clipping))
+        try:
+            for part, own in zip(self._parts, tensors, strict=True):
+                part.update.prepare(own)  # raises for bad gradients before anything is changed
+            if clipping is None:  # otherwise clip() has checked them
+                self._grads.check(tensors)
+            self._sync.agree(step)
+        except Exception:
+            for part in self._parts:
+                part.update.forget_gradients()
+            raise
+        # The last part first, since its gradients are the first to arrive. A part is stepped while the gradients of the
+        # next are under way, and its outcome travels while the next is stepped.
+        under_way = []
+        for i in reversed(range(len(tensors))):
+            tensors[i].active = self._grads.ready(i)
+            under_way.append(self._sync.start(i, tensors[i], step))
+        self._grads.finish()
+        for finish in under_way:
+            finish()
+        self._deferred.check()  # it may raise, so not before everything has ended
+        self.set_clipping(None)
+        self._warn_of_no_gradient()
+
+    def _warn_of_no_gradient(self) -> None:
+        if self._warned_of_no_gradient or not self._parts or not self._grads.none_active():
+            return
+        self._warned_of_no_gradient = True
+        warn(
+            "step() changed nothing, because no rank had a gradient of any parameter of this ShardedLion. If a "
+            "backward preceded it, the model's parameters are no longer those that the optimizer was made with "
+            "(load_state_dict(assign=True), resized embeddings and FSDP replace them): make the optimizer after that. "
+            "Further steps of this kind are not reported"
+        )
+
+    # Clipping -----------------------------------------------------------------------------------
+
+    def clip(
+        self, max_norm: float, process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group], adopt: Adopt
+    ) -> Tensor:
+        """Clips all gradients together; see `ShardedLion.clip_grad_norm_`, and `step` for the other arguments."""
+        self._membership.check()
+        before = self._clipping
+        if before is not None and any(self._membership.any_rank(self._changed_since(before))):
+            before = None
+        if before is None:
+            self._grads.reduce(self._frozen.params, adopt)
+        tensors = self._tensors(groups)
+        sums = self._sums_of_squares(tensors)
+        if before is None:
+            self._grads.check(tensors)
+            norm, scale = clip_coefficient(self._total(sums, process_groups, groups), max_norm)
+        else:  # what counts is the gradient as it would be stepped
+            total = self._total(sums, process_groups, groups) * before.scale.double().square()
+            norm, coefficient = clip_coefficient(total, max_norm)
+            scale = before.scale * coefficient
+        self.set_clipping(Clipping(max_norm, scale, self._grads.snapshot()))
+        return norm
+
+    def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> list[Tensor]:
+        """The sums over this rank's part of the gradients, of each shard of which it has any: float64, shape ()."""
+        sums = []
+        for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
+            own.active = self._grads.ready(i)
+            total = part.update.sum_of_squares(own)
+            if total is not None:
+                sums.append(total)
+        self._grads.finish()
+        return sums
+
+    def _total(
+        self, sums: Sequence[Tensor], process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group]
+    ) -> Tensor:
+        """The sum over all ranks, of these process groups too."""
+        if sums:
+            total = torch.stack(list(sums)).sum()
+        else:
+            device = next((p.device for group in groups for p in group["params"]), "cpu")
+            total = torch.zeros((), dtype=torch.float64, device=device)
+        own = self._membership.group
+        with self._membership.collective():
+            for group in (own, *process_groups) if self._parts else process_groups:
+                all_reduce_sum(total, group)
+            if process_groups and self._parts:
+                # Other groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
+                broadcast_from_first([total], own)
+        return total
+
+    def set_clipping(self, clipping: Clipping | None) -> None:
+        """Takes clipping, on every rank, or drops it."""
+        self._clipping = clipping
+        self._grads.hold(clipping is not None)
+
+    def _changed_since(self, clipping: Clipping) -> bool:
+        """Whether this rank has other gradients than those that were clipped."""
+        return not clipping.fits() or bool(self._frozen.unfrozen())

@@ -1,0 +1,362 @@
+"""The private names of torch that the library uses: each of them works, and no file but _torch_compat*.py names one."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import lion_dist
+from lion_dist import _torch_compat as compat
+from lion_dist import _torch_compat_distributed as compat_distributed
+
+PACKAGE = Path(lion_dist.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMPAT = [Path(compat.__file__), Path(compat_distributed.__file__)]
+# Private by their look alone: Python documents the first three; CPython has the fourth.
+PYTHONS_OWN = {"_replace", "_asdict", "_make", "_getframe"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def names_defined(tree: ast.AST) -> set[str]:
+    """Names that a file gives to functions, classes, variables and attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def names_of_torch(tree: ast.AST, own: set[str]) -> set[str]:
+    """Private names that a file uses of others.
+
+    Args:
+        own: private names that the library defines itself.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = ast.unparse(node).split(".")[0]
+            if root in ("torch", "dist", "c10d", "nn", "Tensor", "Optimizer") or node.attr not in own:
+                found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            if all(part.isidentifier() for part in parts):
+                found |= {part for part in parts if is_private(part) and part not in own}
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".") if is_private(part)}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            module = (node.module or "").split(".")
+            found |= {part for part in [*module, *(alias.name for alias in node.names)] if is_private(part)}
+    return found
+
+
+OWN = set().union(*(names_defined(parse(path)) for path in FILES if path not in COMPAT)) | PYTHONS_OWN
+# DeepSpeed's, which lion_dist/deepspeed.py checks for when `register` is called.
+OWN |= {"_configure_basic_optimizer", "_configure_fp16_optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("torch._foreach_add_(a, b)", {"_foreach_add_"}),
+        ("torch._C._current_graph_task_id()", {"_C", "_current_graph_task_id"}),
+        ("p.grad._version", {"_version"}),
+        ("getattr(p, '_spec', None)", {"_spec"}),
+        ("sys.modules['torch._dynamo.config']", {"_dynamo"}),
+        ("from torch._compile import _disable_dynamo", {"_compile", "_disable_dynamo"}),
+        ("def f():\n    import torch.distributed.tensor._utils", {"_utils"}),
+        ("dist._ours", {"_ours"}),
+        ("self._ours = other._ours", set()),
+        ("from ._torch_compat import version_of", set()),
+        ("point._replace(x=1)", set()),
+    ],
+)
+def test_the_reader_of_private_names_sees(source: str, expected: set[str]) -> None:
+    assert names_of_torch(ast.parse(source), PYTHONS_OWN | {"_ours"}) == expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path not in COMPAT],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_no_other_file_names_a_private_name_of_torch(path: Path) -> None:
+    assert names_of_torch(parse(path), OWN) == set()
+
+
+def test_no_other_file_has_a_name_that_torch_has_too() -> None:
+    """An attribute that both torch and we define would pass the test above: only `self` may have one."""
+    torchs = set().union(*(names_of_torch(parse(path), PYTHONS_OWN) for path in COMPAT))
+    for path in FILES:
+        if path in COMPAT:
+            continue
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Attribute) and node.attr in torchs:
+                assert ast.unparse(node.value) in ("self", "cls"), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("module", [compat, compat_distributed], ids=lambda module: module.__name__.split(".")[-1])
+def test_every_name_of_the_file_is_used_and_exported(module: object) -> None:
+    path = Path(module.__file__)  # type: ignore[attr-defined]
+    names: list[str] = module.__all__  # type: ignore[attr-defined]
+    public = {name for name in names_defined(parse(path)) if not name.startswith("_")}
+    top_level = {name for name in vars(module) if name in public}
+    assert top_level <= set(names)
+    elsewhere = {
+        alias.name
+        for other in FILES
+        if other not in COMPAT
+        for node in ast.walk(parse(other))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    inside = {node.id for p in COMPAT for node in ast.walk(parse(p)) if isinstance(node, ast.Name)}
+    assert set(names) <= elsewhere | inside
+
+
+# Each name works --------------------------------------------------------------------------------------
+
+
+def test_dynamo() -> None:
+    def breaks(t: Tensor) -> Tensor:
+        return t if torch.compiler.is_compiling() else t + 1
+
+    compiled = torch.compile(compat.disable_dynamo(breaks), backend="eager")
+    assert compiled(torch.zeros(1)) == 1
+
+    config = torch._dynamo.config
+    before = config.recompile_limit
+    with compat.recompile_limit(before + 1):
+        assert config.recompile_limit == before + 1
+    assert config.recompile_limit == before
+    assert not compat.in_compiled_autograd()
+
+
+def test_compiled_autograd_is_noticed() -> None:
+    seen = []
+    p = torch.ones(2, requires_grad=True)
+    p.register_hook(lambda _: seen.append(compat.in_compiled_autograd()))
+    with torch._dynamo.config.patch(compiled_autograd=True):
+
+        @torch.compile(backend="eager")
+        def backward() -> None:
+            (p * 2).sum().backward()
+
+        backward()
+    p.grad = None
+    (p * 2).sum().backward()
+    assert seen[-1] is False
+    assert True in seen
+
+
+def test_the_autograd_engine() -> None:
+    seen: list[object] = []
+    p = torch.ones(2, requires_grad=True)
+    assert compat.post_accumulate_grad_hooks(p) == []
+
+    def hook(_: Tensor) -> None:
+        seen.append(compat.current_graph_task_id() >= 0)
+        seen.append(compat.current_autograd_node() is not None)
+        compat.queue_backward_callback(lambda: seen.append(("ended", compat.current_autograd_node())))
+
+    p.register_post_accumulate_grad_hook(hook)
+    assert compat.post_accumulate_grad_hooks(p) == [hook]
+    assert compat.current_graph_task_id() == -1
+    assert compat.current_autograd_node() is None
+    (p * 2).sum().backward()
+    assert seen == [True, True, ("ended", None)]
+
+
+def test_tensors() -> None:
+    t = torch.ones(3)
+    assert compat.version_of(t) == 0
+    compat.foreach_add_([t], [t])
+    compat.foreach_div_([t], 4)
+    assert t.tolist() == [0.5] * 3
+    assert compat.version_of(t) == 2
+    compat.foreach_copy_([t], [torch.arange(3.0)])
+    assert t.tolist() == [0, 1, 2]
+    compat.foreach_zero_([t])
+    assert t.tolist() == [0, 0, 0]
+
+
+def test_what_reaches_a_tensor_subclass() -> None:
+    seen = []
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append("amp" if func is compat.amp_unscale_ else "data" if func == compat.data_getter else "other")
+            with compat.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    watched = torch.ones(1).as_subclass(Watched)
+    assert watched.data == 1
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    p = nn.Parameter(torch.ones(1))
+    optimizer = SGD([p])
+    scaler.scale(p.sum()).backward()
+    p.grad = torch.ones(1).as_subclass(Watched)
+    scaler.unscale_(optimizer)
+    assert seen[0] == "data"
+    assert "amp" in seen
+
+
+def test_wrapper_subclass() -> None:
+    class Wrapper(Tensor):
+        seen: ClassVar[list[object]] = []
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            cls.seen.append(func)
+            return torch.zeros(2)
+
+    wrapper = compat.make_wrapper_subclass(Wrapper, (5,), dtype=torch.bfloat16, device="cpu")
+    assert (wrapper.shape, wrapper.dtype) == ((5,), torch.bfloat16)
+    wrapper.to(torch.float32)
+    assert Wrapper.seen == [compat.ATEN_TO_COPY]
+    assert not compat.is_traceable_wrapper_subclass(wrapper)  # it has no __tensor_flatten__
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self) -> str:
+        return "extra"
+
+
+def test_modules() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    module = WithExtraState(2, 2)
+    module.register_buffer("fleeting", torch.zeros(1), persistent=False)
+    module.register_buffer("lasting", torch.zeros(1))
+    assert compat.non_persistent_buffers(module) == {"fleeting"}
+    assert compat.EXTRA_STATE in module.state_dict()
+
+    wrapped = torch.compile(nn.Sequential(checkpoint_wrapper(module)))
+    for name, _ in wrapped.named_parameters():
+        assert next(part for part in name.split(".") if part not in compat.WRAPPER_PREFIXES) == "0"
+        assert compat.WRAPPER_PREFIXES & set(name.split("."))
+        assert compat_distributed.unwrapped_names(wrapped, name) == {f"0.{name.rsplit('.', 1)[-1]}"}
+    assert compat_distributed.unwrapped_names(module, compat.EXTRA_STATE) == {compat.EXTRA_STATE}
+
+
+def test_optimizers() -> None:
+    p = nn.Parameter(torch.ones(1))
+    optimizer = SGD([p], lr=0.5)
+    pre, post = (lambda *_: None), (lambda *_: None)
+    assert not compat.load_state_dict_pre_hooks(optimizer)
+    assert not compat.load_state_dict_post_hooks(optimizer)
+    optimizer.register_load_state_dict_pre_hook(pre)
+    optimizer.register_load_state_dict_post_hook(post)
+    assert list(compat.load_state_dict_pre_hooks(optimizer).values()) == [pre]
+    assert list(compat.load_state_dict_post_hooks(optimizer).values()) == [post]
+
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    assert scheduler.state_dict()[compat.LAST_LR] == [0.5]
+
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    moved = compat.value_like_param(p, torch.ones(1, dtype=torch.float64), 0, groups, "momentum_buffer")
+    assert moved.dtype == torch.float32
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """The process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1,
+                            timeout=timedelta(seconds=67))  # fmt: skip
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_process_groups(group: dist.ProcessGroup) -> None:
+    assert compat_distributed.backend_name(group, torch.device("cpu")) == "gloo"
+    assert "cpu" in {torch.device(d).type for d in compat_distributed.group_devices(group)}
+    assert timedelta(seconds=67) in compat_distributed.backend_timeouts(group)
+    assert compat_distributed.is_known_group(group)
+    store = compat_distributed.process_group_store(group)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+    whole, part = torch.zeros(3), torch.arange(3.0)
+    options = compat_distributed.AllgatherOptions()
+    options.asyncOp = True
+    compat_distributed.all_gather_coalesced(group, [whole], [part], options).wait()
+    assert whole.equal(part)
+    compat_distributed.all_gather_single(whole.zero_(), part, group=group, async_op=True).wait()
+    assert whole.equal(part)
+    reduce = dist.ReduceScatterOptions()
+    reduce.asyncOp = True
+    compat_distributed.reduce_scatter_coalesced(group, [whole.zero_()], [part], reduce).wait()
+    assert whole.equal(part)
+
+    steps = compat_distributed.rank_steps(group)
+    assert steps.all_gather("step", lambda: 7) == [7]
+    assert compat_distributed.rank_steps(None).get_world_size() == 1
+    dist.destroy_process_group()
+    assert not compat_distributed.is_known_group(group)
+
+
+def test_dtensors(group: dist.ProcessGroup) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    t = distribute_tensor(torch.arange(6.0).view(3, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert compat.is_traceable_wrapper_subclass(t)
+    assert getattr(t, compat.LOCAL_TENSOR).equal(torch.arange(6.0).view(3, 2))
+    spec = getattr(t, compat.SPEC)
+    assert (spec.mesh, spec.placements) == (t.device_mesh, t.placements)
+    assert compat_distributed.dtensor_offset(t) == (0, 0)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1(group: dist.ProcessGroup, use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(
+            nn.Linear(3, 2),
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
+        )
+    compat_distributed.drop_gathered_flat_param(model)  # before the first forward there is nothing to drop
+    assert all(getattr(p, compat.FSDP_FLATTENED) for p in model.parameters())
+    if not use_orig_params:
+        with pytest.raises(ValueError, match="use_orig_params=True"):
+            list(compat_distributed.flat_param_slices(model))
+        return
+    assert any(compat.WRAPPER_PREFIXES & set(name.split(".")) for name, _ in model.named_parameters())
+    slices = list(compat_distributed.flat_param_slices(model))
+    assert [
+        (p is q, tuple(shape), start) for (p, shape, _, start), q in zip(slices, model.parameters(), strict=True)
+    ] == [
+        (True, (2, 3), 0),
+        (True, (2,), 0),
+    ]
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    compat_distributed.drop_gathered_flat_param(model)
