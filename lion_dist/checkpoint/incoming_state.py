@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -216,21 +217,28 @@ class IncomingState:
         return tensors
 
     def _make_columns(self, undo: ExitStack) -> None:
+        """Makes the columns of every parameter that lacks one that the checkpoint holds."""
         optimizer = self._optimizer
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        lacking: dict[str, tuple[StateColumn, ...]] = {}
         for name, p in self._params.items():
-            for entry in self._saved_columns(name, p):
-                if entry not in (optimizer.state.get(p) or {}):
-                    missing.setdefault(entry, []).append((p, self._dtype(p, entry, self._keys[name][entry])))
+            own, saved = optimizer.state.get(p) or {}, self._saved_columns(name, p)
+            if any(entry not in own for entry in saved):
+                keys, columns = self._keys[name], state_columns(p, self._group_of[id(p)])
+                lacking[name] = tuple(
+                    replace(c, dtype=self._dtype(p, c.name, keys[c.name])) if c.name in saved else c for c in columns
+                )
         if isinstance(optimizer, ShardedLion):
-            columns: dict[int, tuple[StateColumn, ...]] = {}
-            for entry, pairs in missing.items():
-                for p, dtype in pairs:
-                    columns[id(p)] = (*columns.get(id(p), ()), StateColumn(entry, dtype))
-            if columns:
+            if lacking:
                 undo.callback(optimizer._set_shards, optimizer._shards)
-                optimizer._shard([p for p in self._params.values() if id(p) in columns], columns)
+                columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
+                optimizer._shard([self._params[name] for name in lacking], columns_of)
             return
+        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        for name, columns in lacking.items():
+            p = self._params[name]
+            for column in columns:
+                if column.name not in (optimizer.state.get(p) or {}):
+                    missing.setdefault(column.name, []).append((p, column.dtype))
         for entry, pairs in missing.items():
             made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
             for (p, _), t in zip(pairs, made, strict=True):

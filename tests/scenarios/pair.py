@@ -212,6 +212,10 @@ def run_bodies(
 # For tests that run in float32 on two or three ranks elsewhere.
 other_ranks_and_dtypes = pytest.mark.parametrize(
     ("world_size", "dtype"),
-    [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.bfloat16), (4, torch.float32)],
-    ids=["2-bf16", "3-bf16", "4-bf16", "4-fp32"],
+    [
+        pytest.param(2, torch.bfloat16, id="2-bf16", marks=pytest.mark.exhaustive),
+        pytest.param(3, torch.bfloat16, id="3-bf16"),
+        pytest.param(4, torch.bfloat16, id="4-bf16", marks=pytest.mark.exhaustive),
+        pytest.param(4, torch.float32, id="4-fp32"),
+    ],
 )
