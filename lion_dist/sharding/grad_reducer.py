@@ -99,7 +99,7 @@ class GradReducer:
         lost = kept.keys() - set(map(_ids, shards))
         had_averages = self._rounds.has_averages
         if had_averages and lost:
-            warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
+            warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=9)
         self.generation += 1  # clipping was computed from other parameters
         self._flags.forget()
         self._shards = list(shards)
