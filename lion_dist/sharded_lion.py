@@ -22,7 +22,8 @@ from .param_groups import complete_loaded_groups, hyper_parameters, make_default
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
-from .sharding.collectives import Agreement, Membership, meet
+from .sharding.agreement import Agreement, meet
+from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
@@ -298,8 +299,7 @@ class ShardedLion(Optimizer):
         """Gives every rank the parameters of the group's first rank; a collective call.
 
         Raises:
-            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`. The
-                parameters have been sent.
+            ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
         meet(self._group, "ShardedLion.resync()")
         self._grads.settle()
