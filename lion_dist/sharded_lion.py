@@ -318,10 +318,14 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._deferred.check(all=True)
-        self._stepper.check_groups(self.param_groups)
+        self._check_last_steps()
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
+
+    def _check_last_steps(self) -> None:
+        """Raises ValueError on every rank if hyper-parameters differed in one of the last steps. The host waits."""
+        self._deferred.check(all=True)
+        self._stepper.check_groups(self.param_groups)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:

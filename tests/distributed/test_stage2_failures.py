@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.pair import LR, SHORT, Exit, OwnError, Pair, fail_in_backward
@@ -161,7 +161,7 @@ def body_step_left_out(rank: int, world_size: int) -> None:
         pair.sharded.step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match=r"Did a rank leave out a step\(\)"):
             go_on()
     if rank == 1:
@@ -182,7 +182,7 @@ def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+            patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match="were zeroed, but not those of every rank"):
             go_on()
 
