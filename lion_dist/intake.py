@@ -21,7 +21,7 @@ from .param_groups import (
     state_columns,
     warn_of_unknown_keys,
 )
-from .sharding.collectives import Agreement
+from .sharding.agreement import Agreement
 from .sharding.replicas import broadcast, comparable, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
 from .update.segments import check_no_shared_memory

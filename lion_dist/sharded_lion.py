@@ -22,7 +22,8 @@ from .param_groups import complete_loaded_groups, hyper_parameters, make_default
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
-from .sharding.collectives import Agreement, Membership, meet
+from .sharding.agreement import Agreement, meet
+from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
@@ -298,8 +299,7 @@ class ShardedLion(Optimizer):
         """Gives every rank the parameters of the group's first rank; a collective call.
 
         Raises:
-            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`. The
-                parameters have been sent.
+            ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
         meet(self._group, "ShardedLion.resync()")
         self._grads.settle()
@@ -318,10 +318,14 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._deferred.check(all=True)
-        self._stepper.check_groups(self.param_groups)
+        self._check_last_steps()
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
+
+    def _check_last_steps(self) -> None:
+        """Raises ValueError on every rank if hyper-parameters differed in one of the last steps. The host waits."""
+        self._deferred.check(all=True)
+        self._stepper.check_groups(self.param_groups)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
-from .param_groups import Group, describe_groups, state_columns
+from .param_groups import Group, describe_groups, required_dtype, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
@@ -267,11 +267,10 @@ class IncomingState:
 
 
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
-    """The columns of a parameter whose state is loaded. State keeps the dtype that it was saved in, unless the group
-    names a dtype."""
-    columns = state_columns(p, group)
-    if group["momentum_dtype"] is not None:
-        return columns
+    """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=given[column.name].dtype) if column.name in given else column for column in columns
+        replace(column, dtype=required_dtype(column, group) or given[column.name].dtype)
+        if column.name in given
+        else column
+        for column in state_columns(p, group)
     )

@@ -1,12 +1,11 @@
 """Parameter groups and optimizer.state of a checkpoint, compared with those here and then loaded.
 
-The state that Lion keeps for a parameter is described by columns (`param_groups.state_columns`). For a column
+The state that Lion keeps for a parameter is described by columns (`param_groups.state_columns`).
 
-- what the checkpoint holds is loaded, also where the parameter is frozen here;
-- what it lacks, for a parameter that was frozen when it was saved and is trained here, starts at zero, as in torch's
-  optimizers; a warning says so.
-
-Entries that are no columns belong to a wrapper, and are loaded as they were saved.
+- Columns that the checkpoint holds are loaded, also where the parameter is frozen here.
+- If a parameter was frozen when it was saved and is trained here, the checkpoint has no columns for it. They start at
+  zero, as in torch's optimizers, and a warning says so.
+- Other entries belong to a wrapper, and are loaded as they were saved.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 # Paths of the repository, such as lion_dist/update/reference.py, where a document names them.
 PATH = re.compile(r"(?<![\w./<>{}-])(?:lion_dist|examples|launch|benchmarks|tests|docs)/[\w./-]*\w")
-by_name = {"argvalues": PAGES, "ids": [str(page.relative_to(ROOT)) for page in PAGES]}
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
 def prose(page: Path) -> str:
@@ -36,7 +36,7 @@ def anchors(page: Path) -> Iterator[str]:
         yield text.strip().lower().replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", **by_name)
+@each_page
 def test_relative_links_and_anchors_lead_somewhere(page: Path) -> None:
     for found in LINK.finditer(prose(page)):
         link = found[1] or found[2]
@@ -50,14 +50,14 @@ def test_relative_links_and_anchors_lead_somewhere(page: Path) -> None:
             assert anchor in set(anchors(target)), f"{link}: {target.name} has no heading {anchor}"
 
 
-@pytest.mark.parametrize("page", **by_name)
+@each_page
 def test_paths_that_the_documents_name_exist(page: Path) -> None:
     if page.name != "CHANGELOG.md":  # which names what was there once
         for path in PATH.findall(prose(page)):
             assert (ROOT / path).exists(), f"there is no {path}"
 
 
-@pytest.mark.parametrize("page", **by_name)
+@each_page
 def test_python_code_compiles(page: Path) -> None:
     for _, language, code in FENCE.findall(page.read_text()):
         if language == "python":

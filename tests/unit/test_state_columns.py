@@ -73,6 +73,8 @@ def test_a_state_dict_holds_every_column() -> None:
     _, opt = trained(3)
     opt.load_state_dict(saved.state_dict())
     assert_state(opt, 7)
+    for p, other in zip(opt.state, saved.state, strict=True):
+        assert opt.state[p][COUNT] is not saved.state[other][COUNT]
 
 
 @pytest.mark.usefixtures("counted")
