@@ -231,7 +231,7 @@ def body_stale_word(rank: int, world_size: int) -> None:
     third = Pair(rank, world_size)
     third.train(0)
     for optimizer in (second, third.sharded):
-        failing = pytest.raises(RuntimeError, match="one may have ended, raised or left one out")
+        failing = pytest.raises(RuntimeError, match="one may have ended, raised an error or left out a call")
         with failing as failed, optimizer._membership.collective():
             raise RuntimeError("a collective that failed for a reason of its own")
         assert "backward raised" not in str(failed.value)
