@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .hyper_values import to_dtype
 from .lion import Lion
-from .param_groups import to_dtype
 from .update.state import EXP_AVG
 
 TESTED_VERSION = "0.19.8"

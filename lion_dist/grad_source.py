@@ -51,7 +51,7 @@ class GradSource(Protocol):
         """Where the gradient of a run that this rank owns begins in the tensor that `of` gives for its parameter."""
 
     def settle(self) -> None:
-        """Completes on every rank what a backward has begun, so that other collectives may follow; a collective call."""
+        """Completes on every rank what a backward has begun, so that other collectives can follow; collective."""
 
     def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
         """Starts bringing every gradient to the rank that owns it; a collective call.

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from .frozen import is_plain, takes_part
 from .fsdp import refuse_sharded
-from .param_groups import Group, check_params, describe_groups, state_columns
-from .sharding.collectives import Agreement
+from .param_groups import (
+    Group,
+    check_params,
+    complete_group,
+    describe_groups,
+    normalize_group,
+    state_columns,
+    warn_of_unknown_keys,
+)
+from .sharding.agreement import Agreement
 from .sharding.replicas import broadcast, comparable, refuse_permuted
 from .sharding.shard import Shard, check_shardable, make_shards
 from .update.segments import check_no_shared_memory
@@ -49,6 +57,19 @@ def check_new(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.Pr
     check_params(params, others)
     check_shardable(params, others, group)
     check_no_shared_memory([p for p in (*others, *params) if takes_part(p)])
+
+
+def complete_new_group(groups: Sequence[Group], defaults: Group, process_group: dist.ProcessGroup) -> None:
+    """Completes the last parameter group, which is new, from the defaults, and checks it.
+
+    Raises:
+        ValueError, TypeError: a hyper-parameter or parameter that ShardedLion cannot use.
+    """
+    *others, group = groups
+    complete_group(group, defaults)
+    normalize_group(group)
+    check_new(group["params"], [p for other in others for p in other["params"]], process_group)
+    warn_of_unknown_keys(group, others)
 
 
 def describe_new(groups: Sequence[Group], first: int, group: dist.ProcessGroup) -> list[str]:

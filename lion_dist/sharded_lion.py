@@ -1,8 +1,7 @@
 """ShardedLion: Lion for replicated parameters, with the momentum sharded over the ranks.
 
 Each rank steps the slices of the parameters that it owns (sharding/layout.py), and the ranks then bring the parameters
-together. Parameters stay where they are in memory. Memory is allocated for the shard of the momentum, in stage 2 for
-the shard of the gradients, for the tails of the parameters, and with signs for a quarter of a byte a parameter.
+together. Parameters stay where they are in memory.
 """
 
 from __future__ import annotations
@@ -17,21 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ._torch_compat import load_state_dict_post_hooks
 from .grad_source import check_stage, make_grad_source
-from .intake import FrozenParams, check_new, describe_new, make_equal, new_shards, own_rank
-from .param_groups import (
-    complete_group,
-    complete_loaded_groups,
-    hyper_parameters,
-    make_defaults,
-    normalize_group,
-    warn_of_unknown_keys,
-)
+from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
+from .param_groups import complete_loaded_groups, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
-from .sharding.collectives import Agreement, Membership, meet
+from .sharding.agreement import Agreement, meet
+from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
@@ -45,63 +37,49 @@ from .update.state import StateColumn
 class ShardedLion(Optimizer):
     """Lion for parameters that are replicated on every rank, with the momentum sharded (ZeRO stages 1 and 2).
 
-    It gives the same bits as `Lion` on the same averaged gradients. Each rank has a world_size-th of the momentum and of
-    the step's work. Every rank makes the same calls in the same order: the constructor, step, clip_grad_norm_,
+    It gives the same bits as `Lion` on the same averaged gradients. Each rank has a world_size-th of the momentum and
+    of the work. All ranks make these collective calls in the same order: the constructor, step, clip_grad_norm_,
     add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict, load_state_dict and, while
-    there are unused gradients, zero_grad are collective.
+    there are unused gradients, zero_grad. torch.compile runs all of them as they are.
 
-    The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. It raises
-    where a rank has the parameters in another order, which it finds by their names or, without names, by their values
-    (equal values, such as biases of zeros, cannot be told apart). Buffers, such as BatchNorm's running statistics, are
-    not synchronised; see `broadcast_buffers`. torch.compile runs all calls as they are, also within a compiled step.
+    The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
+    rank has them in another order it raises, by their names or, without names, by their values (equal values, such as
+    biases of zeros, cannot be told apart). Buffers, such as running statistics, are not sent: see `broadcast_buffers`.
+    Arguments that are not listed here are those of `Lion`. All of them must be the same on every rank.
 
     Args:
-        params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters must be dense and on one device. Frozen ones may be
-            anything, as for `Lion`; those that are dense and on that device are broadcast and compared too, the others
-            once they are unfrozen.
+        params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
+            device are broadcast and compared too, others once they are unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
-            2: the optimizer averages the gradients itself, and the model is not wrapped. Gradients are reduce-scattered
-            in buckets during the backward and leave ``p.grad``. Every rank makes the same backward passes; which
-            parameters they reach may differ. A rank where a pass reaches none may go on to its next pass, clipping or
-            step. On GPUs, if the first step has several passes outside no_sync(), every rank must be reached by more
-            than one of them or by none; otherwise that step raises on every rank. From then on, the host waits for the
-            device in every step. Parameters must be unfrozen on every rank before the same step; otherwise a step
-            raises (in stage 1 only when the group times out). A parameter for which no rank has a gradient is not
-            stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and `clip_grad_norm_`
-            of this class. Several optimizers that take part in one backward need process groups of their own.
+            2: the optimizer averages the gradients itself; do not wrap the model. Gradients are reduce-scattered in
+            buckets during the backward and leave ``p.grad``. Every rank makes the same backward passes, which may reach
+            different parameters, or none. On GPUs, if the first step has several passes outside no_sync(), every rank
+            must be reached by more than one of them or by none, or that step raises on every rank; from then on, the
+            host waits for the device in every step. Parameters must be unfrozen on every rank before the same step, or
+            a step raises (in stage 1 only when the group times out). A parameter for which no rank has a gradient is
+            not stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and this class's
+            `clip_grad_norm_`. Optimizers that take part in one backward need process groups of their own.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first rank
             in its first backward. Up to three buckets exist at a time, if every parameter is used.
         param_sync: how each rank's slices reach the other ranks. "params": an all-gather of the parameters, in place.
             "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
-            replica. It gives the same bits for a sixteenth (float32) of the bytes, but never repairs a replica that has
-            come to differ (see `check_replicas`). "auto": "signs" where there are several ranks.
+            replica: the same bits for a sixteenth (float32) of the bytes, but a replica that has come to differ is
+            never repaired (see `check_replicas`). "auto": "signs" where there are several ranks.
 
     Raises:
-        RuntimeError: there is no process group, or another rank failed or is absent; the error names the ranks.
-            (step() and clip_grad_norm_() take no time to compare notes: where one rank fails alone in them, the others
-            wait until the collective times out or the process ends.)
+        RuntimeError: there is no process group, or other ranks, which the error names, failed or are absent. (If one
+            rank fails alone in step() or clip_grad_norm_(), the others wait until the collective times out.)
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-4,
-        betas: Iterable[float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        use_triton: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        stage: int = 2,
-        param_sync: str = "auto",
-        bucket_mb: float = 256,
-        momentum_dtype: torch.dtype | str | None = None,
-        maximize: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
+        weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
+        process_group: dist.ProcessGroup | None = None, stage: int = 2, param_sync: str = "auto",
+        bucket_mb: float = 256, momentum_dtype: torch.dtype | str | None = None, maximize: bool = False,
+    ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
         self._constructed = False
         with Agreement(self._group, "ShardedLion()") as agreement:
@@ -134,8 +112,7 @@ class ShardedLion(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a collective call, with the same group on every rank."""
         if not self._constructed:  # by torch's constructor, within the constructor's own agreement
-            self._append_group(param_group)
-            return
+            return self._append_group(param_group)
         before = len(self.param_groups)
         try:
             with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
@@ -147,14 +124,9 @@ class ShardedLion(Optimizer):
             raise
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
-        before = self._params()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            complete_group(group, self.defaults)
-            normalize_group(group)
-            check_new(group["params"], before, self._group)
-            warn_of_unknown_keys(group, self.param_groups[:-1])
+            complete_new_group(self.param_groups, self.defaults, self._group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -171,11 +143,7 @@ class ShardedLion(Optimizer):
         self._shard([p for p in params if p.requires_grad])
 
     def _shard(self, params: Sequence[Tensor], columns: Mapping[int, tuple[StateColumn, ...]] | None = None) -> None:
-        """Shards more parameters, with state of zeros; a collective call, with the same parameters on every rank.
-
-        Args:
-            columns: the state, by ``id`` of the parameter, where it is not what the group says.
-        """
+        """Shards more parameters; a collective call. ``columns`` as for `new_shards`."""
         self._set_shards(self._shards + new_shards(params, self.param_groups, columns or {}, self._group))
 
     @property
@@ -225,23 +193,16 @@ class ShardedLion(Optimizer):
     # Steps --------------------------------------------------------------------------------------
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Context manager for every backward of a step but the last, in stage 2.
+        """Context manager for every backward of a step but the last, in stage 2. Raises RuntimeError in stage 1.
 
         Gradients add up in ``p.grad``, at full size, and are reduced with the last backward. Without it, the gradients
         of each backward are reduced, or where they come too late for their bucket, at step(); the host then waits for
         the device in that step and in all steps that follow.
-
-        Raises:
-            RuntimeError: in stage 1, where the wrapper of the model has a no_sync().
         """
         return self._grads.no_sync()
 
     def join_hook(self, **kwargs: Any) -> NoReturn:
-        """Refuses torch.distributed.algorithms.join.Join, which calls it.
-
-        Raises:
-            RuntimeError: always.
-        """
+        """Raises RuntimeError: torch.distributed.algorithms.join.Join, which calls it, cannot be supported."""
         raise RuntimeError(
             "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same "
             "number of steps, since each owns a part of the momentum. Give all ranks the same number of batches "
@@ -259,11 +220,9 @@ class ShardedLion(Optimizer):
         """Steps this rank's slices and synchronises the parameters; a collective call.
 
         Hyper-parameters and the max_norm of clip_grad_norm_() (in stage 1 also which gradients are None) must be the
-        same on every rank. Where they are not, no parameter changes, and every rank raises ValueError: on CPUs in this
-        step, on GPUs in the second after it (or in full_state_dict, check_replicas or resync before that), since the
-        host does not wait; it runs two steps ahead of the device at most. Momenta may have changed. The same happens
-        where a backward reached some ranks between clip_grad_norm_() and step(); those ranks raise at once.
-
+        same on every rank. Where they are not, or where a backward reached some ranks between clip_grad_norm_() and
+        step(), no parameter changes, though momenta may, and every rank raises ValueError: on CPUs in this step, on
+        GPUs, where the host does not wait, in the second step after it or in a call that reads the state before that.
         A step for which no rank had any gradient changes nothing. The first such step warns, on every rank.
 
         Args:
@@ -273,9 +232,9 @@ class ShardedLion(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: on every rank, where the ranks made different steps. Also in stage 1, where the gradients are
-                not averaged over the ranks; nothing has been changed then. The first two steps look for that, and the
-                first two after parameters were added, unfrozen or loaded.
+            ValueError: on every rank, where the ranks made different steps. Also in stage 1, in the first two steps and
+                the first two after parameters were added, unfrozen or loaded, where the gradients are not averaged over
+                the ranks; nothing has been changed then.
         """
         self._grads.refuse_scaler(self)
         loss = None
@@ -289,15 +248,12 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
-        """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a collective call, just
-        before step().
+        """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a collective call.
 
-        A second call before step() clips what is clipped already or, where any rank has other gradients since, all
-        gradients anew; the ranks' hosts then wait for one another.
-
-        The fused step multiplies the coefficient in, so ``p.grad`` itself is not written. The norm is a float64 sum of
-        squares over the shards, rounded once. In stage 1 the call looks, as step() does, for gradients that are not
-        averaged.
+        Call it just before step(), which multiplies the coefficient in: ``p.grad`` itself is not written. A second call
+        before step() clips what is clipped already or, where any rank has other gradients since, all gradients anew;
+        the ranks' hosts then wait for one another. In stage 1 it looks, as step() does, for gradients that are not
+        averaged. The norm is a float64 sum of squares over the shards, rounded once.
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
@@ -343,8 +299,7 @@ class ShardedLion(Optimizer):
         """Gives every rank the parameters of the group's first rank; a collective call.
 
         Raises:
-            ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`. The
-                parameters have been sent.
+            ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
         meet(self._group, "ShardedLion.resync()")
         self._grads.settle()
@@ -363,10 +318,14 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._deferred.check(all=True)
-        self._stepper.check_groups(self.param_groups)
+        self._check_last_steps()
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
+
+    def _check_last_steps(self) -> None:
+        """Raises ValueError on every rank if hyper-parameters differed in one of the last steps. The host waits."""
+        self._deferred.check(all=True)
+        self._stepper.check_groups(self.param_groups)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
@@ -422,19 +381,13 @@ class ShardedLion(Optimizer):
             self._grads.settle()
             self._sync.check_load(self._params())
 
-        shards = self._shards
-        if not incoming.fits(shards):
-            sharded = {id(p) for shard in shards for p in shard.params} | incoming.columns.keys()
-            params = [p for p in self._params() if id(p) in sharded]
-            shards = new_shards(params, self.param_groups, incoming.columns, self._group)
-        self._set_shards(shards)
-        for shard in shards:
+        self._set_shards(incoming.choose_shards(self.param_groups, self._shards, self._group))
+        for shard in self._shards:
             shard.take_state(incoming.state, self._rank)
         self._stepper.set_clipping(None)
         self._deferred.clear()
         with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
-            for hook in list(load_state_dict_post_hooks(self).values()):
-                hook(self)
+            incoming.run_post_hooks(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
-from .param_groups import Group, describe_groups, state_columns
+from .intake import new_shards
+from .param_groups import Group, describe_groups, required_dtype, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
@@ -215,7 +216,7 @@ class IncomingState:
                 if id(p) in self.state:
                     self.columns[id(p)] = _loaded_columns(p, group, self.state[id(p)])
         place = {id(p): (shard, i) for shard in shards for i, p in enumerate(shard.params)}
-        fits = self.fits(shards)
+        fits = self._fits(shards)
         for number, p in enumerate(self._params):
             for column in self.columns.get(id(p), ()):
                 given = self.state[id(p)].get(column.name)
@@ -230,10 +231,26 @@ class IncomingState:
                         "full_state_dict()"
                     )
 
-    def fits(self, shards: Sequence[Shard]) -> bool:
+    def _fits(self, shards: Sequence[Shard]) -> bool:
         """Whether the shards can take the state as they are."""
         there = {id(p): shard.columns for shard in shards for p in shard.params}
         return all(there.get(p) == columns for p, columns in self.columns.items())
+
+    def choose_shards(self, groups: Sequence[Group], shards: list[Shard], group: dist.ProcessGroup) -> list[Shard]:
+        """The optimizer's shards, or new ones of zeros where those cannot take the state, once `check` has been called.
+
+        Args:
+            groups: the parameter groups as they were loaded.
+        """
+        if self._fits(shards):
+            return shards
+        sharded = {id(p) for shard in shards for p in shard.params} | self.columns.keys()
+        return new_shards([p for p in self._params if id(p) in sharded], groups, self.columns, group)
+
+    def run_post_hooks(self, optimizer: Optimizer) -> None:
+        """Runs the post hooks of load_state_dict, once Lion's state is loaded."""
+        for hook in list(load_state_dict_post_hooks(optimizer).values()):
+            hook(optimizer)
 
     def describe(self, groups: Sequence[Group]) -> list[str]:
         """What must be the same on all ranks about the groups as they were loaded, and about the state."""
@@ -250,11 +267,10 @@ class IncomingState:
 
 
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
-    """The columns of a parameter whose state is loaded. State keeps the dtype that it was saved in, unless the group
-    names a dtype."""
-    columns = state_columns(p, group)
-    if group["momentum_dtype"] is not None:
-        return columns
+    """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=given[column.name].dtype) if column.name in given else column for column in columns
+        replace(column, dtype=required_dtype(column, group) or given[column.name].dtype)
+        if column.name in given
+        else column
+        for column in state_columns(p, group)
     )

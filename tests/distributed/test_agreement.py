@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import ShardedLion
-from lion_dist.sharding.collectives import Agreement
+from lion_dist.sharding.agreement import Agreement
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks, spawn_only
 
@@ -89,7 +89,7 @@ def body_permuted(rank: int, world_size: int) -> None:
     """Unnamed parameters of one shape, in another order on the last rank, as groups from a Python set have it."""
     device = device_of(rank, world_size)
     odd = rank == world_size - 1
-    says = rf"rank {world_size - 1} of the group has .*in another order: as its parameter {{}} what is parameter {{}} "
+    says = rf"rank {world_size - 1} of the group has .*another order: its parameter {{}} is parameter {{}} of the first"
 
     def refused(call: Callable[[list[nn.Parameter]], object], params: list[nn.Parameter], i: int, j: int) -> None:
         before = [p.detach().clone() for p in params]

@@ -19,15 +19,17 @@ from tests.scenarios.toy import FP32, MAX_NORM, MIXED, SHAPES, Toy, expect, trai
 STEPS = 20
 
 
-def body_equals_lion(rank: int, world_size: int, dtypes: tuple, clip: bool, use_triton: bool | None) -> None:
+def body_equals_lion(
+    rank: int, world_size: int, dtypes: tuple, clip: bool, use_triton: bool | None, steps: int = STEPS
+) -> None:
     device = device_of(rank, world_size)
     model = Toy(100 + rank, dtypes, device)  # other weights on every rank: the first rank's must win
     optimizer = ShardedLion(model.groups(), lr=0.01, stage=1, use_triton=use_triton)
     expected = Toy(100, dtypes, device)
     assert_same_model(model, expected)
     lion = Lion(expected.groups(), lr=0.01)
-    norms = train(model, wrapped(model, device), optimizer, warm_up(optimizer), range(STEPS), clip)
-    expected_norms = expect(expected, lion, warm_up(lion), range(STEPS), world_size, clip)
+    norms = train(model, wrapped(model, device), optimizer, warm_up(optimizer), range(steps), clip)
+    expected_norms = expect(expected, lion, warm_up(lion), range(steps), world_size, clip)
     assert_same_model(model, expected)
     assert_same_momentum(optimizer.full_state_dict(), lion)
     for got, want in zip(norms, expected_norms, strict=True):
@@ -42,8 +44,9 @@ def test_equals_lion(world_size: int, dtypes: tuple, clip: bool, tmp_path: Path)
     run_ranks(body_equals_lion, world_size, tmp_path, (dtypes, clip, None))
 
 
-def test_equals_lion_through_triton(tmp_path: Path) -> None:
-    run_ranks(body_equals_lion, 2, tmp_path, ((torch.float32, torch.float16), False, True), share_gpus=True)
+@pytest.mark.parametrize("steps", [5, pytest.param(STEPS, marks=pytest.mark.exhaustive)])
+def test_equals_lion_through_triton(steps: int, tmp_path: Path) -> None:
+    run_ranks(body_equals_lion, 2, tmp_path, ((torch.float32, torch.float16), False, True, steps), share_gpus=True)
 
 
 def body_clip_mixed(rank: int, world_size: int) -> None:

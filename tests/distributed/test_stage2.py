@@ -22,7 +22,7 @@ from tests.scenarios.passes import TRAINABLE, Pass, Scenario, Step, averages, ba
 from tests.scenarios.toy import FP32, SHAPES, Toy
 
 BF16 = (torch.bfloat16,)
-STEPS = 12
+STEPS, MORE_STEPS = 8, 12
 # Bytes a bucket: everything in one; a few parameters; every parameter in a bucket of its own.
 ONE, FEW, TINY = 64.0, 30_000 / 2**20, 1 / 2**20
 
@@ -97,27 +97,28 @@ SCENARIOS: list[tuple[Scenario, float]] = [
 ]  # fmt: skip
 
 
-DEFAULT = {("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 2), ("bf16", 3)}
+DTYPES = {"fp32": FP32, "bf16": BF16}
+DEFAULT = [("fp32", 1), ("fp32", 2), ("fp32", 4), ("bf16", 2), ("bf16", 3)]
 
 
-def body_scenarios(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+def body_scenarios(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...], steps: int) -> None:
     for number, (scenario, bucket_mb) in enumerate(SCENARIOS):
         with pytest.MonkeyPatch.context() as patch:
             if number % 2:
                 patch.setattr(shard, "SHARD_NUMEL", 2000)  # several parts, one of them a single parameter
             try:
-                run_scenario(rank, world_size, dtypes, scenario, bucket_mb)
+                run_scenario(rank, world_size, dtypes, scenario, bucket_mb, steps)
             except Exception as error:
                 raise AssertionError(f"scenario {scenario.__name__}, bucket_mb={bucket_mb}") from error
 
 
-def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, bucket_mb: float) -> None:
+def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, bucket_mb: float, steps: int) -> None:
     device = device_of(rank, world_size)
     models = [Toy(100, dtypes, device) for _ in range(3)]
     two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb)
     one = ShardedLion(models[1].groups(), lr=0.01, stage=1, param_sync="params")
     lion = Lion(models[2].groups(), lr=0.01)
-    for step in range(STEPS):
+    for step in range(steps):
         mine = scenario(step, rank)
         for number, a_pass in enumerate(mine.abandoned):
             with nullcontext() if a_pass.sync else two.no_sync():
@@ -145,18 +146,16 @@ def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, 
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "world_size"),
+    ("dtypes", "world_size", "steps"),
     [
-        pytest.param(
-            dtypes,
-            world_size,
-            id=f"{name}-{world_size}",
-            # Each number of ranks in one dtype, each dtype on two; the others take half of the time.
-            marks=[] if (name, world_size) in DEFAULT else pytest.mark.exhaustive,
-        )
-        for name, dtypes in (("fp32", FP32), ("bf16", BF16))
-        for world_size in (1, 2, 3, 4)
+        # Each number of ranks in one dtype, and each dtype on two of them or more.
+        *(pytest.param(DTYPES[name], ranks, STEPS, id=f"{name}-{ranks}") for name, ranks in DEFAULT),
+        *(
+            pytest.param(dtypes, ranks, MORE_STEPS, id=f"{name}-{ranks}-more-steps", marks=pytest.mark.exhaustive)
+            for name, dtypes in DTYPES.items()
+            for ranks in (1, 2, 3, 4)
+        ),
     ],
 )
-def test_every_scenario(world_size: int, dtypes: tuple, tmp_path: Path) -> None:
-    run_ranks(body_scenarios, world_size, tmp_path, (dtypes,))
+def test_every_scenario(world_size: int, dtypes: tuple, steps: int, tmp_path: Path) -> None:
+    run_ranks(body_scenarios, world_size, tmp_path, (dtypes, steps))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.pair import LR, SHORT, Exit, OwnError, Pair, fail_in_backward
@@ -29,7 +29,7 @@ def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
             fail_in_backward(pair, 2, OwnError)
         pair.sharded.zero_grad()  # as scripts do that catch an exception; it heals nothing
         for call in (pair.sharded.step, lambda: pair.backward(3)):
-            with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+            with pytest.raises(RuntimeError, match="can no longer be used: a backward raised"):
                 call()
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
@@ -64,7 +64,7 @@ def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
             train()
-    with pytest.raises(RuntimeError, match="can go on no more"):
+    with pytest.raises(RuntimeError, match="can no longer be used"):
         optimizer.step()
     for p in params:
         assert bool((p == 1).all())
@@ -135,7 +135,7 @@ def body_all_raise(rank: int, world_size: int) -> None:
     with pytest.raises((OwnError, RuntimeError), match=r"of this rank's own|a backward raised"):
         fail_in_backward(pair, 1, OwnError)
     for call in (pair.sharded.step, lambda: pair.sharded.clip_grad_norm_(1.0), lambda: pair.backward(2)):
-        with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+        with pytest.raises(RuntimeError, match="can no longer be used: a backward raised"):
             call()
     assert_unmoved(pair.params, weights)
 
@@ -161,7 +161,7 @@ def body_step_left_out(rank: int, world_size: int) -> None:
         pair.sharded.step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match=r"Did a rank leave out a step\(\)"):
             go_on()
     if rank == 1:
@@ -182,7 +182,7 @@ def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+            patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match="were zeroed, but not those of every rank"):
             go_on()
 

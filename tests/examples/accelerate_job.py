@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from accelerate_fsdp import parse, prepare, train  # noqa: E402
-from tests.bits import assert_same_bits  # noqa: E402
+from tests.asserts import assert_same_bits  # noqa: E402
 
 
 def local(t: Any) -> torch.Tensor:

@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_crashes_and_is_stopped_ends_as_any_other(tmp_path:
     """All of it is killed; resumed under torchrun, one rank is killed, and torchrun's restart goes on; there one rank
     gets SIGTERM, all save in one step and end well; and it is resumed once more. The weights are those of a run that
     nobody disturbed."""
-    whole, out, steps = tmp_path / "whole", tmp_path / "out", ("--steps", "100")
+    whole, out, steps = tmp_path / "whole", tmp_path / "out", ("--steps", "64")
     run_well(2, whole, *steps)
     killed_at = kill_after_checkpoint(2, out, *steps)
     process = start(2, out, "--resume", *steps, torchrun=("--max_restarts", "2"))
@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_crashes_and_is_stopped_ends_as_any_other(tmp_path:
         process.kill()
     assert process.returncode == 0, errors_of(out).read_text()
     assert "stopped by SIGTERM after step" in said
-    assert killed_at < crashed_at < step_of(out) < 100  # else there was nothing left to resume
+    assert killed_at < crashed_at < step_of(out) < 64  # else there was nothing left to resume
     run_well(2, out, "--resume", *steps)
     assert_same_checkpoint(out, whole)
     assert len(checkpoint.checkpoints(out)) == 2  # the last two are kept, and nothing unfinished

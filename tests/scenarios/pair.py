@@ -175,13 +175,13 @@ def expect_uses(pair: Pair, step: int, uses: Sequence[Sequence[int]]) -> None:
             p.grad = g if p.grad is None else p.grad + g
 
 
-# Each a period: for each pass, the parameters that it reaches on each of three ranks.
+# Each an interval: for each pass, the parameters that it reaches on each of three ranks.
 FULL = [ALL, ALL, ALL]
 
 
-def make_period(pair: Pair, step: int, period: Sequence[Sequence[Sequence[int]]]) -> None:
-    """The backward passes of a period, and what Lion is to step by."""
-    for number, uses in enumerate(period):
+def make_interval(pair: Pair, step: int, interval: Sequence[Sequence[Sequence[int]]]) -> None:
+    """The backward passes of an interval, and what Lion is to step by."""
+    for number, uses in enumerate(interval):
         if uses[pair.rank]:
             pair.backward(10 * step + number, uses[pair.rank])
         expect_uses(pair, 10 * step + number, uses)
@@ -212,6 +212,10 @@ def run_bodies(
 # For tests that run in float32 on two or three ranks elsewhere.
 other_ranks_and_dtypes = pytest.mark.parametrize(
     ("world_size", "dtype"),
-    [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.bfloat16), (4, torch.float32)],
-    ids=["2-bf16", "3-bf16", "4-bf16", "4-fp32"],
+    [
+        pytest.param(2, torch.bfloat16, id="2-bf16", marks=pytest.mark.exhaustive),
+        pytest.param(3, torch.bfloat16, id="3-bf16"),
+        pytest.param(4, torch.bfloat16, id="4-bf16", marks=pytest.mark.exhaustive),
+        pytest.param(4, torch.float32, id="4-fp32"),
+    ],
 )

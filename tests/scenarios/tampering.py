@@ -143,7 +143,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "group of others": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.params": ["x"]})),
                         "in no parameter group"),
     "bad lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": -1.0})), "lr must be"),
-    "object for lr": (manifest_edit(lambda raw: raw["objects"].update({"optim.param_groups.0.lr": {"$x": 1}})), "noth"),
+    "object for lr": (say({"optim.param_groups.0.lr": {"$x": 1}}), "is nothing that"),
     "not UTF-8": (lambda p: rewrite(p, str, b"\xff\xfe{}"), "cannot be loaded"),
     "NaN": (put_anywhere(b"NaN"), "NaN is not a finite number"),
     "infinite float": (put_anywhere(b"1e999"), "1e999 is not a finite"),
