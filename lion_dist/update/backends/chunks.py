@@ -1,9 +1,9 @@
 """The rule on chunks of CPU tensors, in plain torch, with few passes over memory.
 
-[Note: Finite numbers] The methods here make the operations of reference.py in place, without its selections, which would
-take three times as long. As long as c, the momentum and the parameter are finite, the bits are the same. A sum tells: it
-is finite only where all of its terms are. (It may overflow over finite terms, which costs time alone.) Where it is not
-finite, the functions of reference.py decide.
+[Note: Finite numbers] The methods here make the operations of reference.py in place, without its selections, which
+would take three times as long. As long as c, the momentum and the parameter are finite, the bits are the same. A sum
+tells: it is finite only where all of its terms are. (It may overflow over finite terms, which costs time alone.) Where
+it is not finite, the functions of reference.py decide.
 """
 
 from __future__ import annotations
