@@ -1,8 +1,9 @@
-"""Draws what benchmarks.iteration measured, a bar a mode, for the README.
+"""Draws the results of benchmarks.iteration, one bar for each mode, for the README.
 
     python -m benchmarks.chart benchmarks/chart.png "2 H200s, NVLink=benchmarks/results/iteration_nvlink.json" ...
 
-Each TITLE=JSON, of `python -m benchmarks.iteration --json`, becomes a panel: medians over the turns, fastest first.
+Each TITLE=JSON, written by `python -m benchmarks.iteration --json`, becomes a panel: medians over the turns, fastest
+first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ OURS, PEERS, COMPUTE = "tab:red", "tab:gray", "lightgray"
 
 
 def bars(path: Path) -> list[tuple[str, float]]:
-    """(mode, median ms an iteration), of the modes that ran, fastest first."""
+    """(mode, median ms of an iteration) of the modes that ran, fastest first."""
     rows = [row for row in json.loads(path.read_text()) if row["turns"]]
     return sorted(
         ((row["mode"], statistics.median(turn["ms"] for turn in row["turns"])) for row in rows), key=lambda bar: bar[1]

@@ -1,17 +1,17 @@
-"""Saving and loading a training state on several ranks, ours and other people's ways, by the clock.
+"""Time to save and load a training state on several ranks: lion_dist.checkpoint and other libraries.
 
     python -m benchmarks.checkpoint --folder /some/fast/disk --repeats 3
     python -m benchmarks.checkpoint --folder /tmp/x --ranks 2 --cpu --layers 1 --width 64     the script, without GPUs
     (from the repository's root; --help for sizes)
 
-State: the weights of benchmarks/llama.py and a momentum of each, float32: 8.3 GB with the defaults, in every mode. One
-    iteration is made first. GB/s are these bytes over the time, whatever else a mode writes.
-Mode: one way to save and load, in processes of its own, one a rank; ranks that are more than the GPUs share them.
-Save: until the call is back on every rank; and until the bytes are on the disk: what a mode leaves to the operating
-    system is then written out by fsync. `fsync` says which modes do that themselves.
-Asynchronous save: how long the training waits for the call, and until the bytes are on the disk.
-Load: until every rank has its state again, from files that the operating system still has in memory. The weights are
-    zeroed before, and compared after.
+State: the weights of benchmarks/llama.py and their momenta, float32: 8.3 GB with the defaults, in every mode, after one
+    iteration. GB/s are these bytes over the time, whatever else a mode writes.
+Mode: one way to save and load, with one process for each rank. Where there are more ranks than GPUs, ranks share GPUs.
+Save: time until the call has returned on every rank; and time until the bytes are on the disk, for which the benchmark
+    calls fsync on what the mode has left to the operating system. `fsync` says which modes call it themselves.
+Asynchronous save: how long the training waits for the call, and the time until the bytes are on the disk.
+Load: time until every rank has its state again, from files that are still in the operating system's cache. The weights
+    are zeroed before, and compared after.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from .measure import join_group, machine
 from .peer_steps import BETAS, DECAY, LR, installed_version, missing
 from .peers import Trainer, deepspeed_zero, make_trainer, shard_fsdp2
 
-SEQ_LEN = 64  # of the iteration that makes the state; no parameter's shape depends on it
+SEQ_LEN = 64  # in the iteration that makes the state; no parameter's shape depends on it
 
 
 class Job(NamedTuple):
-    """What a mode does with a path; collective calls. `save_async` returns what waits for its end."""
+    """A mode's functions, which take a path and are collective. ``save_async`` returns a function that waits."""
 
     trainer: Trainer
     save: Callable[[Path], object]
@@ -74,7 +74,7 @@ def through_lion_dist(model: nn.Module, optimizer: Lion | ShardedLion) -> Job:
 
 
 def through_dcp(model: nn.Module, optimizer: Lion) -> Job:
-    """As in torch's tutorials, with its own storage."""
+    """torch.distributed.checkpoint as in torch's tutorials, with its own storage."""
     beside = dist.new_group(backend="gloo")
 
     def state() -> dict[str, Any]:
@@ -153,7 +153,7 @@ def deepspeed_zero2(model: LanguageModel) -> Job:
 
 
 class Mode(NamedTuple):
-    """`fsync`: whether a save itself waits for the disk. `distribution`: what pip calls what it needs."""
+    """``fsync``: whether a save itself waits for the disk. ``distribution``: the package it needs, for pip; or ""."""
 
     make: Callable[[LanguageModel], Job]
     what: str
@@ -176,7 +176,7 @@ MODES = {
 
 @dataclass
 class Turn:
-    """Seconds, of the slowest rank, and bytes on the disk; 0 for what a mode does not do."""
+    """Seconds on the slowest rank, and bytes on the disk. 0: the mode cannot do that."""
 
     save_s: float
     save_synced_s: float
@@ -197,7 +197,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def sync_to_disk(folder: Path) -> None:
-    """What is there already costs next to nothing."""
+    """Calls fsync on every file; those that are on the disk already cost next to nothing."""
     for path in files_in(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -205,7 +205,7 @@ def sync_to_disk(folder: Path) -> None:
 
 
 def time_save(save: Callable[[Path], object], path: Path, device: torch.device) -> tuple[float, float]:
-    """(seconds until the call is back on every rank, until the bytes are on the disk)."""
+    """(seconds until the call has returned on every rank, seconds until the bytes are on the disk)."""
     meet(device)
     start = time.perf_counter()
     save(path)
@@ -235,7 +235,7 @@ def take_turn(job: Job, model: nn.Module, folder: Path, device: torch.device) ->
     meet(device)
     turn = Turn(save_s, save_synced_s, time.perf_counter() - start, nbytes)
     if [w.double().sum().item() for w in local_weights(model)] != sums:
-        raise RuntimeError("the weights loaded are not those that were saved")
+        raise RuntimeError(f"{path}: the loaded weights differ from the saved ones, by their sums")
     if job.save_async is not None:
         save_async = job.save_async
 
@@ -318,13 +318,13 @@ def row(mode: str, turns: list[Turn], nbytes: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, help="where to save; what is saved here is removed again")
+    parser.add_argument("--folder", required=True, help="where to save; the benchmark removes what it has saved")
     parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
     parser.add_argument("--layers", type=int, default=Llama.layers)
     parser.add_argument("--width", type=int, default=Llama.width, help="a multiple of 64")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cpu", action="store_true", help="on CPU processes and gloo")
+    parser.add_argument("--cpu", action="store_true", help="run on CPUs, with gloo")
     parser.add_argument("--json", type=Path, help="write every turn here")
     options = parser.parse_args()
     Path(options.folder).mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,13 @@ DeepSpeedCPULion.
     python -m benchmarks.cpu_offload                  64 Mi elements
     python -m benchmarks.cpu_offload --mi 256 --threads 16
 
-DeepSpeed's is compiled from its C++ sources when first made, which takes some minutes; TORCH_EXTENSIONS_DIR says where
-it is kept. Ours is torch.compile of the plain rule: some seconds at the first step.
+DeepSpeedCPULion is compiled from C++ when it is first made, which takes minutes; TORCH_EXTENSIONS_DIR is its cache.
+torch.compile compiles ours in the first step, which takes seconds.
 Floor: the bytes that a step must move (p, g and m read, p and m written) over the bandwidth of a pass that negates a
-    tensor in place, whose bytes read and written count both; measured in turn with the steps, with as many threads.
-    (A copy is no measure of that: before a CPU writes a line of memory that it has not read, it reads it.)
-Times: of turns one after another, every second time in reverse order; the median, and the 10th and 90th percentiles.
-    The ratio is the median of those of the turns.
+    tensor in place, whose bytes read and written both count; measured in turn with the steps, on as many threads.
+    (A copy would not measure that: a CPU reads a line of memory before it writes one that it has not read.)
+Times: the contestants take turns, every second time in reverse order; the median, and the 10th and 90th percentiles.
+    The ratio is the median of the turns' ratios.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ours(p: torch.Tensor) -> Step:
 
 
 def deepspeeds(p: torch.Tensor) -> Step:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the step's device, whatever else is here
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the device of the step, even if there is a GPU
     from deepspeed.ops.lion import DeepSpeedCPULion
 
     step: Step = DeepSpeedCPULion([p], lr=LR, betas=BETAS, weight_decay=DECAY).step
@@ -51,13 +51,13 @@ def deepspeeds(p: torch.Tensor) -> Step:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--mi", type=int, default=64, help="elements of the partition, in 2^20")
+    parser.add_argument("--mi", type=int, default=64, help="size of the partition, in 2^20 elements")
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if reason := missing("deepspeed"):
         parser.error(f"DeepSpeed is {reason}")
-    # Read by DeepSpeed's OpenMP when it is loaded; torch has its own setting.
+    # DeepSpeed's OpenMP reads this when it is loaded; torch has its own setting.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
 
@@ -69,9 +69,12 @@ def main() -> None:
         p.grad = grad.clone()
         steps[name] = make(p)
     for name, step in steps.items():
-        print(f"{name}: first step, with what it compiles, {seconds(step):.1f} s", flush=True)
+        print(f"{name}: first step, with compilation, {seconds(step):.1f} s", flush=True)
     far = (params["lion_dist"] - params["DeepSpeedCPULion"]).abs().max().item()
-    print(f"after it the weights differ by {far:.1e} at most (lr is {LR:.0e}; a c of 0 moves DeepSpeed's)", flush=True)
+    print(
+        f"after it the weights differ by at most {far:.1e} (lr is {LR:.0e}; where c is 0, DeepSpeed moves the weight)",
+        flush=True,
+    )
 
     runs: dict[str, Callable[[], object]] = {"floor": start.neg_, **steps}
     turns: dict[str, list[float]] = {name: [] for name in runs}

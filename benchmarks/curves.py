@@ -2,8 +2,8 @@
 
     python -m benchmarks.curves --ranks 8 --out curves.png -- --preset tiny --steps 300     (from the repository's root)
 
-What stands behind `--` goes to examples/train.py. Each strategy runs under torchrun, on GPUs (NCCL) or on CPUs (gloo);
-where every rank holds the model whole, the job itself compares the replicas' bits at its end and fails if they differ.
+Options after `--` go to examples/train.py. Each strategy runs under torchrun, on GPUs (NCCL) or on CPUs (gloo). Where
+every rank holds the whole model, the job compares the replicas' bits at its end and fails if they differ.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ STRATEGIES = {
     "FSDP1 + Lion": ("fsdp1",),
     "FSDP2 + Lion": ("fsdp2",),
 }
-Curves = dict[str, list[tuple[int, float]]]  # of one run, as examples/report.py has them
+Curves = dict[str, list[tuple[int, float]]]  # of one run, by name: (step, loss), as examples/report.py records them
 LAST_LINE = re.compile(r"val_loss=(\S+) unigram=\S+ bigram=\S+ tokens_per_s=(\S+) peak_mib=(\S+)")
 SAME = re.compile(r"the weights are the same bits on all \d+ ranks")
 
 
 def run(name: str, ranks: int, folder: Path, options: list[str]) -> tuple[list[str], Curves]:
-    """The cells of a row, and the curves."""
+    """Trains with one strategy. Returns the cells of its row and its curves."""
     strategy, *more = STRATEGIES[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["examples/train.py", f"--strategy={strategy}", *more, f"--out={folder}", *options]
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the plot")
-    parser.add_argument("options", nargs="*", help="behind --: options of examples/train.py")
+    parser.add_argument("options", nargs="*", help="after --: options of examples/train.py")
     given = parser.parse_args()
     print(
         "| strategy | validation loss | replicas' bits alike | tokens a second | s |\n|---|---|---|---|---|", flush=True

@@ -1,4 +1,4 @@
-"""Whole training iterations on several GPUs: time, memory, and what the collectives hide behind.
+"""Whole training iterations on several GPUs: time, memory, and how much of the collectives is hidden.
 
     python -m benchmarks.iteration --repeats 3                         every mode on all GPUs of this machine
     python -m benchmarks.iteration --modes zero2 --trace zero2.png     a picture of one iteration, by the profiler
@@ -10,14 +10,14 @@
     (from the repository's root; --help for sizes)
 
 Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay and no-decay groups, no clipping without
-    `--clip`, `--sequences` of `--seq-len` tokens a rank. Random tokens, the same four batches in every mode.
-Mode: one way to train (peers.py), in processes of its own, one a rank. `compute` is a forward and backward alone.
-    Modes take turns, `--repeats` times; one that fails, or whose package is not installed, has a row that says so.
-Last loss: of the last timed iteration, the mean over the ranks. A mode that trains differently shows there.
-Time: of an iteration, the mean of `--iterations` between two CUDA events, on the slowest rank, nothing waited for
-    in between. Host time: the same on the host's clock before it waits for the device.
-Hidden: the part of a collective's time on the device in which other kernels ran too, by the profiler.
-Memory: torch's peak of allocated bytes over the timed iterations, GiB; after the forward alone beside it.
+    `--clip`, `--sequences` of `--seq-len` tokens for each rank. Tokens are random, the same four batches in every mode.
+Mode: one way to train (peers.py), with one process for each rank. `compute` is a forward and backward alone.
+    Modes take turns, `--repeats` times. The row of a mode that fails, or whose package is not installed, says so.
+Last loss: loss of the last timed iteration, mean over the ranks. It shows whether a mode trains differently.
+Time: mean of `--iterations` iterations between two CUDA events, on the slowest rank; nothing is waited for in between.
+    Host time: the same on the host's clock, until the host waits for the device.
+Hidden: the part of a collective's device time during which other kernels ran too, by the profiler.
+Memory: torch's peak of allocated bytes over the timed iterations, GiB; and its value after the forward.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GIB = 2**30
 
 @dataclass
 class Report:
-    """What rank 0 tells of a mode; times in ms, memory in GiB, of the worst rank; the last loss, mean of the ranks."""
+    """Rank 0's report on a mode: times in ms and memory in GiB of the worst rank; the last loss, mean over ranks."""
 
     mode: str
     ms: float
@@ -61,8 +61,8 @@ class Report:
     after_forward_gib: float
     compile_s: float
     loss: float
-    hidden: dict[str, tuple[float, float]] = field(default_factory=dict)  # collective -> (ms, of which hidden)
-    step_alone: dict[str, Any] = field(default_factory=dict)  # a StepAlone of rank 0, if it was asked for
+    hidden: dict[str, tuple[float, float]] = field(default_factory=dict)  # by collective: (ms, hidden ms)
+    step_alone: dict[str, Any] = field(default_factory=dict)  # rank 0's StepAlone, with --step-alone
 
 
 def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out: str) -> None:
@@ -127,7 +127,7 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
 
 
 def step_alone(trainer: Trainer, batches: list[Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Of rank 0; the others wait, on the host, because a kernel that waits takes time of a GPU that they share."""
+    """Rank 0 measures its step. The others wait on the host: a kernel that waits would slow a GPU that they share."""
 
     def backward(number: int) -> None:
         with torch.autocast("cuda", torch.bfloat16):
@@ -149,13 +149,10 @@ def step_alone(trainer: Trainer, batches: list[Tensor], options: argparse.Namesp
 
 # Tracing --------------------------------------------------------------------------------------------
 
-TRACED = 4  # iterations; the last is looked at, which starts with the host ahead as in training
-LION_KERNELS = (
-    "lion",
-    "update_fn_kernel",
-    "_triton_momentum_kernel",
-)  # ours and DeepSpeed's, lion-pytorch's, FlashLion's
-MARK = "spin_kernel"  # what torch.cuda._sleep launches: it parts forward, backward and step in a trace
+TRACED = 4  # iterations; the last is examined, which starts with the host ahead of the device, as in training
+# Names of ours and DeepSpeed's, of lion-pytorch's, and of FlashLion's contain these.
+LION_KERNELS = ("lion", "update_fn_kernel", "_triton_momentum_kernel")
+MARK = "spin_kernel"  # torch.cuda._sleep launches it; it marks the ends of forward and backward in a trace
 
 
 def mark(wanted: bool) -> None:
@@ -164,11 +161,11 @@ def mark(wanted: bool) -> None:
 
 
 def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: str, options: Any) -> dict:
-    """Profiles an iteration; how much of each collective was hidden."""
+    """Profiles an iteration. Returns (ms, hidden ms) by collective; rank 0 draws the picture, if there is a path."""
     iteration(0, True)
     torch.cuda.synchronize()
     dist.barrier()
-    # The device alone: recording the host too slows it down until it is what is waited for.
+    # Only the device is recorded: recording the host would slow it down until the device waits for it.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for i in range(TRACED):
             iteration(i, True)
@@ -251,7 +248,7 @@ def draw(path: Path, spans: dict, marks: list[float], hidden: dict, mode: str, o
 
 
 def measure(mode: str, options: argparse.Namespace) -> Report:
-    """One turn of a mode. Whatever goes wrong in its processes is raised here."""
+    """Runs a mode once, in processes of its own, and raises what they raise."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         context = spawn(run, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks, join=False)
@@ -268,7 +265,7 @@ def measure(mode: str, options: argparse.Namespace) -> Report:
 
 @dataclass
 class Row:
-    """The turns of a mode, and why there are no more of them."""
+    """The turns of a mode, and why it stopped taking turns."""
 
     mode: str
     turns: list[Report] = field(default_factory=list)
@@ -290,7 +287,7 @@ class Row:
             return [self.failure, *[""] * (len(HEADER) - 2)]
 
         def over_turns(name: str, digits: int) -> str:
-            """The median, and [min, max] where they differ as printed."""
+            """The median; and [min, max], if their digits differ."""
             values = [getattr(turn, name) for turn in self.turns]
             median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
             return median if low == high else f"{median} [{low}, {high}]"
@@ -309,9 +306,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--repeats", type=int, default=1, help="how many times the modes take turns")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="more than GPUs: they share them")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=torch.cuda.device_count(),
+        help="where these are more than the GPUs, ranks share GPUs",
+    )
     parser.add_argument("--layers", type=int, default=Llama.layers)
-    parser.add_argument("--sequences", type=int, default=4, help="a rank")
+    parser.add_argument("--sequences", type=int, default=4, help="number of sequences for each rank")
     parser.add_argument("--seq-len", type=int, default=Llama.seq_len)
     parser.add_argument("--bucket-mb", type=float, default=256)
     parser.add_argument("--clip", action="store_true", help=f"clip the gradient's norm to {MAX_NORM}")
@@ -319,7 +321,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--deadline", type=float, default=240, help="seconds that one turn of a mode may take")
     parser.add_argument("--compile", choices=["none", "block", "model"], default="none")
-    parser.add_argument("--hidden", action="store_true", help="profile, and tell what of the collectives is hidden")
+    parser.add_argument(
+        "--hidden", action="store_true", help="profile, and print how much of the collectives is hidden"
+    )
     parser.add_argument("--step-alone", action="store_true", help="measure the optimizer's step by itself too")
     parser.add_argument("--trace", help="profile, and draw rank 0's iteration into this PNG (of the last mode)")
     parser.add_argument("--json", type=Path, help="write every turn's report here")
@@ -360,7 +364,7 @@ def print_table(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def print_step_alone(rows: list[Row]) -> None:
-    """Of each mode, the turn whose device time is the median one."""
+    """Prints, for each mode, the turn with the median device time."""
     print(f"\n| {' | '.join(ALONE_HEADER)} |\n|{'---|' * len(ALONE_HEADER)}")
     for row in rows:
         turns = [StepAlone(**turn.step_alone) for turn in row.turns if turn.step_alone]

@@ -1,5 +1,8 @@
-"""A Llama-shaped language model to measure on: 1,038,682,112 parameters with the defaults (those of Llama 3.2 1B, but
-for a vocabulary of 32,000), in 146 tensors, of which the 33 gains of norms do not decay."""
+"""A Llama-shaped language model for the benchmarks.
+
+With the defaults, which are those of Llama 3.2 1B except for a vocabulary of 32,000, it has 1,038,682,112 parameters in
+146 tensors; the 33 gains of norms do not decay.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Llama:
-    """Sizes. A query has width / heads elements; keys and values have kv_heads."""
+    """Sizes. A query has width / heads elements; there are kv_heads heads of keys and values."""
 
     vocabulary: int = 32000
     layers: int = 16
@@ -55,12 +58,14 @@ class Block(nn.Module):
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of queries or keys, shape (batch, heads, length, head size)."""
     a, b = t.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class LanguageModel(nn.Module):
-    """Tokens of shape (batch, seq_len) -> the mean loss of predicting each from those before it."""
+    """``forward`` takes tokens, shape (batch, seq_len), and returns the mean loss of predicting each token from those
+    before it."""
 
     def __init__(self, c: Llama) -> None:
         super().__init__()
@@ -83,7 +88,7 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices decay, gains do not."""
+        """Parameter groups: matrices decay, gains do not."""
         params = list(self.parameters())
         return [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},

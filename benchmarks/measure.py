@@ -1,8 +1,8 @@
-"""How the benchmarks measure one device: device time, host time, launches, memory and copy bandwidth. And their ranks.
+"""How the benchmarks measure: device time, host time, kernel launches, memory, copy bandwidth; and how ranks start.
 
-Device time: between two CUDA events around a call, with the device held up beforehand so that the host
-    is never what is waited for.
-Host time: what a call takes with nothing queued on the device.
+Device time: the time between two CUDA events around a call. The device is kept busy beforehand, so that the host has
+    enqueued everything before the device gets there, and host time is not part of it.
+Host time: the time that a call takes on the host with nothing queued on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Step = Callable[[], object]
 
 
 class Spread(NamedTuple):
-    """The median of many readings, with their 10th and 90th percentiles."""
+    """Median of many readings, with their 10th and 90th percentiles."""
 
     median: float
     p10: float
@@ -42,8 +42,11 @@ class Spread(NamedTuple):
 
 
 def join_group(rank: int, ranks: int, rendezvous: str) -> torch.device:
-    """Takes this rank's GPU and makes the default process group, on NCCL. Ranks that are more than the GPUs share them:
-    NCCL takes each for a host of its own, and they talk over its socket transport."""
+    """Selects this rank's GPU and makes the default process group, on NCCL.
+
+    Where there are more ranks than GPUs, ranks share GPUs: NCCL then treats each rank as a host of its own and uses its
+    socket transport.
+    """
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     if torch.cuda.device_count() < ranks:
@@ -53,13 +56,14 @@ def join_group(rank: int, ranks: int, rendezvous: str) -> torch.device:
 
 
 def machine(ranks: int) -> str:
-    """The GPUs that so many ranks run on, for the head of a table."""
+    """Describes the GPUs that this number of ranks runs on, for the head of a table."""
     gpus = min(ranks, torch.cuda.device_count())
     shared = f", shared by {ranks} ranks over NCCL's sockets" if gpus < ranks else ""
     return f"{gpus} x {torch.cuda.get_device_name()}{shared}"
 
 
 def events_ms(run: Step) -> float:
+    """Milliseconds of device time that a call takes."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -69,13 +73,13 @@ def events_ms(run: Step) -> float:
 
 
 def cycles_a_ms() -> float:
-    """Of torch.cuda._sleep; the fastest of several, because an idle device's clock takes a while to rise."""
+    """Cycles of torch.cuda._sleep in a millisecond: of the fastest of several calls, since an idle GPU clocks down."""
     trial = 20_000_000
     return trial / min(events_ms(lambda: torch.cuda._sleep(trial)) for _ in range(10))
 
 
 def copy_bandwidth(repeats: int) -> list[float]:
-    """Bytes a second, read and written ones both counted, of large device-to-device copies."""
+    """Bytes a second of large device-to-device copies; bytes read and bytes written both count."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.zeros_like(source)
     times = [events_ms(lambda: target.copy_(source)) for _ in range(repeats + 2)][2:]
@@ -83,11 +87,12 @@ def copy_bandwidth(repeats: int) -> list[float]:
 
 
 def step_bytes(params: Sequence[torch.Tensor]) -> int:
-    """That any step of plain tensors must move: p and m read and written, g read, all of one dtype."""
+    """Number of bytes that any step must move: p and m read and written, g read, all in one dtype."""
     return sum(5 * p.element_size() * p.numel() for p in params)
 
 
 def host_us(step: Step, before: Step, repeats: int) -> list[float]:
+    """Microseconds of host time of each of several steps; ``before`` is called before each and not measured."""
     readings = []
     for _ in range(repeats):
         before()
@@ -100,7 +105,7 @@ def host_us(step: Step, before: Step, repeats: int) -> list[float]:
 
 
 def device_ms(steps: Sequence[Step], before: Step, lead_us: Sequence[float], repeats: int, cycles: float) -> list:
-    """Device times of several steps that take turns; the i-th is given lead_us[i] to enqueue itself in."""
+    """Device times, in ms, of several steps that take turns. The host has 1.5 * lead_us[i] to enqueue the i-th step."""
     readings: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         before()
@@ -112,15 +117,15 @@ def device_ms(steps: Sequence[Step], before: Step, lead_us: Sequence[float], rep
 
 
 def device_activity(step: Step) -> tuple[list[str], int]:
-    """(names of the kernels that one step launches, how many copies and fills it makes beside)."""
+    """(names of the kernels that one step launches, number of copies and fills that it makes besides)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
-        # The trace sorts what ran on the device by category; the profiler's own event list mixes kernels with
-        # copies and with the spans of record_function.
+        # The trace has a category for each event on the device. The profiler's own event list mixes kernels with copies
+        # and with the spans of record_function.
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
@@ -129,7 +134,7 @@ def device_activity(step: Step) -> tuple[list[str], int]:
 
 
 def extra_memory(step: Step) -> int:
-    """Bytes by which one step's peak exceeds what was allocated before it."""
+    """Number of bytes by which memory peaks, during one step, above what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     allocated = torch.cuda.memory_allocated()
@@ -140,7 +145,7 @@ def extra_memory(step: Step) -> int:
 
 @contextmanager
 def freed() -> Iterator[None]:
-    """Gives back the memory of what was dropped within."""
+    """Context manager that returns memory to the device at its end; the caller has dropped its references."""
     try:
         yield
     finally:

@@ -1,16 +1,17 @@
-"""A model of the time of an iteration, from the bandwidths of memory and links: what 8 to 1024 GPUs would take.
+"""A model of the time of an iteration on 8 to 1024 GPUs, from the bandwidths of memory and links.
 
-    python -m benchmarks.model            the model beside what benchmarks.iteration measured, then its predictions
+    python -m benchmarks.model            the model beside the measurements of benchmarks.iteration, then predictions
 
-Nothing here is measured at more than two GPUs: read the predictions as arithmetic, which the check holds for two.
+Nothing was measured on more than two GPUs. The predictions are arithmetic that agrees with measurements on two.
 
-A reduce-scatter or all-gather of n bytes over W ranks is a ring: n * (W - 1) / W / bandwidth, and W - 1 hops' latency.
-    An all-reduce takes twice the time on the wire, and the hops of two rings or of a tree, whichever are fewer.
-    Bandwidth is what NCCL carries past a rank ("bus bandwidth"); a hop's latency is that of NCCL's own tuning tables.
-Reductions run behind the backward, two thirds of compute, except for the last bucket, whose gradient ends it. While one
-    runs, compute goes on at 1 - INTERFERENCE of its speed: it shares the GPU's memory and multiprocessors.
-A step moves bytes of memory: of an unsharded Lion 20 a parameter in fp32 (p and m read and written, g read), of signs
-    12.25 by the owner (g, m, m, signs) and 8.25 by every rank (p, p, signs).
+A reduce-scatter or all-gather of n bytes over W ranks is a ring: it takes n * (W - 1) / W / bandwidth, and the latency
+    of W - 1 hops. An all-reduce takes twice the time on the wire, and the hops of two rings or of a tree, whichever are
+    fewer. Bandwidth is NCCL's "bus bandwidth"; the latency of a hop is that of NCCL's tuning tables.
+Reductions run during the backward, which is two thirds of compute, except for the last bucket, whose gradient comes at
+    the end of the backward. During a reduction compute runs at 1 - INTERFERENCE of its speed, since both share the
+    GPU's memory and multiprocessors.
+A step moves bytes of memory. An unsharded Lion moves 20 for each parameter in fp32 (p and m read and written, g read).
+    With signs the owner moves 12.25 (g, m, m, signs), and then every rank 8.25 (p, p, signs).
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 from typing import NamedTuple
 
-PARAMS = 1_038_682_112  # of benchmarks/llama.py
-LAST_BUCKET = 65_536_000  # its embedding, whose gradient is complete last
+PARAMS = 1_038_682_112  # number of parameters of benchmarks/llama.py
+LAST_BUCKET = 65_536_000  # elements of its embedding, whose gradient is complete last
 BUCKET, DDP_BUCKET = 256 << 20, 25 << 20  # bytes of gradients
-INTERFERENCE = 0.73  # fitted to one figure, ShardedLion with signs over NVLink; the others check it
-BACKWARD = 2 / 3  # of forward and backward
+INTERFERENCE = 0.73  # fitted to one measurement, ShardedLion with signs over NVLink; the others check it
+BACKWARD = 2 / 3  # the backward's part of forward and backward
 
 
 @dataclass(frozen=True)
 class Machine:
-    """ranks, node: GPUs, of which so many a node; compute_ms: of forward and backward alone; memory, link: bytes a
-    second; hop_us, net_us: latency of a hop within a node and between two; sharing: ranks that share a GPU."""
+    """A cluster.
+
+    Attributes:
+        ranks: number of ranks.
+        node: number of GPUs in a node.
+        compute_ms: time of forward and backward alone.
+        link, memory: bandwidths of links and of memory, bytes a second.
+        hop_us, net_us: latency of a hop within a node and between nodes.
+        sharing: number of ranks that share a GPU.
+    """
 
     name: str
     ranks: int
@@ -65,12 +74,17 @@ class Machine:
 
 
 def behind_backward(m: Machine, collective: Callable[[float], float], bucket: int) -> float:
-    """Compute, with the reduction of the gradients behind it, in ms. `collective`: bytes -> ms."""
+    """Milliseconds of compute and of the gradients' reduction behind it.
+
+    Args:
+        collective: milliseconds of the reduction of a number of bytes.
+        bucket: size of a bucket in bytes.
+    """
     n = 4 * (PARAMS - LAST_BUCKET)
     last, rest = collective(4 * LAST_BUCKET), collective(bucket) * n / bucket
-    on_the_wire = collective(n)  # the rest of it is latency, which takes nothing from compute
+    on_the_wire = collective(n)  # the rest is latency, during which compute runs at full speed
     backward = BACKWARD * m.compute_ms
-    # While the reduction runs compute is slowed down; what does not fit behind the slowed backward comes after it.
+    # Compute is slower during the reduction. What does not fit behind the slower backward comes after it.
     hidden = min(on_the_wire, backward / (1 - INTERFERENCE))
     slowed = backward + INTERFERENCE * hidden
     return m.compute_ms - backward + max(slowed, rest) + last
@@ -106,15 +120,15 @@ WAYS = {
     "zero1": Way("DDP + sharded optimizer, parameters gathered", zero1_params),
 }
 
-# Bandwidths by benchmarks.sync: NVLink 7.1 ms for 4 GiB (with the all-gather's half on the wire), sockets 1156 ms.
+# From benchmarks.sync: 4 GiB, half of which an all-gather carries, took 7.1 ms over NVLink and 1156 over sockets.
 NVLINK = Machine("2 H200s, NVLink", 2, 2, 65.9, 3.0e11)
 SOCKETS = Machine("2 ranks of one H200, sockets", 2, 1, 142.2, 1.857e9, sharing=2)
-# RESULTS.md, ms an iteration; under DDP with lion-pytorch's Triton kernel, which is near the memory's limit too.
+# Milliseconds of an iteration, from RESULTS.md; DDP with lion-pytorch's Triton kernel, which is near the memory limit.
 MEASURED = {
     NVLINK: {"zero2_signs": 75.7, "zero2": 83.4, "ddp": 81.4, "zero1": 90.0},
     SOCKETS: {"zero2_signs": 1329.9, "zero2": 2450.5, "ddp": 2452.2, "zero1": 3415.3},
 }
-# Of a node; and what is carried past it: with a 400 Gb/s adapter a GPU as much as NVLink, over one 100 GbE port less.
+# (bandwidth between nodes in bytes a second, latency in us): a 400 Gb/s adapter for each GPU carries as much as NVLink.
 LINKS = {
     "8 GPUs a node, NVLink, and 400 Gb/s InfiniBand a GPU": (3.0e11, 14.0),
     "8 GPUs a node, and 100 GbE a node": (12.5e9, 40.0),

@@ -1,7 +1,7 @@
-"""The steps that benchmarks.step measures beside ours: other people's Lions, and two baselines written here.
+"""The steps that benchmarks.step measures beside ours: other implementations of Lion, and two baselines written here.
 
-Each function takes parameter groups, of which some decay and some do not, and returns their step. Names in PEERS say
-where a peer's rule or what it keeps differs from the paper's rule with p, g and m of one dtype.
+Each function takes parameter groups, some of which decay, and returns a function that steps them. Names in PEERS say
+where a peer's rule or its state differs from the paper's rule with p, g and m of one dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Group = dict[str, Any]
 
 
 def installed_version(distribution: str) -> str | None:
+    """Version of a package by the name that pip knows; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -29,13 +30,13 @@ def installed_version(distribution: str) -> str | None:
 
 
 def missing(distribution: str) -> str:
-    """Why what needs this cannot run here, in a few words; "" if it may."""
+    """Why a mode that needs this package cannot run here, in a few words; "" if it can, or needs none."""
     absent = distribution and installed_version(distribution) is None
     return f"not installed (pip install {distribution})" if absent else ""
 
 
 class Peer(NamedTuple):
-    """A contestant; `distribution` is what pip calls it, "" for what is written here."""
+    """A contestant. ``distribution``: the package's name for pip; "" if the step is written here."""
 
     distribution: str
     what: str
@@ -50,7 +51,7 @@ class Peer(NamedTuple):
 
 
 def lion_pytorch(groups: list[Group], use_triton: bool) -> Step:
-    """Its Triton kernel autotunes once for every tensor size, in the warm-up steps, restoring what the trials wrote."""
+    """The Triton kernel autotunes for every tensor size in the warm-up steps; it restores what the trials wrote."""
     from lion_pytorch import Lion
 
     step: Step = Lion(groups, lr=LR, betas=BETAS, use_triton=use_triton).step
@@ -60,7 +61,7 @@ def lion_pytorch(groups: list[Group], use_triton: bool) -> Step:
 def foreach_lion_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], weight_decay: float
 ) -> None:  # fmt: skip
-    """The plain foreach baseline, written for this file in as few passes as foreach has."""
+    """The foreach baseline, in as few passes as foreach operations allow."""
     beta1, beta2 = BETAS
     update = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
     torch._foreach_sign_(update)
@@ -87,7 +88,7 @@ def compiled(groups: list[Group]) -> Step:
 
 
 def deepspeed(groups: list[Group]) -> Step:
-    """Compiled by nvcc when first made, for half a minute or more; cached in TORCH_EXTENSIONS_DIR."""
+    """nvcc compiles it when it is first made, for half a minute or more; TORCH_EXTENSIONS_DIR caches the result."""
     from deepspeed.ops.lion import FusedLion
 
     step: Step = FusedLion(groups, lr=LR, betas=BETAS).step
@@ -109,7 +110,7 @@ def optimi(groups: list[Group], kahan_sum: bool | None) -> Step:
 
 
 def flashlion(groups: list[Group]) -> Step:
-    """As it comes; in float32 it takes no correction bits."""
+    """With its defaults; in float32 it refuses correction bits."""
     from flashoptim import FlashLion
 
     bits = None if groups[0]["params"][0].dtype == torch.float32 else 24
@@ -132,7 +133,7 @@ PEERS = [
     Peer("", "foreach (written here)", foreach),
     COMPILED,
     Peer("deepspeed", " FusedLion (where c is 0, p moves by +lr)", deepspeed),
-    # It synchronises with the device after every tensor, so its time holds the host's too.
+    # It synchronises with the device after every tensor, so its device time contains host time.
     Peer("bitsandbytes", " Lion, 32 bits (momentum fp32; waits for the device after each tensor)", bitsandbytes),
     Peer("torch-optimi", " Lion, triton=True, kahan_sum=False", partial(optimi, kahan_sum=False)),
     Peer("torch-optimi", " Lion, triton=True (in bf16 with Kahan sums)", partial(optimi, kahan_sum=None)),

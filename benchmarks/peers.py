@@ -1,8 +1,8 @@
-"""The ways to train that benchmarks.iteration measures: ours, and those of other people's Lions and frameworks.
+"""The ways to train that benchmarks.iteration measures: ours, and those of other implementations and frameworks.
 
-Mode: makes a Trainer of the model on the current device, inside an initialised process group. All share what trains:
-    float32 parameters, the same two groups (matrices decay, gains do not), and float32 communication, so that
-    all end near one loss; MODES says of a mode where its rule differs.
+Mode: a function that makes a Trainer from the model on the current device, inside an initialised process group. All
+    have float32 parameters, the same two groups (matrices decay, gains do not), and float32 communication, so all
+    end near the same loss. A mode's entry in MODES says where its rule differs.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from lion_dist import Lion, ShardedLion
 from .llama import Block, LanguageModel
 from .peer_steps import BETAS, DECAY, LR
 
-MAX_NORM = 1.0  # of the gradient, with --clip
+MAX_NORM = 1.0  # the norm to which --clip clips gradients
 
 
 @dataclass
 class Trainer:
-    """What a mode made of the model; an iteration calls the three in order.
+    """The parts of an iteration, which are called in order: forward, backward, step.
 
-    forward: tokens -> the loss.
-    step: clips if asked to, steps, drops the gradients.
-    local: the optimizer, if its step communicates nothing, so that a rank can make it by itself.
+    Attributes:
+        forward: takes tokens and returns the loss.
+        step: clips with --clip, steps, and drops the gradients.
+        local: the optimizer, if its step does not communicate, so that one rank can step alone; else None.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -100,7 +101,7 @@ def fsdp2(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
     return make_trainer(model, optimizer, torch_clip(model), options, local=True)
 
 
-# Torch's ways of sharding, and lion-pytorch -----------------------------------------------------------------
+# torch's sharding, and lion-pytorch -----------------------------------------------------------------
 
 
 def ddp_lion_pytorch(model: LanguageModel, options: Namespace, reduce_bf16: bool = False) -> Trainer:
@@ -124,7 +125,8 @@ def zero_redundancy(model: LanguageModel, options: Namespace) -> Trainer:
 
 
 def shard_fsdp1(model: LanguageModel) -> Any:
-    """The parameters stay the same objects, but become flat: groups, which tell matrices by shape, are made before."""
+    """Wraps the model. Parameters stay the same objects but become flat, so groups, which depend on shapes, are made
+    before."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -165,12 +167,16 @@ def fsdp1_flashlion(model: LanguageModel, options: Namespace) -> Trainer:
 
 
 def shard_fsdp2(model: LanguageModel, reshard: bool, bf16: bool = False) -> None:
-    """`reshard`: parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3.
-    `bf16`: they are gathered, and gradients reduced, in bfloat16."""
+    """Shards the model.
+
+    Args:
+        reshard: whether parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3.
+        bf16: whether parameters are gathered, and gradients reduced, in bfloat16.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # fully_shard's own mesh is one of the device that torch was built for, even where the model is on the CPU.
+    # The mesh that fully_shard makes itself is on GPUs if torch was built for them, even if the model is on the CPU.
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if bf16 else MixedPrecisionPolicy()
     for block in model.blocks:
@@ -187,7 +193,7 @@ def fsdp2_lion_pytorch(model: LanguageModel, options: Namespace, reshard: bool) 
 
 
 class OnLocalParts:
-    """An optimizer that takes no DTensors, on plain parameters that are their local parts; as a user would have to."""
+    """Steps the local parts of DTensors with an optimizer that takes no DTensors, as users would have to by hand."""
 
     def __init__(self, groups: list[dict[str, Any]], make: Callable[..., torch.optim.Optimizer]) -> None:
         self.param_groups = groups
@@ -238,16 +244,16 @@ def deepspeed_zero(
 ) -> Trainer:
     """
     Args:
-        ours: `"type": "Lion"` after lion_dist.deepspeed.register().
-        clips: leaves gradient_clipping to DeepSpeed, whose default is a norm of 1.0.
-        reduce_bf16: what DeepSpeed does of itself under torch_autocast: Linear layers communicate in bfloat16.
+        ours: whether `"type": "Lion"` is ours, by lion_dist.deepspeed.register().
+        clips: whether gradient_clipping is left at DeepSpeed's default, a norm of 1.0.
+        reduce_bf16: whether Linear layers communicate in bfloat16, DeepSpeed's default under torch_autocast.
     """
-    # What torchrun would set; without it DeepSpeed looks for MPI.
+    # torchrun would set these; without them DeepSpeed looks for MPI.
     gpu = torch.cuda.current_device() if on_gpu(model) else 0
     rank, world_size, local_rank = (str(i) for i in (dist.get_rank(), dist.get_world_size(), gpu))
     os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")  # named, not used: the process group exists
+    os.environ.setdefault("MASTER_PORT", "29500")  # required but not used, since the process group exists
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -274,7 +280,7 @@ def on_gpu(model: LanguageModel) -> bool:
 
 
 class Mode(NamedTuple):
-    """`distribution`: what pip calls the package that it needs; "" if none."""
+    """``distribution``: name, for pip, of the package that the mode needs; "" if none."""
 
     make: Callable[[LanguageModel, Namespace], Trainer]
     what: str
@@ -313,7 +319,7 @@ MODES = {
     "fsdp2_lion_pytorch": Mode(
         partial(fsdp2_lion_pytorch, reshard=True), f"{FSDP2} + lion-pytorch, eager", "lion-pytorch"
     ),
-    # Neither its Triton kernel nor its foreach version takes DTensors.
+    # Neither lion-pytorch's Triton kernel nor its foreach version takes DTensors.
     "fsdp2_lion_pytorch_triton": Mode(
         partial(fsdp2_lion_pytorch_triton, reshard=True),
         f"{FSDP2} + lion-pytorch, use_triton=True, on local parts by hand", "lion-pytorch",

@@ -9,8 +9,8 @@ Model: Llama-shaped, 1,235,814,400 parameters in 146 tensors; matrices decay, no
 Mode: float32 or bfloat16, parameters, gradients and momentum alike.
 Floor: bytes that any step must move (p and m read and written, g read) over the copy bandwidth
     measured here: device to device, read and written bytes both counted.
-Kept / moved: gradients that stay where they are / that lie elsewhere at every step (two sets in turn).
-Device and host time: see measure.py. Ours and the peer take turns on the device, so that drift meets both.
+Kept / moved: gradients have the same addresses in every step / other addresses (two sets in turn).
+Device and host time: see measure.py. Ours and the peer take turns on the device, so that drift affects both.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ OURS = "lion_dist"
 
 @dataclass
 class ModeResult:
+    """Readings of ours and of every peer in one mode, by name; and why peers were skipped.
+
+    ``bandwidth``: of copies before and after, in bytes a second.
+    """
+
     mode: str
     step_bytes: int
     bandwidth: list[float]
@@ -78,11 +83,11 @@ def run_mode(mode: str, repeats: int, cycles: float, leave_out: set[Peer]) -> Mo
     return result
 
 
-# Reporting.
+# Reporting -----------------------------------------------------------------------------------------
 
 
 def both(values: dict[str, Any], show: Callable[[Any], str]) -> str:
-    """Kept / moved."""
+    """One cell of the table: the value for kept gradients / that for moved ones."""
     return " / ".join(show(values[case]) for case in ("kept", "moved"))
 
 

@@ -1,8 +1,8 @@
-"""`optimizer.step()` by itself, on what a rank holds of a sharded model, with the gradients that its own backward left.
+"""`optimizer.step()` by itself, on one rank's part of a sharded model, with the gradients of that rank's own backward.
 
-Floor: the bytes that any step of these parameters must move (p and m read and written, g read; the local part of
-    DTensors, the local views of FSDP1) over the copy bandwidth measured in the same process.
-Kept / moved: gradients that stay where they are / those of two backward passes in turn, which lie elsewhere.
+Floor: the bytes that any step of these parameters must move (p and m read and written, g read; of DTensors the local
+    tensors, under FSDP1 the local views) over the copy bandwidth measured in the same process.
+Kept / moved: gradients have the same addresses in every step / are those of two backward passes in turn.
 Device time, host time, kernels: see measure.py.
 """
 
@@ -22,7 +22,7 @@ HEADER = ["mode", "elements", "floor ms", "ms, gradients kept / moved", "of the 
 
 @dataclass
 class StepAlone:
-    """Medians, by case: "kept", "moved"."""
+    """Medians by case, "kept" and "moved". ``elements``: number of this rank's elements."""
 
     elements: int
     floor_ms: float
@@ -46,8 +46,8 @@ class TwoSets:
     """The gradients of two backward passes, all kept alive.
 
     Args:
-        params: those that the optimizer steps.
-        backward: number of the pass -> None; leaves gradients in ``p.grad``.
+        params: the parameters that the optimizer steps.
+        backward: called with the number of the pass, 0 or 1; leaves gradients in ``p.grad``.
     """
 
     def __init__(self, params: Sequence[Tensor], backward: Callable[[int], object]) -> None:
@@ -61,7 +61,7 @@ class TwoSets:
         self._set = 1
 
     def exchange(self) -> None:
-        """Every parameter's gradient now lies at another address."""
+        """Gives every parameter its gradient of the other pass, which has another address."""
         self._set = 1 - self._set
         for p, g in zip(self._params, self._sets[self._set], strict=True):
             p.grad = g
@@ -76,14 +76,14 @@ def local_parts(params: Sequence[Any]) -> list[Tensor]:
 
 
 def measure_alone(optimizer: Any, gradients: TwoSets, repeats: int) -> StepAlone:
-    """On this rank, which steps alone: for an optimizer whose step does not communicate, after its warm-up."""
+    """Measures an optimizer whose step does not communicate, after its warm-up, on this rank alone."""
     with freed():
         bandwidth = statistics.median(copy_bandwidth(repeats))
     cycles = cycles_a_ms()
     shard = local_parts(params_of(optimizer))
     alone = StepAlone(sum(p.numel() for p in shard), step_bytes(shard) / bandwidth * 1e3, {}, {}, {}, {})
     for case, before in (("kept", lambda: None), ("moved", gradients.exchange)):
-        for _ in range(3):  # compiles and autotunes for what is new, and warms the profiler up
+        for _ in range(3):  # compile, autotune, and warm the profiler up
             before()
             device_activity(optimizer.step)
         alone.host_us[case] = statistics.median(host_us(optimizer.step, before, repeats))

@@ -1,4 +1,4 @@
-"""What benchmarks.step measures of ours alone: further models, and the sweep of block sizes and warps."""
+"""Measurements of ours alone in benchmarks.step: further models, and the sweep of block sizes and warps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lion_dist import Lion
-from lion_dist.update import reference, triton_step
+from lion_dist.update import reference
+from lion_dist.update.backends import triton_step
 from lion_dist.update.segments import TILE
 
 from .measure import DEVICE, Step, copy_bandwidth, device_ms, freed
@@ -29,13 +30,13 @@ class Extra:
 
 
 def small_tensors(dtype: torch.dtype) -> Model:
-    """1000 tensors of 1 to 4096 elements; they fit the L2 cache, so the floor does not bind them."""
+    """1000 tensors of 1 to 4096 elements. They fit in the L2 cache, so a step can be faster than the floor."""
     chooser = random.Random(0)
     return Model.random([Shape((chooser.randint(1, 4096),), i % 2 == 0) for i in range(1000)], dtype)
 
 
 def unaligned_tensors(dtype: torch.dtype) -> Model:
-    """Parameters and gradients one element into their buffers, as FSDP1 may hand them out; momenta are aligned."""
+    """Parameters and gradients begin one element into their buffers, as FSDP1's may; momenta are aligned."""
     shapes = [s for s in llama_shapes() if s.decays][:29]
 
     def views() -> list[Tensor]:
@@ -51,7 +52,7 @@ def past_int32(extra: int = 128) -> Model:
 
 
 def check_slices(model: Model, step: Step, optimizer: Lion) -> str:
-    """Steps the one parameter once and compares slices at both ends and around element 2**31 with the rule."""
+    """Steps the one parameter once; compares slices at both ends and around element 2**31 with the reference."""
     (p,), length, border = model.params, 4096, 1 << 31
     starts = [0, border // 2, border - length // 2, p.numel() - length]
     slices = [slice(start, min(start + length, p.numel())) for start in starts]
@@ -93,11 +94,11 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
     return extras
 
 
-# The sweep.
+# The sweep ------------------------------------------------------------------------------------------
 
 
 def sweep(repeats: int, cycles: float) -> dict[str, Any]:
-    """Device time of ours for every block size and number of warps. Three passes, so that drift is seen."""
+    """Device time of our step for every block size and number of warps, in three passes that would show drift."""
     configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
     raw: dict[str, Any] = {}
     with freed():
@@ -112,7 +113,7 @@ def sweep(repeats: int, cycles: float) -> dict[str, Any]:
             try:
                 for config in configs * 3:
                     triton_step.LAUNCH[dtype.itemsize] = config
-                    step()  # compiles at its first turn
+                    step()  # compiles in the first pass
                     (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
                     times[config] += readings
             finally:

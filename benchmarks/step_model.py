@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 def llama_shapes(vocab: int = 128256, hidden: int = 2048, kv: int = 512, inner: int = 8192, layers: int = 16) -> list:
-    """The tied embedding, nine tensors a layer, and the last norm."""
+    """Shapes of the tied embedding, of nine tensors for each layer, and of the last norm."""
     matrices = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     matrices += [(inner, hidden), (inner, hidden), (hidden, inner)]
     layer = [Shape(size, True) for size in matrices] + [Shape((hidden,), False)] * 2
@@ -33,7 +33,11 @@ def llama_shapes(vocab: int = 128256, hidden: int = 2048, kv: int = 512, inner: 
 
 
 class Model:
-    """Parameters in two groups, and two sets of gradients for them."""
+    """Parameters in two groups, and two sets of gradients for them.
+
+    Args:
+        decays: for each parameter, whether its weight decays.
+    """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], decays: Sequence[bool]) -> None:
         self.params, self.grads = list(params), grads
@@ -55,7 +59,7 @@ class Model:
         return [{"params": list(params), "weight_decay": decay} for params, decay in self._groups if params]
 
     def move_gradients(self) -> None:
-        """Every parameter's gradient now lies at another address."""
+        """Gives every parameter its gradient of the other set, which has another address."""
         self._set = 1 - self._set
         for p, g in zip(self.params, self.grads[self._set], strict=True):
             p.grad = g
@@ -71,20 +75,20 @@ def make_ours(groups: list[Group]) -> Step:
 
 @dataclass
 class Reading:
-    """One contestant on one model; each list is raw: ms of device time, us of host time a step."""
+    """Readings of one contestant on one model, by case ("kept", "moved"): lists have a value for each step."""
 
     device_ms: dict[str, list[float]] = field(default_factory=dict)
     host_us: dict[str, list[float]] = field(default_factory=dict)
-    kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # how often each is launched, by name
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # number of launches by kernel name
     copies: dict[str, int] = field(default_factory=dict)
     extra_bytes: dict[str, int] = field(default_factory=dict)
-    ours_device_ms: dict[str, list[float]] = field(default_factory=dict)  # in turn with this contestant
+    ours_device_ms: dict[str, list[float]] = field(default_factory=dict)  # of ours, in turn with this contestant
 
 
 def measure(step: Step, model: Model, ours: Step | None, repeats: int, cycles: float) -> Reading:
-    """All readings of one step; with ``ours``, its device times are taken in turn with the step's."""
+    """All readings of one step. Where ``ours`` is given, its device times are taken in turn with the step's."""
     reading = Reading()
-    for _ in range(3):  # compiles, autotunes, makes state
+    for _ in range(3):  # compile, autotune and make the state
         model.move_gradients()
         step()
         if ours is not None:

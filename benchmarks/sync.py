@@ -5,12 +5,13 @@
                                                                   the same over NCCL's socket transport
     (from the repository's root; --help for sizes)
 
-What is timed: ShardedLion.step() with stage=1 on gradients that lie ready, two groups (decay and none): fused step
-    and all-gather of parameters (`params`), or momentum and pack, all-gather of signs, apply (`signs`).
-Device time: between two CUDA events around the step, with the devices held up beforehand so that no host is what is
-    waited for; of the slowest rank. The modes take turns; medians [10th, 90th percentile].
-Parts: of the step on rank 0, by the profiler: time in which kernels of that kind ran.
-Bits: after 100 further steps on gradients that change, all parameters under `signs` are those under `params`.
+The step: ShardedLion.step() with stage=1 on gradients that are ready, in two groups (decay and none): a fused step and
+    an all-gather of parameters (`params`); or an update of momenta that packs signs, an all-gather of signs, and a
+    kernel that applies them (`signs`).
+Device time: the time between two CUDA events around the step, on the slowest rank. Devices are kept busy beforehand, so
+    that host time is not part of it. The modes take turns; medians [10th, 90th percentile].
+Parts: time in which kernels of one kind ran during the step on rank 0, by the profiler.
+Bits: whether, after 100 further steps on changing gradients, all parameters under `signs` equal those under `params`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from lion_dist import ShardedLion
 from .measure import Spread, cycles_a_ms, events_ms, join_group, machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEAD_MS = 5.0  # that the devices are held up, for the hosts to enqueue a step in
+LEAD_MS = 5.0  # how long the devices are kept busy while the hosts enqueue a step
 
 
-def made(numel: int, tensors: int, dtype: torch.dtype, device: torch.device, sync: str) -> tuple[list, ShardedLion]:
+def make(numel: int, tensors: int, dtype: torch.dtype, device: torch.device, sync: str) -> tuple[list, ShardedLion]:
     generator = torch.Generator(device).manual_seed(1)
     length = numel // tensors
     params = [
@@ -48,6 +49,7 @@ def made(numel: int, tensors: int, dtype: torch.dtype, device: torch.device, syn
 
 
 def parts(step: Any) -> dict[str, float]:
+    """Milliseconds of one step by kind of kernel, the longest first."""
     torch.cuda.synchronize()
     dist.barrier()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -69,7 +71,7 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str, out: str) -> No
     for name in options.dtypes.split(","):
         dtype = DTYPES[name]
         optimizers: dict[str, tuple[list, ShardedLion]] = {
-            sync: made(options.numel, options.tensors, dtype, device, sync) for sync in ("params", "signs")
+            sync: make(options.numel, options.tensors, dtype, device, sync) for sync in ("params", "signs")
         }
         generator = torch.Generator(device).manual_seed(2)  # the same averaged gradient on every rank
         grads = [torch.empty_like(p).normal_(generator=generator) for p in optimizers["params"][0]]
@@ -111,12 +113,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="more than GPUs: they share them")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=torch.cuda.device_count(),
+        help="where these are more than the GPUs, ranks share GPUs",
+    )
     parser.add_argument("--numel", type=int, default=2**30)
     parser.add_argument("--tensors", type=int, default=128)
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=100, help="after which bits are compared")
+    parser.add_argument("--steps", type=int, default=100, help="number of steps after which bits are compared")
     parser.add_argument("--json", help="write the raw figures here")
     options = parser.parse_args()
     print(f"{datetime.date.today()}, {machine(options.ranks)}, torch {torch.__version__}")

@@ -1,9 +1,9 @@
-"""Train the small GPT under Hugging Face Accelerate, which shards it by FSDP1 or FSDP2 as its configuration says.
+"""Trains the small GPT under Hugging Face Accelerate, which shards it by FSDP1 or FSDP2 as its configuration says.
 
     accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes 2 examples/accelerate_fsdp.py
     (on all GPUs: launch/accelerate.sh fsdp2)
 
-Lion is made of the plain model and prepared together with it: Accelerate puts the sharded parameters into its groups.
+Lion is made from the plain model and prepared together with it: Accelerate puts the sharded parameters into its groups.
 The last line on stdout is `last_loss=<nats per byte, mean of the ranks>`.
 """
 
@@ -57,7 +57,7 @@ def train(options: argparse.Namespace) -> tuple[Accelerator, nn.Module, Accelera
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    accelerator.save_state(str(options.out))  # each rank its shards; load_state() reads them on as many ranks or others
+    accelerator.save_state(str(options.out))  # load_state() reads it on any number of ranks
     accelerator.print(f"last_loss={accelerator.reduce(loss.detach(), 'mean').item():.4f}")
     return accelerator, model, optimizer
 

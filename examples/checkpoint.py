@@ -1,7 +1,7 @@
-"""Which checkpoint a run continues from.
+"""Finds the checkpoint that a run continues from.
 
-lion_dist.checkpoint keeps them: `step-<n>` in the run's folder, each with the weights, the momentum and the schedule,
-under any strategy and number of ranks. Beside these, as its *extra*: `step` (optimizer steps done), `run` (what a
+lion_dist.checkpoint writes them: `step-<n>` in the run's folder, each with the weights, the momentum and the schedule,
+under any strategy and number of ranks. Its *extra* holds `step` (optimizer steps done), `run` (the options that a
 resumed run must have in common) and `history` (the curve so far).
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lion_dist import checkpoint
 
-KEPT = 2  # checkpoints; the last may be of a moment at which something was already wrong
+KEPT = 2  # number of checkpoints; something may already have been wrong when the last one was saved
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -18,15 +18,15 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path:
-    """The folder's last checkpoint, checked to be one of `run`.
+    """Returns the folder's last checkpoint, after checking that it belongs to `run`.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of a run that differs in the data, the model or the schedule.
+        ValueError: it is damaged, or belongs to a run with other data, another model or another schedule.
     """
     path = checkpoint.latest(folder, default=None)
     if path is None:
-        raise FileNotFoundError(f"nothing to resume in {folder}: start without --resume, or correct --out")
+        raise FileNotFoundError(f"there is nothing to resume in {folder}: start without --resume, or correct --out")
     theirs = checkpoint.read_extra(path)["run"]
     differences = [
         f"{name} is {theirs.get(name)!r} in the checkpoint, {run.get(name)!r} now"
@@ -35,14 +35,14 @@ def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path:
     ]
     if differences:
         raise ValueError(
-            f"{path} is of another run: {'; '.join(differences)}. Repeat the options it was started with, "
-            "or give another --out and no --resume"
+            f"{path} belongs to another run: {'; '.join(differences)}. Repeat the options that run was started with, "
+            "or give another --out without --resume"
         )
     return path
 
 
 def check_unused(folder: Path) -> None:
-    """Raises ValueError if another run has left checkpoints in the folder, which a new one must not be mixed with."""
+    """Raises ValueError if the folder has checkpoints of another run, with which a new run must not be mixed."""
     if checkpoint.checkpoints(folder):
         raise ValueError(
             f"{folder} has checkpoints of an earlier run: continue it with --resume, give another --out, or remove them"

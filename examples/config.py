@@ -1,7 +1,7 @@
 """The options of a training run.
 
-A *preset* is a set of defaults for the size of the model and of the run; every option on the command line overrides
-it. A *step* is one optimizer step; it takes `accumulation` *micro-steps*, each a forward and backward of `batch_size`
+A *preset* is a set of defaults for the size of the model and of the run; options on the command line override it. A
+*step* is one optimizer step. It consists of `accumulation` *micro-steps*, each a forward and backward of `batch_size`
 windows on every rank.
 """
 
@@ -21,7 +21,7 @@ PARAM_SYNCS = ("auto", "params", "signs")
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line says of a field of Config; `least` is the smallest value allowed."""
+    """How the command line presents a field of Config; `least` is the smallest value allowed."""
 
     help: str
     least: float | None = None
@@ -31,16 +31,14 @@ class Option:
 class Config:
     """Every option of a run; the defaults are those of the preset `tiny`."""
 
-    strategy: Annotated[str, Option(f"how the work is spread over ranks: {', '.join(STRATEGIES)}")] = "zero2"
-    param_sync: Annotated[str, Option("of zero1 and zero2: what brings the parameters together, params or signs")] = (
-        "auto"
-    )
+    strategy: Annotated[str, Option(f"how the work is distributed over the ranks: {', '.join(STRATEGIES)}")] = "zero2"
+    param_sync: Annotated[str, Option("what zero1 and zero2 gather: auto, params or signs")] = "auto"
     deepspeed_config: Annotated[Path | None, Option("DeepSpeed's JSON file, for the strategy deepspeed")] = None
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None
     resume: Annotated[bool, Option("continue from the last checkpoint in --out")] = False
     device: Annotated[str, Option("cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu"
-    deterministic: Annotated[bool, Option("the same bits each time on a GPU too; on a CPU they always are")] = False
+    deterministic: Annotated[bool, Option("the same bits in every run on GPUs too, as always on CPUs")] = False
 
     steps: Annotated[int, Option("optimizer steps", least=1)] = 1000
     batch_size: Annotated[int, Option("windows per rank and micro-step", least=1)] = 8
@@ -51,17 +49,17 @@ class Config:
     heads: Annotated[int, Option("attention heads", least=1)] = 4
 
     lr: Annotated[float, Option("peak learning rate", least=0)] = 1e-3
-    warmup: Annotated[int, Option("steps in which the learning rate rises to its peak", least=0)] = 100
+    warmup: Annotated[int, Option("steps until the learning rate reaches its peak", least=0)] = 100
     beta1: Annotated[float, Option("Lion's beta1", least=0)] = 0.95
     beta2: Annotated[float, Option("Lion's beta2", least=0)] = 0.98
-    weight_decay: Annotated[float, Option("of matrices; norms have none", least=0)] = 0.5
+    weight_decay: Annotated[float, Option("weight decay of matrices; norms have none", least=0)] = 0.5
     clip: Annotated[float, Option("largest norm of the gradients; 0: no clipping", least=0)] = 1.0
-    seed: Annotated[int, Option("of the first weights, the batches and the sample", least=0)] = 0
+    seed: Annotated[int, Option("seed of the initial weights, the batches and the sample", least=0)] = 0
 
     log_every: Annotated[int, Option("steps between two points of the training curve", least=1)] = 10
     eval_every: Annotated[int, Option("steps between two validations", least=1)] = 100
-    eval_windows: Annotated[int, Option("windows in a validation", least=1)] = 256
-    checkpoint_every: Annotated[int, Option("steps between two checkpoints; there is one at the end", least=1)] = 100
+    eval_windows: Annotated[int, Option("windows of one validation", least=1)] = 256
+    checkpoint_every: Annotated[int, Option("steps between two checkpoints; one more at the end", least=1)] = 100
     sample: Annotated[int, Option("bytes of text to generate at the end", least=0)] = 400
 
     def __post_init__(self) -> None:
@@ -78,7 +76,8 @@ class Config:
             raise ValueError(f"--param-sync must be one of {', '.join(PARAM_SYNCS)}, got {self.param_sync!r}")
         if (self.strategy == "deepspeed") != (self.deepspeed_config is not None):
             raise ValueError(
-                "--strategy deepspeed and --deepspeed_config go together: launch/deepspeed/zero2.json, say"
+                "--strategy deepspeed needs --deepspeed_config, and no other strategy takes it: give both, such as "
+                "--deepspeed_config launch/deepspeed/zero2.json, or neither"
             )
         if self.deepspeed_config is not None and not self.deepspeed_config.is_file():
             raise ValueError(f"--deepspeed_config: there is no file {self.deepspeed_config}")
@@ -92,13 +91,13 @@ class Config:
         return GPTConfig(self.layers, self.width, self.heads, self.seq_len)
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that made the checkpoint: all that decides the weights,
-        but for how the work lies on the ranks (strategy, world size, batch_size and accumulation may change)."""
+        """The options that a resumed run must have in common with the one that made the checkpoint: all that determine
+        the weights. How the work is distributed (strategy, world size, batch_size, accumulation) may change."""
         names = ("layers", "width", "heads", "seq_len", "steps", "warmup", "lr", "beta1", "beta2", "weight_decay")
         return {name: getattr(self, name) for name in (*names, "clip", "seed")}
 
 
-# `tiny` suits two CPU cores, which need two to three minutes for it; `small` (25 M parameters) suits a GPU.
+# `tiny` is for two CPU cores, which need two to three minutes for it; `small` (25 M parameters) is for a GPU.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
@@ -118,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def options() -> dict[str, tuple[type, Option]]:
-    """Each field of Config: the type that its text on the command line is read as, and its Option."""
+    """Returns for each field of Config the type as which the command line is parsed, and its Option."""
     fields = {}
     for name, hint in get_type_hints(Config, include_extras=True).items():
         kind, option = get_args(hint)
@@ -131,13 +130,13 @@ def flag(name: str) -> str:
 
 
 def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of Config's options and --preset, which is read ahead because it decides the others' defaults."""
+    """Makes the parser of Config's options and --preset, which is read first because it sets the others' defaults."""
     presets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = "small" if torch.cuda.is_available() else "tiny"
     presets.add_argument("--preset", choices=PRESETS, default=default, help="size of the model and of the run")
     parser = argparse.ArgumentParser(
         usage="train.py [options]",
-        description="Train a small GPT on bytes with Lion.",
+        description="Trains a small GPT on bytes with Lion.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         parents=[presets],
         allow_abbrev=False,

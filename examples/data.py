@@ -1,4 +1,4 @@
-"""Bytes to train on, and how well simple models would predict them.
+"""Bytes to train on, and the entropies that say how well simple models would predict them.
 
 Terms: the *corpus* is one long run of bytes, files joined in the order of their paths; its last tenth is held out as
 the *validation* part. A *window* is seq_len + 1 neighbouring bytes: seq_len inputs and, one further on, their targets.
@@ -21,7 +21,7 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two parts, 1-D uint8 each; `digest` names the bytes, so that a resumed run can tell they are the same."""
+    """The two parts, 1-D uint8 each; a resumed run compares `digest` to make sure that the bytes are the same."""
 
     name: str
     train: Tensor
@@ -30,7 +30,7 @@ class Corpus:
 
 
 def load_corpus(path: Path | None, seq_len: int) -> Corpus:
-    """Read a file, every file of a folder, or (None) the Python standard library's own sources, and split it.
+    """Reads a file, every file of a folder, or (None) the Python standard library's own sources, and splits it.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
@@ -50,13 +50,13 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
 
 
 def stdlib_files() -> list[Path]:
-    """The .py files of the running interpreter's library: real text on every machine, without a download."""
+    """The .py files of the running interpreter's library: text that every machine has, without a download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(file for file in root.rglob("*.py") if NOT_LIBRARY.isdisjoint(file.relative_to(root).parts))
 
 
 def files_under(path: Path) -> list[Path]:
-    """`path` itself, or the files below it whose names, and folders' names, do not begin with a dot."""
+    """Returns `path` itself if it is a file, else the files below it, without hidden files and folders."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -71,7 +71,7 @@ def files_under(path: Path) -> list[Path]:
 def training_batch(
     data: Tensor, batch_size: int, seq_len: int, *, seed: int, step: int, micro_step: int, rank: int
 ) -> Tensor:
-    """Windows drawn at random: a pure function of its arguments, so a resumed run needs no generator's state."""
+    """Draws windows at random. A pure function of its arguments, so a resumed run needs no generator's state."""
     place = hashlib.sha256(struct.pack("<4q", seed, step, micro_step, rank)).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(place[:8], "little", signed=True))
     starts = torch.randint(len(data) - seq_len, (batch_size,), generator=generator)
@@ -81,9 +81,10 @@ def training_batch(
 def validation_batches(
     data: Tensor, count: int, batch_size: int, seq_len: int, *, rank: int, world_size: int
 ) -> Iterator[Tensor]:
-    """This rank's share of `count` windows spread evenly over `data` (fewer if they would predict a byte twice).
+    """Yields this rank's share of `count` windows spread evenly over `data` (fewer if they would overlap).
 
-    Every rank gets as many batches, the last perhaps empty: where the model is sharded a forward is collective.
+    Every rank gets the same number of batches, of which the last may be empty: with a sharded model a forward is a
+    collective call.
     """
     count = min(count, (len(data) - 1) // seq_len)
     starts = torch.arange(count) * (len(data) - seq_len) // count

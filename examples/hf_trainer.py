@@ -1,12 +1,11 @@
-"""Hugging Face's Trainer with DeepSpeed and lion_dist's Lion: a tiny Llama on bytes, made from a config without a
-download.
+"""Trains a tiny Llama on bytes with Hugging Face's Trainer, DeepSpeed and lion_dist's Lion. It downloads nothing.
 
     torchrun --nproc_per_node 2 examples/hf_trainer.py launch/deepspeed/zero3.json
     torchrun --nproc_per_node 2 examples/hf_trainer.py launch/deepspeed/zero2.json --device cpu --steps 20
 
-All that lion_dist asks is `lion_dist.deepspeed.register()` before the Trainer is made, and `"type": "Lion"` in the
-config. The Trainer fills "auto" in from its own arguments, and refuses numbers that differ from those: give it Lion's
-betas as adam_beta1 and adam_beta2, whose defaults are Adam's. The last line on stdout is
+lion_dist needs `lion_dist.deepspeed.register()` before the Trainer is made, and `"type": "Lion"` in the config. The
+Trainer replaces "auto" by its own arguments, and refuses numbers that differ from them: give it Lion's betas as
+adam_beta1 and adam_beta2, whose defaults are Adam's. The last line on stdout is
 
     optimizer=<class> first_loss=<nats per byte> last_loss=<nats per byte>
 """
@@ -26,7 +25,7 @@ from data import load_corpus
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Neighbouring windows of a corpus, int64 (seq_len,), inputs and labels alike: the model shifts them."""
+    """Neighbouring windows of a corpus, int64 (seq_len,). Inputs and labels are the same: the model shifts them."""
 
     def __init__(self, data: Tensor, seq_len: int) -> None:
         self.data, self.seq_len = data, seq_len
@@ -46,14 +45,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="the Trainer's output_dir")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8, help="windows a rank and step")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows per rank and step")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     return parser.parse_args(argv)
 
 
 def deepspeed_config(path: Path) -> dict[str, Any]:
-    """The file, with the lr, weight decay and clipping that it says, and the Trainer's batch sizes."""
+    """Reads the file, and leaves the batch sizes to the Trainer."""
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return {**json.loads(path.read_text()), **dict.fromkeys(sizes, "auto")}
 
@@ -91,7 +90,7 @@ def train(options: argparse.Namespace) -> str:
         disable_tqdm=True,
         seed=0,
     )
-    # After the arguments: at stage 3 the model is then made in parts.
+    # The arguments come first: at stage 3 the model is then sharded while it is made.
     sizes = {"hidden_size": options.width, "intermediate_size": 3 * options.width, "num_hidden_layers": 2}
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=256, num_attention_heads=2, max_position_embeddings=options.seq_len, **sizes)
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = train(parse(argv))
     if os.environ.get("RANK", "0") == "0":
         print(summary, flush=True)
-    if torch.distributed.is_initialized():  # left to the interpreter's end, it now and then aborts the process
+    if torch.distributed.is_initialized():  # at the interpreter's end its destructor may abort the process
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

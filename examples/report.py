@@ -1,4 +1,4 @@
-"""What is left of a run for people to look at: the curve, a sample of text, and what it cost."""
+"""Reports the result of a run: the loss curve, a sample of text, and the memory that it took."""
 
 import resource
 from pathlib import Path
@@ -9,8 +9,8 @@ History = dict[str, list[tuple[int, float]]]  # "train" and "validation": (steps
 
 
 def save_curve(path: Path, history: History, unigram: float, bigram: float, title: str) -> None:
-    """Draw both losses against the steps, with the two entropies that a model of text must get below."""
-    # Here, not above: only the rank that draws need import it.
+    """Draws both losses over the steps, with the two entropies that a model of text must get below."""
+    # Imported here, because only the rank that draws needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,13 +27,13 @@ def save_curve(path: Path, history: History, unigram: float, bigram: float, titl
 
 
 def printable(text: bytes) -> str:
-    """`text` as a terminal may show it: a young model writes control characters and broken UTF-8."""
+    """Returns `text` without control characters and broken UTF-8, which an untrained model writes."""
     shown = text.decode("utf-8", errors="replace")
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def peak_mib(device: torch.device) -> float:
-    """The most memory this rank has held so far: allocated on its GPU, or resident in its process."""
+    """The most memory in MiB that this rank has held so far: allocated on its GPU, or resident in its process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # in KiB on Linux

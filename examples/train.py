@@ -1,4 +1,4 @@
-"""Train a small GPT on bytes with Lion, on one process or many, on CPUs (gloo) or GPUs (NCCL).
+"""Trains a small GPT on bytes with Lion, in one process or many, on CPUs (gloo) or GPUs (NCCL).
 
     torchrun --nproc_per_node 2 examples/train.py                 gradients and momentum sharded over two ranks
     torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash or SIGTERM
@@ -7,8 +7,8 @@
     python examples/train.py --strategy single                    one process
     python examples/train.py --help
 
-(That variable has torchrun make a new store for each restart. Else, at least up to torch 2.13, ranks look for each
-other in one store for all, find addresses of processes that are gone, and fail or hang now and then.)
+(With that variable torchrun makes a new store for each restart. Without it, at least up to torch 2.13, restarted ranks
+find the addresses of ended processes in the old store, and fail or hang now and then.)
 
 Losses and entropies are in nats per byte. The last line on stdout is
 
@@ -44,7 +44,7 @@ from strategies.single import Groups, Single
 
 @dataclass(frozen=True)
 class World:
-    """This process among the `size` of the run."""
+    """This process: its rank among the `size` processes of the run, and its device."""
 
     rank: int
     size: int
@@ -52,10 +52,10 @@ class World:
 
 
 def find_world(config: Config) -> World:
-    """Read what torchrun set (without it: one process alone) and take this rank's device.
+    """Reads what torchrun has set (without torchrun: a single process) and selects this rank's device.
 
     Raises:
-        ValueError: the strategy or the machine cannot hold so many processes.
+        ValueError: there are more processes than the strategy or the machine allows.
     """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, size, local_rank, local_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
@@ -65,7 +65,7 @@ def find_world(config: Config) -> World:
             "`python examples/train.py --strategy single`, or choose another strategy"
         )
     if config.device == "cpu":
-        # torchrun allows every rank one thread: share the cores out instead.
+        # torchrun gives every rank one thread. Divide the cores among the ranks instead.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return World(rank, size, torch.device("cpu"))
     if config.device != "cuda":
@@ -91,13 +91,13 @@ def start_process_group(world: World) -> None:
 
 
 def leave_together(world: World) -> None:
-    """Ends the process group when every rank is done with it: gloo fails a rank whose peer has left.
+    """Ends the process group when every rank has finished with it: gloo fails a rank whose peer has left.
 
-    Through the store and not by dist.barrier(): with that, a thread of gloo's would still be letting go of the
-    barrier while Python shuts down, and now and then abort the process.
+    It waits through the store and not by dist.barrier(): a thread of gloo's may still be leaving the barrier while
+    Python shuts down, and abort the process.
     """
     store = dist.distributed_c10d._get_default_store()
-    for stage in ("finished", "left"):  # twice, since the first rank may be the store's server: it goes last
+    for stage in ("finished", "left"):  # twice, because the first rank may be the store's server and must leave last
         store.set(f"{stage}/{world.rank}", "")
         if stage == "finished" or world.rank == 0:
             store.wait([f"{stage}/{rank}" for rank in range(world.size)])
@@ -105,7 +105,7 @@ def leave_together(world: World) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Matrices decay; the gains and biases of norms do not."""
+    """Returns two groups: matrices, which decay, and the gains and biases of norms, which do not."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -114,14 +114,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def lr_factor(step: int, warmup: int, steps: int) -> float:
-    """A straight rise over `warmup` steps, then half a cosine down to a tenth of the peak."""
+    """The learning rate as a fraction of its peak: a linear warm-up, then half a cosine down to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * cos(pi * (step - warmup) / max(1, steps - warmup))
 
 
 def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction: str = "mean") -> Tensor:
-    """The loss of predicting each window's bytes but the first, from those before it."""
+    """The loss of predicting each byte of a window, except the first, from the bytes before it."""
     windows = windows.to(device, non_blocking=True).long()
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         logits = module(windows[:, :-1])
@@ -129,7 +129,7 @@ def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction:
 
 
 def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, step: int) -> Tensor:
-    """Accumulate gradients, clip, step; the mean loss of this rank's windows, not waited for."""
+    """Accumulates gradients, clips and steps. Returns the mean loss of this rank's windows, on the device."""
     strategy.zero_grad()
     mean_loss = torch.zeros((), device=world.device)
     for micro_step in range(config.accumulation):
@@ -146,7 +146,7 @@ def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, s
 
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> float:
-    """The mean loss over the validation windows, which the ranks share out. Every rank must call it."""
+    """The mean loss over the validation windows, which are divided among the ranks. Every rank must call it."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)  # sum of losses, number of bytes
     share = {"rank": world.rank, "world_size": world.size}
     for windows in validation_batches(
@@ -160,7 +160,7 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> 
 
 
 def check_replicas(model: nn.Module) -> None:
-    """Raises RuntimeError unless every rank's model has the bits of rank 0's. Every rank must call it."""
+    """Raises RuntimeError unless every rank's model has the same bits as rank 0's. Every rank must call it."""
     differ = torch.zeros((), device=next(model.parameters()).device)
     for p in model.parameters():
         theirs = p.detach().clone()
@@ -168,15 +168,15 @@ def check_replicas(model: nn.Module) -> None:
         differ += not torch.equal(p, theirs)
     dist.all_reduce(differ)
     if differ:
-        raise RuntimeError(f"replicas differ from rank 0's in {int(differ)} parameters of all ranks together")
+        raise RuntimeError(f"the replicas differ from rank 0's in {int(differ)} parameters, counted over all ranks")
 
 
 def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) -> str:
-    """The job itself, in a process group if the strategy needs one; the line that sums it up."""
+    """Runs the training, in a process group if the strategy needs one. Returns the line that summarises it."""
     stopping = Stopping(steps=config.log_every)
     torch.manual_seed(config.seed)
     model = GPT(config.model()).to(world.device)
-    parameters = sum(p.numel() for p in model.parameters())  # before any of them is sharded
+    parameters = sum(p.numel() for p in model.parameters())  # counted before they are sharded
     groups = parameter_groups(model, config.weight_decay)
     strategy = STRATEGIES[config.strategy](model, groups, config)
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
@@ -186,7 +186,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         extra = lion_dist.checkpoint.read_extra(resumed)
         first_step, history = extra["step"], extra["history"]
 
-    writes = world.rank == 0  # prints, draws and saves for all
+    writes = world.rank == 0  # this rank prints and draws for all
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not writes, mininterval=1.0)
     unigram, bigram = unigram_entropy(corpus.validation), bigram_entropy(corpus.validation)
     read_per_step = world.size * config.accumulation * config.batch_size * config.seq_len
@@ -194,14 +194,14 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         bar.write(
             f"{config.strategy} on {world.size} x {world.device.type}, steps {first_step} to {config.steps}: "
             f"{parameters:,} parameters; a step reads {read_per_step:,} bytes of text "
-            f"and each rank sends {strategy.bytes_sent_per_step(world.size, config.accumulation):,} (by arithmetic)"
+            f"and each rank sends {strategy.bytes_sent_per_step(world.size, config.accumulation):,} bytes (calculated)"
         )
         bar.write(
             f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.validation):,} held out, of unigram "
             f"entropy {unigram:.4f} and bigram entropy {bigram:.4f}"
         )
 
-    seconds, clock = 0.0, time.perf_counter()  # of training alone
+    seconds, clock = 0.0, time.perf_counter()  # of training, without validation and checkpoints
     for step in range(first_step, config.steps):
         loss = train_step(strategy, corpus, config, world, step)
         scheduler.step()
@@ -240,7 +240,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
         prompt = bytes(corpus.validation[:64].tolist())
-        writer = GPT(config.model()).to(world.device)  # the model may be in parts
+        writer = GPT(config.model()).to(world.device)  # a whole model, since the trained one may be sharded
         writer.load_state_dict(weights)
         text = writer.generate(prompt, config.sample, seed=config.seed)
         if strategy.replicated and world.size > 1:
@@ -258,7 +258,7 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
 
 
 def restarted(world: World) -> bool:
-    """Whether torchrun has started all ranks again where one has failed: the count rises on that one's node alone."""
+    """Whether torchrun has restarted the ranks after a failure. Its count rises only on the node that failed."""
     count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=world.device)
     if dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -266,7 +266,7 @@ def restarted(world: World) -> bool:
 
 
 def where_to_start(config: Config, corpus: Corpus, is_restart: bool) -> Path | None:
-    """The checkpoint to continue from; None: the beginning."""
+    """Returns the checkpoint to continue from; None: the run begins from the start."""
     if config.resume or (is_restart and lion_dist.checkpoint.checkpoints(config.folder)):
         return find_checkpoint(config.folder, identity(config, corpus))
     if not is_restart:

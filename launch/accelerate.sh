@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv where needed, then trains under Hugging Face Accelerate on this machine's GPUs. The first argument is
 # fsdp1 or fsdp2 (a file in launch/accelerate); the others go to examples/accelerate_fsdp.py. NPROC is the number of
-# processes, one a GPU: Accelerate offers no FSDP on CPUs.
+# processes, one per GPU: Accelerate has no FSDP on CPUs.
 #
 #   launch/accelerate.sh fsdp2 --steps 200 --out runs/accelerate
 set -euo pipefail
@@ -13,7 +13,7 @@ launch/setup
 
 python=.venv/bin/python
 $python -c 'import accelerate' 2>/dev/null ||
-    { echo "launch/accelerate.sh: no Accelerate here; .venv/bin/python -m pip install accelerate" >&2 && exit 1; }
+    { echo "launch/accelerate.sh: Accelerate is not installed: run .venv/bin/python -m pip install accelerate" >&2 && exit 1; }
 nproc=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count())')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec $python -m accelerate.commands.launch --config_file "$config" --num_processes "$nproc" \

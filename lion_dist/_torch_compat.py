@@ -25,8 +25,7 @@ __all__ = [
     "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id", "data_getter",
     "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
-    "non_persistent_buffers", "post_accumulate_grad_hooks", "queue_backward_callback", "recompile_limit",
-    "value_like_param", "version_of",
+    "non_persistent_buffers", "post_accumulate_grad_hooks", "queue_backward_callback", "value_like_param", "version_of",
 ]  # fmt: skip
 
 # torch.compile --------------------------------------------------------------------------------------
@@ -34,14 +33,6 @@ __all__ = [
 # Decorator: torch.compile runs the function as it is and compiles around it. torch.compiler.disable does the same, but
 # importing lion_dist would then import all of Dynamo, which takes more than a second.
 disable_dynamo = _disable_dynamo
-
-
-def recompile_limit(limit: int) -> AbstractContextManager[None]:
-    """Context manager that sets how many graphs torch.compile keeps for one function.
-
-    Without it the CPU step falls back to eager execution after eight mixes of dtypes. There is no public setting.
-    """
-    return torch._dynamo.config.patch(recompile_limit=limit)  # type: ignore[no-any-return]
 
 
 def in_compiled_autograd() -> bool:

@@ -93,8 +93,8 @@ def flat_param_slices(model: nn.Module) -> Iterator[tuple[Tensor, torch.Size, Se
         flat: Any = handle.flat_param
         if flat._params is None:
             raise ValueError(
-                "FSDP with use_orig_params=False has one parameter a wrapped module, whose momentum no other strategy "
-                "could load: wrap the model with use_orig_params=True"
+                "FSDP with use_orig_params=False has one parameter per wrapped module, whose momentum no other "
+                "strategy could load: wrap the model with use_orig_params=True"
             )
         slices = zip(flat._params, flat._shapes, flat._strides, flat._shard_param_infos, strict=True)
         for p, shape, strides, info in slices:

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .lion import Lion, Members
-from .param_groups import to_dtype
-from .update.dispatch import LionUpdate
-from .update.segments import StepTensors
+from .hyper_values import to_dtype
+from .lion import Lion
+from .update.state import EXP_AVG
 
 TESTED_VERSION = "0.19.8"
 
@@ -70,25 +69,12 @@ class DeepSpeedLion(Lion):
         for group in self.param_groups:
             group.setdefault("step", 0)
 
-    def _start(self, use_triton: bool | None) -> None:
-        super()._start(use_triton)
-        self._prepared: dict[tuple[int, ...], tuple[LionUpdate, Members | None]] = {}  # by a step's parameters
+    # Each partition would throw away what was prepared for the one before, an index of its tiles among it.
+    swaps_params = True
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        # Each partition would throw away what was prepared for the one before, an index of 1024-element tiles among it.
-        # Nobody else gets these ids: what is prepared holds the parameters, as the state does.
-        ids = tuple(id(p) for group in self.param_groups for p in group["params"])
-        self._update, self._members = self._prepared.get(ids) or (LionUpdate(self._use_triton), None)
-        try:
-            return super().step(closure)
-        finally:
-            self._update.forget_momenta()  # offload_states() is to free them
-            self._prepared[ids] = self._update, self._members
-
-    def _columns(self) -> StepTensors:
-        # DeepSpeed loads a universal checkpoint into the groups, as they were saved, and into the state, in float32. It
-        # links to what is there after a step.
+    def adopt_state(self) -> None:
+        """Brings a universal checkpoint into Lion's form. DeepSpeed loads it into the groups, as they were saved, and
+        into the state, in float32; it keeps references to the state that exists after the first step."""
         for group in self.param_groups:
             _check_not_adams(group)
             group["momentum_dtype"] = to_dtype(group["momentum_dtype"])
@@ -98,9 +84,8 @@ class DeepSpeedLion(Lion):
                     _check_second_moment(f"a partition of {p.numel()} elements", entry)
                     for key in NOT_LIONS:
                         entry.pop(key, None)
-                if group["momentum_dtype"] is not None and "exp_avg" in entry:
-                    entry["exp_avg"] = entry["exp_avg"].to(group["momentum_dtype"])
-        return super()._columns()
+                if group["momentum_dtype"] is not None and EXP_AVG in entry:
+                    entry[EXP_AVG] = entry[EXP_AVG].to(group["momentum_dtype"])
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()

@@ -1,4 +1,4 @@
-"""Lion: the local optimizer. It never communicates, and steps every tensor it is given in one launch."""
+"""Lion: the local optimizer. It never communicates, and steps all its tensors in one launch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from .param_groups import (
     complete_loaded_groups,
     hyper_parameters,
     make_defaults,
-    momentum_dtype,
     normalize_group,
+    required_dtype,
+    state_columns,
     warn_of_unknown_keys,
 )
 from .rounding import RoundingWarnings
@@ -34,37 +35,53 @@ from .state_dicts import (
     unwrap,
     with_named_dtypes,
 )
-from .update.dispatch import LionUpdate
+from .update.backends.batch import Prepared
+from .update.lion_update import LionUpdate
 from .update.segments import StepTensors
-from .update.state import EXP_AVG
 
 
 @dataclass
 class Members:
-    """What a walk through the groups found, kept for the next step if nothing has changed since.
+    """The parameters of the groups, as a step needs them; kept for the next step if nothing has changed.
 
-    ids: of all parameters, by group. params, entries, groups: those that are stepped, their state and
-    the number of their group. idle: frozen ones that are not. dtensors: whether any of params is one.
-    entry_ids: of all state entries.
+    Attributes:
+        ids: ids of all parameters, by group.
+        params: the parameters that are stepped.
+        entries: their entries of the state.
+        groups: the numbers of their groups.
+        columns: the state columns, which all entries have: number of elements that share one of the state, by name.
+        idle: frozen parameters, which are not stepped.
+        dtensors: whether any of ``params`` is a DTensor.
+        entry_ids: ids of all entries of the state.
     """
 
     ids: list[list[int]]
     params: list[Tensor]
     entries: list[dict[str, Any]]
     groups: list[int]
+    columns: dict[str, int]
     idle: list[Tensor]
     dtensors: bool
     entry_ids: list[int]
 
-    def columns(self) -> StepTensors:
-        """Of this step; of DTensors, this rank's part."""
+    def tensors(self) -> StepTensors:
+        """The tensors of this step; of DTensors, this rank's part."""
         params: list[Tensor] = self.params
         grads: list[Tensor | None] = [p.grad for p in params]
-        exp_avgs = [entry["exp_avg"] for entry in self.entries]
+        state = {name: [entry[name] for entry in self.entries] for name in self.columns}
         if self.dtensors:
             grads = local_gradients(params, grads)
-            params, exp_avgs = locals_of(params), locals_of(exp_avgs)
-        return StepTensors(params, grads, {EXP_AVG: exp_avgs}, self.groups)
+            params = locals_of(params)
+            state = {name: locals_of(of_entry) for name, of_entry in state.items()}
+        return StepTensors(params, grads, state, self.groups, blocks=self.columns)
+
+
+@dataclass
+class _Kept:
+    """What is kept between the steps of one set of parameters."""
+
+    update: LionUpdate
+    members: Members | None = None
 
 
 class Lion(Optimizer):
@@ -122,11 +139,22 @@ class Lion(Optimizer):
         defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
         super().__init__(params, defaults)
 
+    # Extension points for wrappers (deepspeed.py).
+
+    # Whether ``param_groups`` holds other parameters from step to step, in turn. Then tables are kept for each set of
+    # parameters, with the parameters themselves, until the next load; otherwise only for the last set.
+    swaps_params = False
+
+    def adopt_state(self) -> None:
+        """Called before a step reads groups and state. A subclass may bring here into Lion's form what others have put
+        into them. Does nothing in `Lion`."""
+
+    # --------------------------------------------------------------------------------------------------
+
     def _start(self, use_triton: bool | None) -> None:
-        """What is not state: made anew by the constructor, unpickling, deepcopy and load."""
+        """Makes everything that is not state: in the constructor, and anew by unpickling, deepcopy and load."""
         self._use_triton = use_triton
-        self._update = LionUpdate(use_triton)
-        self._members: Members | None = None
+        self._kept: dict[tuple[int, ...], _Kept] = {(): _Kept(LionUpdate(use_triton))}
         self._rounding = RoundingWarnings()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,50 +195,54 @@ class Lion(Optimizer):
     @disable_dynamo
     def _step(self) -> None:
         hypers = [hyper_parameters(group) for group in self.param_groups]
-        columns = self._columns()
+        kept, members, prepared = self._prepare()
         self._rounding.check(self.param_groups, hypers)
-        if columns.params:
-            self._update.step(columns, hypers)
-        if self._members is not None and self._members.dtensors:
+        if members.params:
+            kept.update.step(prepared, hypers)
+        if members.dtensors:
             # The local tensors' versions have risen; autograd saves the DTensors'.
-            stepped = zip(self._members.params, columns.grads, strict=True)
+            stepped = zip(members.params, prepared.grads, strict=True)
             torch.autograd.graph.increment_version([p for p, g in stepped if g is not None])
 
-    def _columns(self) -> StepTensors:
-        """This step's columns, prepared. Makes the state that is missing, once nothing is found that cannot be
+    def _prepare(self) -> tuple[_Kept, Members, Prepared]:
+        """Prepares the tensors of this step. Makes state that is missing, once nothing is found that cannot be
         stepped."""
-        members, new = self._current_members()
+        self.adopt_state()
+        kept = self._kept_for_params()
+        members, new = self._current_members(kept.members)
         try:
-            columns = self._prepare(members)
-        except KeyError:  # somebody took a momentum out of the state
+            prepared = kept.update.prepare(members.tensors())
+        except KeyError:  # other code took a tensor out of the state
             members, new = self._find_members()
-            columns = self._prepare(members)
+            prepared = kept.update.prepare(members.tensors())
         except (RuntimeError, TypeError, ValueError):
             if all(map(takes_part, members.params)):
                 raise
-            # A parameter that was frozen after its first steps may have become anything. It keeps its momentum.
+            # A parameter that was frozen after its first steps may have become anything. It keeps its state.
             members, new = self._find_members(only_taking_part=True)
-            columns = self._prepare(members)
+            prepared = kept.update.prepare(members.tensors())
         if new:
-            for p, momentum in new.items():
-                self.state.setdefault(p, {})["exp_avg"] = momentum
+            for p, made in new.items():
+                self.state.setdefault(p, {}).update(made)
             members.entries = [self.state[p] for p in members.params]
             members.entry_ids = [id(entry) for entry in self.state.values()]
-        self._members = members
-        return columns
+        kept.members = members
+        return kept, members, prepared
 
-    def _prepare(self, members: Members) -> StepTensors:
-        columns = members.columns()
-        self._update.prepare(columns)
-        return columns
+    def _kept_for_params(self) -> _Kept:
+        if not self.swaps_params:
+            return self._kept[()]
+        # Nobody else gets these ids: what is kept holds the parameters.
+        ids = tuple(id(p) for group in self.param_groups for p in group["params"])
+        if ids not in self._kept:
+            self._kept[ids] = _Kept(LionUpdate(self._use_triton))
+        return self._kept[ids]
 
     def init_state(self) -> None:
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
-        self._columns()
-        self._update.forget_gradients()
+        self._prepare()
 
-    def _current_members(self) -> tuple[Members, dict[Tensor, Tensor]]:
-        members = self._members
+    def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
         if (
             members is not None
             and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
@@ -220,11 +252,15 @@ class Lion(Optimizer):
             return members, {}
         return self._find_members()
 
-    def _find_members(self, only_taking_part: bool = False) -> tuple[Members, dict[Tensor, Tensor]]:
-        """Goes through the groups, and makes the momenta that are missing; the caller puts them in their place.
+    def _find_members(self, only_taking_part: bool = False) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
+        """Goes through the groups.
 
         Args:
-            only_taking_part: leaves out frozen parameters that have a momentum, too.
+            only_taking_part: leaves out frozen parameters that have state, too.
+
+        Returns:
+            The members, and new state for each parameter that lacks some, by column, which the caller puts into
+            ``state``.
 
         Raises:
             TypeError, ValueError: Lion cannot step a parameter that takes part for the first time.
@@ -232,24 +268,31 @@ class Lion(Optimizer):
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []
         entries, groups, idle = [], [], []
-        stateless, dtypes = [], []
+        blocks: dict[str, int] = {}
+        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                entry = self.state.get(p) or {}
-                if not takes_part(p) and (only_taking_part or "exp_avg" not in entry):
+                entry, columns = self.state.get(p) or {}, state_columns(p, group)
+                lacking = [column for column in columns if column.name not in entry]
+                if not takes_part(p) and (only_taking_part or lacking):
                     idle.append(p)
                     continue
-                if "exp_avg" not in entry:
+                if lacking:
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
-                    stateless.append(p)
-                    dtypes.append(momentum_dtype(p, group))
+                for column in lacking:
+                    missing.setdefault(column.name, []).append((p, column.dtype))
+                blocks = {column.name: column.block for column in columns}
                 params.append(p)
                 entries.append(entry)
                 groups.append(i)
-        new = dict(zip(stateless, new_state(stateless, dtypes), strict=True))
-        entries = [{"exp_avg": new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
-        dtensors = any(map(is_dtensor, params))
-        return Members(ids, params, entries, groups, idle, dtensors, [id(e) for e in self.state.values()]), new
+        new: dict[Tensor, dict[str, Tensor]] = {}
+        for name, wanted in missing.items():
+            stateless, dtypes = [p for p, _ in wanted], [dtype for _, dtype in wanted]
+            for p, made in zip(stateless, new_state(stateless, dtypes), strict=True):
+                new.setdefault(p, {})[name] = made
+        entries = [{**entry, **new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
+        entry_ids = [id(entry) for entry in self.state.values()]
+        return Members(ids, params, entries, groups, blocks, idle, any(map(is_dtensor, params)), entry_ids), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}
@@ -276,16 +319,19 @@ class Lion(Optimizer):
         from one that has come through torch's own doors, where names may be in the order of another optimizer. Without
         it parameters under FSDP1 are matched by position.
         """
-        for p in (p for group in self.param_groups for p in group["params"]):
-            entry = self.state.get(p) or {}
-            without = bool(entry) and "exp_avg" not in entry and takes_part(p)
-            if without or (not entry and (is_flat_view(p) or is_dtensor(p))):
-                self.init_state()
-                break
+        if any(self._shows_state(p, group) for group in self.param_groups for p in group["params"]):
+            self.init_state()
         state_dict = with_named_dtypes(super().state_dict())
         if any(is_flat_view(p) for group in self.param_groups for p in group["params"]):
             state_dict[IN_ORDER_OF_NAMES] = True
         return state_dict
+
+    def _shows_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a state_dict needs state of p that is still missing."""
+        entry = self.state.get(p)
+        if not entry:
+            return is_flat_view(p) or is_dtensor(p)
+        return takes_part(p) and any(column.name not in entry for column in state_columns(p, group))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,7 +358,7 @@ class Lion(Optimizer):
         # As the last of the pre-hooks it sees what the others made of the state_dict.
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             checked = check_and_wrap_state(given, self.param_groups, self.defaults, self.state)
-            self._copy_momenta(checked)
+            self._copy_state(checked)
             return checked
 
         check_is_dict(state_dict)
@@ -322,30 +368,31 @@ class Lion(Optimizer):
         finally:
             handle.remove()
 
-    def _copy_momenta(self, checked: dict[str, Any]) -> None:
-        """Puts copies in place of a checked state_dict's momenta, as they will lie in the state."""
-        entries: list[dict[str, Any]] = []
-        params, sources, dtypes = [], [], []
+    def _copy_state(self, checked: dict[str, Any]) -> None:
+        """Puts copies in place of the state's tensors in a checked state_dict, as they will lie in the state."""
+        copies: dict[str, list[tuple[dict[str, Any], Tensor, Any, torch.dtype]]] = {}  # entry, parameter, source, dtype
         for group, live in zip(checked["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], live["params"], strict=True):
                 entry = checked["state"].get(i, {})
-                if isinstance(entry.get("exp_avg"), Misfit):
-                    continue
-                if "exp_avg" in entry:
-                    m = entry["exp_avg"].value
-                    dtype = group["momentum_dtype"] or m.dtype
-                    own = self.state.get(p, {}).get("exp_avg")
-                    if m is own and m.dtype == dtype and local(m).device == local(p).device:
-                        continue  # loaded in place, as lion_dist.checkpoint does
-                elif checked["state"] and p.requires_grad and is_flat_view(p) and not p.numel():
-                    # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
-                    m, dtype = p.detach(), momentum_dtype(p, group)
-                else:
-                    continue
-                entries.append(checked["state"].setdefault(i, entry))
-                params.append(p)
-                sources.append(m)
-                dtypes.append(dtype)
-        for entry, momentum, m in zip(entries, new_state(params, dtypes), sources, strict=True):
-            local(momentum).copy_(local(m))
-            entry["exp_avg"] = KeptAsIs(momentum)
+                for column in state_columns(p, group):
+                    given = entry.get(column.name)
+                    if isinstance(given, Misfit):
+                        continue
+                    if given is not None:
+                        t = given.value
+                        dtype = required_dtype(column, group) or t.dtype
+                        own = self.state.get(p, {}).get(column.name)
+                        if t is own and t.dtype == dtype and local(t).device == local(p).device:
+                            continue  # loaded in place, as lion_dist.checkpoint does
+                    elif checked["state"] and p.requires_grad and is_flat_view(p) and not p.numel():
+                        # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
+                        t, dtype = p.detach(), column.dtype
+                    else:
+                        continue
+                    entry = checked["state"].setdefault(i, entry)
+                    copies.setdefault(column.name, []).append((entry, p, t, dtype))
+        for name, of_column in copies.items():
+            made = new_state([p for _, p, _, _ in of_column], [dtype for *_, dtype in of_column])
+            for t, (entry, _, source, _) in zip(made, of_column, strict=True):
+                local(t).copy_(local(source))
+                entry[name] = KeptAsIs(t)

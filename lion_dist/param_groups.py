@@ -12,8 +12,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._torch_compat import is_traceable_wrapper_subclass
-from .dtypes import dtype_of
 from .frozen import is_plain, takes_part
 from .fsdp import local
+from .hyper_values import to_betas, to_dtype, to_flag, to_float, to_lr, to_weight_decay
 from .memory_order import may_overlap
 from .update.reference import STORAGE_DTYPES, HyperParameters
 from .update.state import EXP_AVG, StateColumn
@@ -42,103 +41,11 @@ KNOWN_KEYS = frozenset({
 })  # fmt: skip
 
 
-# Values --------------------------------------------------------------------------------------------
-
-
-def shown(value: Any) -> str:
-    """Describes a value in a message. Tensors, and containers that may hold them, are described by their type, because
-    printing a tensor without memory ends the process."""
-    plain = (str, int, float, complex, type(None), torch.dtype)
-    if isinstance(value, plain) or (type(value) in (list, tuple) and all(isinstance(v, plain) for v in value)):
-        return repr(value) if len(repr(value)) < 100 else repr(value)[:100] + "..."
-    return f"a {type(value).__name__}"
-
-
-def to_float(value: Any, name: str) -> float:
-    """Converts a number of any kind to a float.
-
-    Args:
-        value: a number of Python or NumPy, a Fraction, a Decimal, or a tensor or array of one element.
-        name: its name in messages.
-
-    Raises:
-        TypeError: the value is not a real number.
-        ValueError: the value is a tensor or array of another size, or too large for a float.
-    """
-    if type(value) is float:
-        return value
-    given = value
-    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
-        shape = tuple(value.shape)
-        if math.prod(shape) != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {shape}")
-        if isinstance(value, Tensor) and not is_plain(value):
-            raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(value)}")
-        value = value.item()
-    if not hasattr(type(value), "__float__") or isinstance(value, complex):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {shown(given)}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{name} must be finite, got a number too large for a float") from error
-
-
-def _lr(value: Any, hint: str = "") -> float | Tensor:
-    number = to_float(value, "lr")
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"lr must be finite and >= 0, got {number}{hint}")
-    return value if isinstance(value, Tensor) else number
-
-
-def _betas(value: Any) -> tuple[float, float]:
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is float and type(value[1]) is float:
-        pair: tuple[float, ...] = value
-    else:
-        if isinstance(value, (str, bytes, Mapping, Set)):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}")
-        try:
-            pair = tuple(islice(iter(value), 3))
-            pair = tuple(to_float(beta, "each of betas") for beta in pair)
-        except (TypeError, RuntimeError) as error:  # RuntimeError: a tensor subclass that cannot be iterated over
-            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(value)}") from error
-    if len(pair) != 2 or not (0 <= pair[0] < 1 and 0 <= pair[1] < 1):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(value)}")
-    return pair[0], pair[1]
-
-
-def _weight_decay(value: Any) -> float:
-    number = to_float(value, "weight_decay")
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"weight_decay must be finite and >= 0, got {number}")
-    return number
-
-
-def _flag(value: Any, name: str) -> bool:
-    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's are called bool_ (1.x) and bool (2.x)
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
-    return bool(value)
-
-
-def to_dtype(value: Any) -> torch.dtype | None:
-    """Converts a momentum_dtype, which may be a name ("bfloat16" or "torch.bfloat16").
-
-    Raises:
-        TypeError: a momentum cannot have this dtype.
-    """
-    dtype = dtype_of(value) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
-        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {shown(value)}")
-    return dtype
-
-
-# Groups --------------------------------------------------------------------------------------------
-
-
 def _values(group: Group) -> Group:
     """A group's hyper-parameters as they are stored. Raises TypeError or ValueError where Lion cannot use one."""
-    lr, weight_decay = _lr(group["lr"]), _weight_decay(group["weight_decay"])
-    betas = _betas(group["betas"])
-    decoupled = _flag(group["decoupled_weight_decay"], "decoupled_weight_decay")
+    lr, weight_decay = to_lr(group["lr"]), to_weight_decay(group["weight_decay"])
+    betas = to_betas(group["betas"])
+    decoupled = to_flag(group["decoupled_weight_decay"], "decoupled_weight_decay")
     init_lr = to_float(group["init_lr"], "init_lr")
     if not (math.isfinite(init_lr) and init_lr >= 0):
         raise ValueError(f"init_lr must be finite and >= 0, got {init_lr}")
@@ -151,7 +58,7 @@ def _values(group: Group) -> Group:
         "decoupled_weight_decay": decoupled,
         "init_lr": init_lr,
         "momentum_dtype": to_dtype(group["momentum_dtype"]),
-        "maximize": _flag(group["maximize"], "maximize"),
+        "maximize": to_flag(group["maximize"], "maximize"),
     }
 
 
@@ -279,11 +186,11 @@ def hyper_parameters(group: Group) -> HyperParameters:
     """
     lr = group["lr"]
     if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        lr = _lr(lr, " (did a scheduler pass its end?)")
-    weight_decay = _weight_decay(group["weight_decay"])
-    if _flag(group["decoupled_weight_decay"], "decoupled_weight_decay"):
+        lr = to_lr(lr, " (did a scheduler pass its end?)")
+    weight_decay = to_weight_decay(group["weight_decay"])
+    if to_flag(group["decoupled_weight_decay"], "decoupled_weight_decay"):
         weight_decay = _divided(weight_decay, group["init_lr"])
-    return HyperParameters(lr, weight_decay, *_betas(group["betas"]), _flag(group["maximize"], "maximize"))
+    return HyperParameters(lr, weight_decay, *to_betas(group["betas"]), to_flag(group["maximize"], "maximize"))
 
 
 # Parameters ----------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from .sharding.collectives import Membership
 from .sharding.exchange import REFUSED, ExchangeBuffer
 from .sharding.replicas import DeferredCheck, gathered, refuse_differing
 from .sharding.shard import Shard
-from .update.dispatch import LionUpdate
-from .update.reference import PER_BYTE, HyperParameters, checksum
-from .update.segments import Segment, StepTensors
+from .update.lion_update import LionUpdate, Prepared
+from .update.reference import PER_BYTE, HyperParameters, hyper_checksum
+from .update.segments import Segment
 from .update.signs import SignUpdate
 from .upload import upload
 
@@ -82,7 +82,7 @@ class ParamSync(Protocol):
             ValueError: on every rank, where the outcome is known at once and the ranks' steps differ.
         """
 
-    def start(self, part: int, tensors: StepTensors, step: Step) -> Callable[[], None]:
+    def start(self, part: int, prepared: Prepared, step: Step) -> Callable[[], None]:
         """Steps this rank's slices of a part and begins the collective that brings the result to the other ranks.
 
         Returns:
@@ -134,7 +134,7 @@ class GatherParams:
             return
         first = self._parts[0]
         table = first.update.hyper_table(step.hypers, first.shard.device)
-        step.agreed = self._compare(checksum(table, step.salt, step.scale), step.message)
+        step.agreed = self._compare(hyper_checksum(table, step.salt, step.scale), step.message)
         if self._deferred.under_way:
             agreed = step.agreed
             step.hypers = [h._replace(lr=_lr_if(agreed, h.lr)) for h in step.hypers]
@@ -146,9 +146,9 @@ class GatherParams:
             numbers = gathered(number, group)
         return self._deferred.compare(numbers, message)
 
-    def start(self, part: int, tensors: StepTensors, step: Step) -> Callable[[], None]:
+    def start(self, part: int, prepared: Prepared, step: Step) -> Callable[[], None]:
         own = self._parts[part]
-        own.update.step(tensors, step.hypers, step.scale)
+        own.update.step(prepared, step.hypers, step.scale)
         return self._gather(own.shard)
 
     def _gather(self, shard: Shard) -> Callable[[], None]:
@@ -206,12 +206,12 @@ class GatherSigns:
     def agree(self, step: Step) -> None:
         pass  # the numbers travel with the signs
 
-    def start(self, part: int, tensors: StepTensors, step: Step) -> Callable[[], None]:
-        own = self._parts[part]
+    def start(self, part: int, prepared: Prepared, step: Step) -> Callable[[], None]:
+        own, tensors = self._parts[part], prepared.tensors
         if tensors.active is None:
             tensors.active = own.present(tensors.grads)
         exchange = own.exchange
-        own.signs.pack(tensors, step.hypers, step.scale, step.salt, exchange.own, exchange.own_number)
+        own.signs.pack(prepared, step.hypers, step.scale, step.salt, exchange.own, exchange.own_number)
         with self._membership.collective() as group:
             work = exchange.start_gather(group)
 
@@ -247,7 +247,7 @@ class _SignsOfPart:
         layout, device = part.shard.layout, part.shard.device
         self.exchange = exchange = ExchangeBuffer(layout.shard_numel // PER_BYTE, rank, layout.world_size, device)
         everywhere = [
-            Segment(s.param, s.start, 0, exchange.position(r, s.offset // PER_BYTE), s.length)
+            Segment(s.param, s.start, 0, PER_BYTE * exchange.position(r, s.offset // PER_BYTE), s.length)
             for r in range(layout.world_size)
             for s in layout.slices(r)
         ]

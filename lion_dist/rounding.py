@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .frozen import is_plain, takes_part
 from .fsdp import local
+from .hyper_values import to_float
 from .memory_order import flat
-from .param_groups import Group, to_float, warn
+from .param_groups import Group, warn
 from .update.reference import STORAGE_DTYPES, HyperParameters
 
 _DTYPE = attrgetter("dtype")

@@ -28,7 +28,7 @@ from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .stepper import Stepper
 from .uncompiled import uncompiled
-from .update.dispatch import check_use_triton
+from .update.lion_update import check_use_triton
 from .update.state import StateColumn
 
 
@@ -44,11 +44,11 @@ class ShardedLion(Optimizer):
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values, such as
     biases of zeros, cannot be told apart). Buffers, such as running statistics, are not sent: see `broadcast_buffers`.
+    Arguments that are not listed here are those of `Lion`. All of them must be the same on every rank.
 
     Args:
-        params, lr, betas, weight_decay, use_triton, decoupled_weight_decay, momentum_dtype, maximize:
-            as for `Lion`, the same on every rank. Parameters are dense and on one device. Frozen ones may be anything;
-            those that are dense and on that device are broadcast and compared too, others once they are unfrozen.
+        params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
+            device are broadcast and compared too, others once they are unfrozen.
         process_group: the ranks that hold the replicas; None is the default group.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
@@ -318,10 +318,14 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._deferred.check(all=True)
-        self._stepper.check_groups(self.param_groups)
+        self._check_last_steps()
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
+
+    def _check_last_steps(self) -> None:
+        """Raises ValueError on every rank if hyper-parameters differed in one of the last steps. The host waits."""
+        self._deferred.check(all=True)
+        self._stepper.check_groups(self.param_groups)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checks of state_dicts before they are loaded; shared by both optimizers.
 
 An entry of a state_dict holds, for one parameter, the columns of its state (`param_groups.state_columns`), and whatever
-a wrapper keeps beside them. How entries and parameters are matched is told in param_names.py.
+a wrapper keeps beside them. param_names.py matches entries and parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ._torch_compat import value_like_param
 from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, misfit
+from .hyper_values import shown
 from .param_groups import (
     Group,
     allowed_dtypes,
@@ -25,7 +26,6 @@ from .param_groups import (
     complete_group,
     names_of,
     normalize_group,
-    shown,
     state_columns,
     warn_of_unknown_keys,
 )

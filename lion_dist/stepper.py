@@ -17,7 +17,7 @@ from .param_sync import ParamSync, Part, Step
 from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_first
 from .sharding.replicas import DeferredCheck
 from .sharding.shard import Shard
-from .update.dispatch import LionUpdate
+from .update.lion_update import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
 
@@ -103,7 +103,8 @@ class Stepper:
             params = shard.params
             state = {name: [buffer] * len(params) for name, buffer in shard.buffers.items()}
             grads = self._grads.of(i)
-            tensors.append(StepTensors(params, grads, state, of_params, part.segments, None, shard.numbers))
+            blocks = {column.name: column.block for column in shard.columns}
+            tensors.append(StepTensors(params, grads, state, of_params, part.segments, None, shard.numbers, blocks))
         return tensors
 
     # Steps --------------------------------------------------------------------------------------
@@ -129,22 +130,17 @@ class Stepper:
         tensors = self._tensors(groups)
         scale = None if clipping is None else clipping.scale
         step = Step(hypers, scale, 1 << 62 | self._grads.fingerprint(), mismatch(hypers, clipping))
-        try:
-            for part, own in zip(self._parts, tensors, strict=True):
-                part.update.prepare(own)  # raises for bad gradients before anything is changed
-            if clipping is None:  # otherwise clip() has checked them
-                self._grads.check(tensors)
-            self._sync.agree(step)
-        except Exception:
-            for part in self._parts:
-                part.update.forget_gradients()
-            raise
+        # Raises for bad gradients before anything is changed.
+        prepared = [part.update.prepare(own) for part, own in zip(self._parts, tensors, strict=True)]
+        if clipping is None:  # otherwise clip() has checked them
+            self._grads.check(tensors)
+        self._sync.agree(step)
         # The last part first, since its gradients are the first to arrive. A part is stepped while the gradients of the
         # next are under way, and its outcome travels while the next is stepped.
         under_way = []
         for i in reversed(range(len(tensors))):
             tensors[i].active = self._grads.ready(i)
-            under_way.append(self._sync.start(i, tensors[i], step))
+            under_way.append(self._sync.start(i, prepared[i], step))
         self._grads.finish()
         for finish in under_way:
             finish()
@@ -192,7 +188,7 @@ class Stepper:
         sums = []
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)
-            total = part.update.sum_of_squares(own)
+            total = part.update.sum_of_squares(part.update.prepare(own))
             if total is not None:
                 sums.append(total)
         self._grads.finish()

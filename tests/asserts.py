@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from lion_dist import Lion
-from lion_dist.param_groups import to_dtype
+from lion_dist.hyper_values import to_dtype
 from lion_dist.update.reference import NAN_BITS
 from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG

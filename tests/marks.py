@@ -4,11 +4,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from lion_dist.update import dispatch
+from lion_dist.update.backends import interpreting
 
 # For tests that give use_triton=True CPU tensors.
 needs_interpreter = pytest.mark.skipif(
-    not dispatch.interpreting(),
+    not interpreting(),
     reason="Triton's interpreter is off (there is a GPU, and tests/gpu runs the kernels) or triton is missing",
 )
 

@@ -1,7 +1,7 @@
-"""Ways to spread one training job over ranks, one short file each.
+"""Ways to distribute one training job over ranks, one short file each.
 
-A *strategy* owns what differs between them: what the forward goes through, which optimizer steps and how gradients are
-clipped. `Single` says what the training loop calls; to add one, write its file and name it here.
+A *strategy* holds what differs between them: what wraps the model, which optimizer steps and how gradients are clipped.
+`Single` defines what the training loop calls. To add a strategy, write its file and name it here.
 """
 
 from strategies.ddp import DDP

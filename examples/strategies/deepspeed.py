@@ -1,8 +1,7 @@
 """DeepSpeed's engine, any ZeRO stage, with `"type": "Lion"` built as lion_dist's.
 
-The config file says how the work lies on the ranks and in which precision; what the command line says (lr, betas,
-weight decay, clipping, batch size, accumulation) is written over it. DeepSpeed clips to a norm of 1.0 unless told
-otherwise.
+The config file chooses the ZeRO stage and the precision. The command line's lr, betas, weight decay, clipping, batch
+size and accumulation replace those of the file. DeepSpeed clips to a norm of 1.0 if the file says nothing.
 """
 
 import json
@@ -22,16 +21,16 @@ class DeepSpeed(Single):
     replicated = False  # at stage 3
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        return model  # by the engine, which needs the parameter groups
+        return model  # make_optimizer wraps it, because the engine needs the parameter groups
 
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         if on_cpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
         import deepspeed
 
         if on_cpu:
-            # It would be compiled first, for half a minute, and makes collectives on one machine faster.
+            # This op makes collectives on one machine faster, but would first be compiled for half a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         lion_dist.deepspeed.register()
         assert self.config.deepspeed_config is not None
@@ -41,15 +40,15 @@ class DeepSpeed(Single):
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.accumulation,
         }
-        # lion_dist.checkpoint needs a model, by which it knows the run's earlier checkpoints: one without tensors.
+        # lion_dist.checkpoint recognises the run's earlier checkpoints by its model: give it one without tensors.
         self.rest = nn.Module()
         self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=groups, config=options)
         self.wrapped = self.engine
         basic: torch.optim.Optimizer = self.engine.basic_optimizer
-        return basic  # what schedulers drive; its groups are those that the engine's own wrapper steps
+        return basic  # for schedulers: its groups are those that the engine's wrapper steps
 
     def zero_grad(self) -> None:
-        """The engine does that when it steps."""
+        """Does nothing: the engine zeroes gradients when it steps."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -66,8 +65,8 @@ class DeepSpeed(Single):
             return {name: t.detach().float().cpu() for name, t in self.model.state_dict().items()}
 
     def save(self, path: Path, scheduler: LRScheduler, extra: dict[str, Any], keep_last: int) -> None:
-        """DeepSpeed writes its own files, one a rank, of which it removes none; what else belongs to the run lies where
-        the other strategies keep it."""
+        """Saves DeepSpeed's own files, one per rank, which are never removed, and the rest of the run where the other
+        strategies keep it."""
         self.engine.save_checkpoint(str(path.parent / "deepspeed"), tag=path.name)
         own = {**extra, "scheduler": scheduler.state_dict(), "deepspeed": self.cut()}
         lion_dist.checkpoint.save(path, self.rest, extra=own, keep_last=keep_last)
@@ -77,28 +76,28 @@ class DeepSpeed(Single):
         theirs, ours = extra.get("deepspeed"), self.cut()
         if theirs is None:
             raise ValueError(
-                f"{path} was not written by --strategy deepspeed, which has a format of its own: resume with the "
-                "strategy that it was written by"
+                f"{path} was not written by --strategy deepspeed, which has its own format: resume with one of the "
+                "other strategies"
             )
         if theirs != ours:
             raise ValueError(
-                f"{path} was written with {theirs}, and this run has {ours}: DeepSpeed's files fit one cut only; "
-                "resume with that, or convert them with DeepSpeed's ds_to_universal.py"
+                f"{path} was written with {theirs}, and this run has {ours}. DeepSpeed's files can be loaded only with "
+                "the values that they were written with: use these, or convert them with DeepSpeed's ds_to_universal.py"
             )
         folder = path.parent / "deepspeed"
         if not (folder / path.name).is_dir():
-            raise ValueError(f"{folder / path.name} is gone, and {path} is of no use without it")
+            raise ValueError(f"{path} needs DeepSpeed's files in {folder / path.name}, which is missing: restore it")
         lion_dist.checkpoint.load(path, self.rest)
         self.engine.load_checkpoint(str(folder), tag=path.name)
         scheduler.load_state_dict(extra["scheduler"])
 
     def cut(self) -> dict[str, int]:
-        """How the model lies on the ranks, which a run that resumes must have in common."""
+        """How the model is sharded; a run that resumes must have the same."""
         return {"ZeRO stage": self.engine.zero_optimization_stage(), "ranks": self.engine.world_size}
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """A reduction of the gradients and a gather of the parameters: (W - 1) / W of them each; at stage 3 a gather
-        for the backward too."""
+        """A reduction of the gradients and a gather of the parameters, each of (W - 1) / W of them; at stage 3 another
+        gather for the backward."""
         passes = 3 if self.engine.zero_optimization_stage() == 3 else 2
         return passes * self.parameter_bytes() * (world_size - 1) // world_size
 

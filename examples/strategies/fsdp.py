@@ -1,4 +1,4 @@
-"""What FSDP1 and FSDP2 have in common: `lion_dist.Lion` over a model whose every tensor is sharded."""
+"""The common part of FSDP1 and FSDP2: `lion_dist.Lion` over a model whose tensors are all sharded."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class FSDP(Single):
     """
     Attributes:
-        names: of the parameters of each group.
-        whole_bytes: of all parameters, unsharded.
-        gathered: how the model's state is to come: whole, and from a GPU to rank 0's CPU memory.
+        names: the names of each group's parameters.
+        whole_bytes: size of all parameters together, unsharded.
+        gathered: options for the model's whole state, which goes to rank 0's CPU memory where it is on GPUs.
     """
 
     replicated = False
@@ -27,16 +27,16 @@ class FSDP(Single):
         name_of = {id(p): name for name, p in model.named_parameters()}
         self.names = [[name_of[id(p)] for p in group["params"]] for group in groups]
         self.whole_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        # On CPUs it is whole on every rank: there torch crashes as it takes a whole model of FSDP1 off the device.
+        # On CPUs the state is whole on every rank: torch crashes there when it offloads a whole FSDP1 model.
         on_gpu = next(model.parameters()).is_cuda
         self.gathered = StateDictOptions(full_state_dict=True, cpu_offload=on_gpu)
         super().__init__(model, groups, config)
-        self.model = self.wrapped  # what the plain module computes with is only there within a forward
+        self.model = self.wrapped  # the plain module's weights exist only within a forward
 
     def model_state(self) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], get_model_state_dict(self.wrapped, options=self.gathered))
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """All-gathers of the parameters, for every forward and again for its backward; a reduce-scatter of the
-        gradients, once: (W - 1) / W of them each."""
+        """All-gathers of the parameters, for every forward and for its backward, and one reduce-scatter of the
+        gradients, each of (W - 1) / W of them."""
         return (2 * micro_steps + 1) * self.whole_bytes * (world_size - 1) // world_size

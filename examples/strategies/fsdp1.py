@@ -1,5 +1,5 @@
-"""FullyShardedDataParallel: the parameters of a block are one flat parameter, cut over the ranks. Lion steps what each
-rank has of them, in one launch."""
+"""FullyShardedDataParallel: the parameters of a block are one flat parameter, sharded over the ranks. Lion steps each
+rank's shards in one launch."""
 
 from contextlib import AbstractContextManager
 
@@ -19,7 +19,7 @@ class FSDP1(FSDP):
             model,
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             device_id=next(model.parameters()).device,
-            use_orig_params=True,  # so that groups can part matrices from norms, and the groups made before still hold
+            use_orig_params=True,  # so that the parameter groups that were made before stay valid
         )
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""fully_shard: every parameter is a DTensor, cut over the ranks by rows. Lion steps what each rank has of them, in one
+"""fully_shard: every parameter is a DTensor, sharded over the ranks by rows. Lion steps each rank's shards in one
 launch."""
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from strategies.single import Groups
 
 class FSDP2(FSDP):
     def mesh(self, device_type: str) -> DeviceMesh:
-        """The ranks that share the parameters out: all. (fully_shard's own mesh is one of GPUs where there are any.)"""
+        """A mesh of all ranks, over which parameters are sharded. (fully_shard's own uses GPUs if there are any.)"""
         return init_device_mesh(device_type, (dist.get_world_size(),))
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -28,7 +28,7 @@ class FSDP2(FSDP):
         return model
 
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        # The groups were made of parameters that fully_shard has replaced.
+        # fully_shard has replaced the parameters that the groups were made from.
         parameters = dict(self.model.named_parameters())
         sharded = [
             {**group, "params": [parameters[name] for name in names]}

@@ -1,5 +1,5 @@
-"""FSDP2 over a 2-D mesh (HSDP): the ranks of a node share the parameters out, every node holds all of them. On a single
-node of four ranks or more two halves of them stand in for nodes."""
+"""FSDP2 over a 2-D mesh (HSDP): parameters are sharded over the ranks of a node, and replicated over the nodes. On a
+single node with four ranks or more, two halves of them take the place of nodes."""
 
 import os
 
@@ -21,7 +21,7 @@ class HSDP(FSDP2):
         return init_device_mesh(device_type, (self.replicas, ranks // self.replicas), mesh_dim_names=names)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """FSDP2's within a node, and an all-reduce of this rank's part of the gradients with the other nodes'."""
+        """FSDP2's bytes within a node, and an all-reduce of this rank's shard of the gradients between the nodes."""
         ranks = world_size // self.replicas
         part = self.whole_bytes // ranks
         return super().bytes_sent_per_step(ranks, micro_steps) + 2 * part * (self.replicas - 1) // self.replicas

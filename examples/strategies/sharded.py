@@ -1,4 +1,4 @@
-"""What every strategy with ShardedLion has in common: clipping on shards, and what brings the parameters together."""
+"""The common part of the strategies with ShardedLion: clipping, and the bytes of the synchronisation."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ class Sharded(Single):
         return self.optimizer.clip_grad_norm_(max_norm)
 
     def sync_bytes(self) -> int:
-        """Of what brings the parameters together: themselves, or the update's signs, 2 bits an element."""
+        """Bytes of what is gathered after a step: the parameters, or the update's signs, 2 bits per element."""
         if self.config.param_sync == "params":
             return self.parameter_bytes()
         return sum(p.numel() for p in self.model.parameters()) // 4

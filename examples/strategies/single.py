@@ -1,4 +1,4 @@
-"""One process, `lion_dist.Lion`; also what the other strategies start from."""
+"""One process with `lion_dist.Lion`; also the base class of the other strategies."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Single:
     """The model and its optimizer, as the training loop sees them.
 
     Attributes:
-        model: what is evaluated: the module itself, unless its forward is not to be called without its wrapper.
-        wrapped: what a training forward calls.
-        optimizer: made from `groups`, the parameter groups; it keeps their order.
-        replicated: whether every rank holds the model whole.
+        model: the module to evaluate: the plain module, or the wrapper where the plain one cannot be called.
+        wrapped: the module that a training step calls.
+        optimizer: made from the parameter groups `groups`, in their order.
+        replicated: whether every rank holds the whole model.
         config: the run's options.
     """
 
@@ -47,41 +47,41 @@ class Single:
         self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """The gradients of one micro-step; `last` of its step or not."""
+        """Computes the gradients of one micro-step; `last` says whether it is the last of its step."""
         loss.backward()
 
     def step(self, max_norm: float) -> None:
-        """One optimizer step, after clipping to `max_norm` where that is not 0."""
+        """Makes one optimizer step, after clipping to `max_norm` if that is not 0."""
         if max_norm:
             self.clip(max_norm)
         self.optimizer.step()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Around every micro-step but the last: gradients add up locally and are not communicated."""
+        """Context manager for every micro-step but the last: gradients add up locally and are not communicated."""
         return nullcontext()
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients so that their norm over all parameters is at most `max_norm`; the norm before."""
+        """Scales the gradients so that their norm over all parameters is at most `max_norm`. Returns the old norm."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def model_state(self) -> dict[str, Tensor]:
-        """The whole model's state on rank 0, under plain names. Every rank must call it."""
+        """Returns the whole model's state on rank 0, under plain names. Every rank must call it."""
         return self.model.state_dict()
 
     def save(self, path: Path, scheduler: LRScheduler, extra: dict[str, Any], keep_last: int) -> None:
-        """A checkpoint, which any strategy can `load` that has not a format of its own. Every rank must call it."""
+        """Saves a checkpoint that every strategy but DeepSpeed can `load`. Every rank must call it."""
         lion_dist.checkpoint.save(
             path, self.wrapped, self.optimizer, schedulers=scheduler, extra=extra, keep_last=keep_last
         )
 
     def load(self, path: Path, scheduler: LRScheduler) -> None:
-        """Every rank must call it."""
+        """Loads a checkpoint of `save`. Every rank must call it."""
         if "deepspeed" in lion_dist.checkpoint.read_extra(path):
-            raise ValueError(f"{path} was written by --strategy deepspeed, in a format of its own: resume with that")
+            raise ValueError(f"{path} was written by --strategy deepspeed, which has its own format: resume with that")
         lion_dist.checkpoint.load(path, self.wrapped, self.optimizer, schedulers=scheduler)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """What one rank sends in an optimizer step of so many micro-steps, by arithmetic, not measured."""
+        """Bytes that one rank sends in an optimizer step of `micro_steps` micro-steps; calculated, not measured."""
         return 0
 
     def parameter_bytes(self) -> int:

@@ -13,5 +13,5 @@ class Zero1(Sharded, DDP):
         return ShardedLion(groups, lr=lr, betas=betas, stage=1, param_sync=self.config.param_sync)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """DDP's all-reduce, then an all-gather of signs or parameters: (W - 1) / W of them."""
+        """DDP's all-reduce, then an all-gather of (W - 1) / W of the signs or parameters."""
         return super().bytes_sent_per_step(world_size, micro_steps) + self.sync_bytes() * (world_size - 1) // world_size

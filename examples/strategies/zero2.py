@@ -1,4 +1,4 @@
-"""ZeRO stage 2: the model is not wrapped. ShardedLion reduces the gradients into its shards behind the backward."""
+"""ZeRO stage 2: the model is not wrapped. ShardedLion reduces the gradients into its shards during the backward."""
 
 from contextlib import AbstractContextManager
 
@@ -17,5 +17,5 @@ class Zero2(Sharded):
         return self.optimizer.no_sync()
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
-        """A reduce-scatter of the gradients, then an all-gather of signs or parameters: (W - 1) / W of them each."""
+        """A reduce-scatter of the gradients, then an all-gather of signs or parameters, each of (W - 1) / W of them."""
         return (self.parameter_bytes() + self.sync_bytes()) * (world_size - 1) // world_size

@@ -200,10 +200,10 @@ def load(
 ) -> Any:
     """Loads what `save` saved, under any strategy and any number of ranks, into existing tensors.
 
-    A collective call. Everything is read and verified first, and whatever may fail is tried: if anything is wrong on
-    any rank, nothing has been changed. Two exceptions: if files that were just verified can no longer be read, the
-    error says so, and what has been changed. If the optimizer has hooks on load_state_dict, a copy of this rank's part
-    is kept until they have run, and put back if one raises.
+    A collective call. Everything is verified first, and whatever may fail is tried: if anything is wrong on any rank,
+    the call raises and nothing has been changed. There is one exception: if files that were just verified can no longer
+    be read, the error says what has been changed. If the optimizer has hooks on load_state_dict, which may raise at the
+    very end, a copy of this rank's part is kept until they have run, and put back if one raises.
 
     The checkpoint must hold what the models, optimizers and schedulers of all ranks together have, and nothing else:
     the same names, shapes, dtypes and parameter groups. Groups may come in another order, and take the checkpoint's

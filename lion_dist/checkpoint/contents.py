@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by key, for a load to compare and to take."""
+"""The contents of a checkpoint by key, for a load to compare and to take."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Contents:
             )
 
     def untie(self, names: Names) -> dict[str, str]:
-        """Finds weights that were tied when they were saved, and are known here by a name that was an alias then. What
-        the checkpoint holds under the first name is entered under the alias too.
+        """Finds weights that were tied when they were saved, and are known here by a name that was an alias then. The
+        contents under the first name are entered under the alias too.
 
         Args:
             names: names of the parameters here.

@@ -1,18 +1,18 @@
 """Parameter groups and optimizer.state of a checkpoint, compared with those here and then loaded.
 
-The state that Lion keeps for a parameter is described by columns (`param_groups.state_columns`). For a column
+The state that Lion keeps for a parameter is described by columns (`param_groups.state_columns`).
 
-- what the checkpoint holds is loaded, also where the parameter is frozen here;
-- what it lacks, for a parameter that was frozen when it was saved and is trained here, starts at zero, as in torch's
-  optimizers; a warning says so.
-
-Entries that are no columns belong to a wrapper, and are loaded as they were saved.
+- Columns that the checkpoint holds are loaded, also where the parameter is frozen here.
+- If a parameter was frozen when it was saved and is trained here, the checkpoint has no columns for it. They start at
+  zero, as in torch's optimizers, and a warning says so.
+- Other entries belong to a wrapper, and are loaded as they were saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -216,21 +216,28 @@ class IncomingState:
         return tensors
 
     def _make_columns(self, undo: ExitStack) -> None:
+        """Makes the columns of every parameter that lacks one that the checkpoint holds."""
         optimizer = self._optimizer
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        lacking: dict[str, tuple[StateColumn, ...]] = {}
         for name, p in self._params.items():
-            for entry in self._saved_columns(name, p):
-                if entry not in (optimizer.state.get(p) or {}):
-                    missing.setdefault(entry, []).append((p, self._dtype(p, entry, self._keys[name][entry])))
+            own, saved = optimizer.state.get(p) or {}, self._saved_columns(name, p)
+            if any(entry not in own for entry in saved):
+                keys, columns = self._keys[name], state_columns(p, self._group_of[id(p)])
+                lacking[name] = tuple(
+                    replace(c, dtype=self._dtype(p, c.name, keys[c.name])) if c.name in saved else c for c in columns
+                )
         if isinstance(optimizer, ShardedLion):
-            columns: dict[int, tuple[StateColumn, ...]] = {}
-            for entry, pairs in missing.items():
-                for p, dtype in pairs:
-                    columns[id(p)] = (*columns.get(id(p), ()), StateColumn(entry, dtype))
-            if columns:
+            if lacking:
                 undo.callback(optimizer._set_shards, optimizer._shards)
-                optimizer._shard([p for p in self._params.values() if id(p) in columns], columns)
+                columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
+                optimizer._shard([self._params[name] for name in lacking], columns_of)
             return
+        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        for name, columns in lacking.items():
+            p = self._params[name]
+            for column in columns:
+                if column.name not in (optimizer.state.get(p) or {}):
+                    missing.setdefault(column.name, []).append((p, column.dtype))
         for entry, pairs in missing.items():
             made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
             for (p, _), t in zip(pairs, made, strict=True):

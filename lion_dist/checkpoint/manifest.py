@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, and in which bytes of which files (see files.py).
+"""The manifest: which tensors and values a checkpoint holds, and in which bytes of which files (see files.py).
 
 A tensor is stored as *chunks*: boxes that together cover every element once. Each chunk is row-major and contiguous in
 one file, and has a CRC-32 for every *block* of ``block_bytes`` bytes (the last block may be shorter). A manifest may

@@ -1,4 +1,4 @@
-"""What a model holds on this rank, by key."""
+"""Parameters, buffers and extra states of a model on this rank, by key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .names import Names
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a model holds on this rank, by key.
+    """Parameters, buffers and extra states of a model on this rank, by key.
 
     Attributes:
         params: parameters, in the shapes of the whole parameters.
@@ -30,7 +30,13 @@ class ModelState:
 
     @staticmethod
     def read(model: nn.Module, names: Names, logical: Logical) -> ModelState:
-        """
+        """Reads a model.
+
+        Args:
+            model: the model.
+            names: its names.
+            logical: shows its parameters in their whole shapes.
+
         Raises:
             TypeError: a parameter or buffer is not dense or has no values.
         """

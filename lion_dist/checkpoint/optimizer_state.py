@@ -1,4 +1,4 @@
-"""What ``optimizer.state`` holds, by key, and the limits of what a checkpoint takes from it."""
+"""The entries of ``optimizer.state`` by key, and the limits of what a checkpoint takes from it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def params_by_name(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
 
 
 def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``optimizer.state`` holds, by key.
+    """The entries of ``optimizer.state`` by key.
 
     Returns:
         Tensors that are sharded like their parameters, in the shapes of these; and all other values.

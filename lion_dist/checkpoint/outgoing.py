@@ -1,4 +1,4 @@
-"""A checkpoint that is being saved: what this rank holds, and its share of what the ranks hold together."""
+"""A checkpoint that is being saved: this rank's tensors and values, and the share of the union that it writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .union import RankState, Share, describe, samples
 
 
 class Outgoing:
-    """What this rank holds of a checkpoint.
+    """This rank's part of a checkpoint.
 
     Args:
         model, optimizer, schedulers, extra: what to save; see `lion_dist.checkpoint.save`.
@@ -52,7 +52,7 @@ class Outgoing:
         self._schedulers = [scheduler.state_dict() for scheduler in schedulers]
         if optimizer is not None:
             if isinstance(optimizer, ShardedLion):
-                optimizer.state_dict()  # raises where the last steps were not the same on all ranks
+                optimizer._check_last_steps()
             tensors, others = state_by_key(optimizer, names, logical)
             self._tensors.update(tensors)
             self._once.update(others)
@@ -70,7 +70,7 @@ class Outgoing:
         )
 
     def state(self, share: Share) -> dict[str, Any]:
-        """What this rank saves, by key. Values that several ranks hold alike are saved by one of them."""
+        """The tensors and values that this rank saves, by key. What several ranks hold alike is saved by one."""
         state: dict[str, Any] = {**self._tensors, **{key: self._once[key] for key in share.once}}
         if share.groups is not None and share.schedulers is not None:  # this is the first rank
             for i, group in enumerate(share.groups):

@@ -29,7 +29,7 @@ def group_lists(state: Any, count: int, path: Path = ()) -> Iterator[tuple[Path,
         path: where ``state`` is in the whole state.
 
     Yields:
-        The path of each list, and the list.
+        A path and the list there.
     """
     if type(state) is dict:
         for key, value in state.items():

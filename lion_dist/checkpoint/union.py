@@ -1,9 +1,10 @@
-"""What the ranks of a save hold together.
+"""The union of what the ranks of a save hold.
 
 Ranks may hold different parts of a model, as pipeline stages do. Names, buffers and groups of the checkpoint are the
 union over the ranks. A name stands for one tensor on all ranks that have it.
 
-- Of what several ranks have and a checkpoint has once, such as buffers, the first rank that has it saves it.
+- A checkpoint holds some things once though several ranks have them, such as buffers: the first of these ranks saves
+  them.
 - Groups of different ranks that share parameters are one group: they must have the same parameters and values. All
   other groups stay apart, in the order of the ranks. Groups without parameters are taken from the first rank.
 - Schedulers are taken from the first rank. Their lists with one value for each group (base_lrs and others) are put
@@ -35,7 +36,8 @@ PartKey = tuple[str, tuple[int, ...]]  # key of a tensor, and offsets at which a
 
 @dataclass
 class RankState:
-    """What one rank would save. It is sent to the first rank, so its values are JSON (`json_values.to_json`).
+    """One rank's tensors, groups and values, described. Values are JSON (`json_values.to_json`), because the first rank
+    receives them.
 
     Attributes:
         tensors: shape and dtype of every tensor, by key.
@@ -54,7 +56,7 @@ class RankState:
 
 @dataclass
 class Share:
-    """What one rank saves.
+    """The part of the union that one rank saves, beside its own tensors.
 
     Attributes:
         once: the keys in `RankState.once` that this rank saves.

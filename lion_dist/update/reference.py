@@ -3,18 +3,18 @@
     c = b1*m + (1-b1)*g          u = sign(c)
     p = p*(1 - lr*wd) - lr*u     m = b2*m + (1-b2)*g
 
-p is a parameter, g its gradient and m its momentum (``exp_avg``), each stored as float32, bfloat16
-or float16. Arithmetic is float32, every product and sum rounded on its own (no fused multiply-add),
-each result rounded once more to its storage dtype. From Chen et al., "Symbolic Discovery of
-Optimization Algorithms" (arXiv 2302.06675), algorithm 2.
+p is a parameter, g its gradient and m its momentum (``exp_avg``), each stored as float32, bfloat16 or float16.
+Arithmetic is in float32. Every product and sum is rounded on its own (no fused multiply-add), and each result is
+rounded once more to its storage dtype. From Chen et al., "Symbolic Discovery of Optimization Algorithms"
+(arXiv 2302.06675), algorithm 2.
 
-Scalars derived from Python numbers (1-b1, 1-lr*wd, ...) are computed in float64 and rounded once to
-float32. Before the rule the gradient is multiplied, in float32, by one scalar: the clipping
-coefficient, negated where the group maximizes.
+Scalars derived from Python numbers (1-b1, 1-lr*wd, ...) are computed in float64 and rounded once to float32. Before
+the rule the gradient is multiplied, in float32, by one scalar: the clipping coefficient, negated where the group
+maximizes.
 
-sign(+0) = sign(-0) = 0. Where c is not finite, or the new momentum is not finite once it is rounded to its storage
-dtype, p and m become NaN: an infinite momentum would move its weight by lr at every later step, without a word. NaN
-is stored in one canonical form a dtype (`NAN_BITS`). lr = 0 leaves p as it is, whatever it holds.
+sign(+0) = sign(-0) = 0. Where c is not finite, or the new momentum is not finite after it has been rounded to its
+storage dtype, p and m become NaN: an infinite momentum would move its weight by lr in every later step, silently. NaN
+is stored in one canonical form for each dtype (`NAN_BITS`). lr = 0 leaves p as it is, whatever it holds.
 """
 
 from __future__ import annotations
@@ -43,8 +43,15 @@ OVERFLOW = {
 
 
 class HyperParameters(NamedTuple):
-    """What one parameter group asks of one step. ``lr`` is a number or a tensor of one element;
-    ``weight_decay`` is what lr is multiplied by (already divided where it was given decoupled)."""
+    """Hyper-parameters of one parameter group in one step.
+
+    Attributes:
+        lr: a number, or a tensor of one element.
+        weight_decay: the factor that lr is multiplied by (already divided by the constructor's lr where the group's
+            decay is decoupled).
+        beta1, beta2: the betas.
+        maximize: whether the group ascends.
+    """
 
     lr: float | Tensor
     weight_decay: float
@@ -53,7 +60,7 @@ class HyperParameters(NamedTuple):
     maximize: bool
 
 
-# StepTensors of a hyper-parameter table, float64, one row a parameter group.
+# Columns of a hyper-parameter table, float64, with one row for each parameter group.
 LR, WEIGHT_DECAY, BETA1, BETA2, GRAD_SIGN = range(5)
 HYPER_COLUMNS = 5
 
@@ -93,9 +100,9 @@ def scalars(row: Tensor, grad_scale: Tensor | None = None) -> Scalars:
 def _select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a where the condition holds, else b, with all their bits; both of one storage dtype.
 
-    Among 16-bit floats a compiler selects in float32, and the conversions rewrite NaN: so among integers. Among float32
-    it selects as it is written, and makes vector instructions of that. Of a view as integers it makes none: five times
-    the time on a CPU.
+    Compilers convert 16-bit floats to float32 to select among them, and the conversions rewrite NaN, so 16-bit floats
+    are selected as integers. float32 is selected as it is: inductor makes vector instructions of that, but not of a
+    view as integers, which takes five times as long on a CPU.
     """
     if a.dtype == torch.float32:
         return torch.where(condition, a, b)
@@ -103,10 +110,34 @@ def _select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition, a.view(integer), b.view(integer)).view(a.dtype)
 
 
-def _stored(x: Tensor, is_number: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(x: Tensor, is_number: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 x, rounded to its storage dtype, where ``is_number`` holds; elsewhere NaN in its canonical form."""
     integer, nan_bits = NAN_BITS[dtype]
     return _select(is_number, x.to(dtype), torch.full((), nan_bits, dtype=integer, device=x.device).view(dtype))
+
+
+def blend(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """c and the new momentum before rounding, both float32, of a gradient and momentum of any storage dtypes."""
+    m32 = m.float()
+    g32 = g.float() * s.grad_scale
+    return s.beta1 * m32 + s.one_minus_beta1 * g32, s.beta2 * m32 + s.one_minus_beta2 * g32
+
+
+def judge(c: Tensor, m32: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sign of c and the stored momentum, both NaN where either number is not finite.
+
+    Args:
+        c, m32: as `blend` returns them.
+        dtype: storage dtype of the momentum.
+
+    Returns:
+        The sign, float32: -1, 0, +1 or NaN; and the new momentum in ``dtype``.
+    """
+    # Comparisons with NaN are false. abs, < and - become vector instructions on a CPU, in 16 bits too; isfinite and
+    # torch.sign do not.
+    finite = (c.abs() < math.inf) & (m32.abs() < OVERFLOW[dtype])
+    sign = (c > 0).float() - (c < 0).float()
+    return torch.where(finite, sign, math.nan), stored(m32, finite, dtype)
 
 
 def momentum_rule(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -116,21 +147,21 @@ def momentum_rule(g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
         The sign of c, float32: -1, 0, +1, or NaN where the parameter must become NaN; and the new momentum, in the
         dtype of m.
     """
-    m32 = m.float()
-    g32 = g.float() * s.grad_scale
-    c = s.beta1 * m32 + s.one_minus_beta1 * g32
-    m32 = s.beta2 * m32 + s.one_minus_beta2 * g32
-    # Comparisons with NaN are false. abs, < and - become vector instructions on a CPU, in 16 bits too; isfinite and
-    # torch.sign do not.
-    finite = (c.abs() < math.inf) & (m32.abs() < OVERFLOW[m.dtype])
-    sign = (c > 0).float() - (c < 0).float()
-    return torch.where(finite, sign, math.nan), _stored(m32, finite, m.dtype)
+    return judge(*blend(g, m, s), m.dtype)
 
 
 def parameter_rule(p: Tensor, sign: Tensor, s: Scalars) -> Tensor:
-    """The half that needs the parameter: what it becomes, in its dtype. ``sign`` as `momentum_rule` gives it."""
+    """The half of the rule that needs the parameter.
+
+    Args:
+        p: parameter, of any storage dtype.
+        sign: float32, as `momentum_rule` returns it.
+
+    Returns:
+        The new parameter, in the dtype of p.
+    """
     p32 = p.float() * s.decay - s.lr * sign
-    return _select(s.lr == 0, p, _stored(p32, p32 == p32, p.dtype))
+    return _select(s.lr == 0, p, stored(p32, p32 == p32, p.dtype))
 
 
 def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -160,17 +191,38 @@ PER_BYTE = 4
 
 
 def pack_signs(sign: Tensor) -> Tensor:
-    """float32 signs, 1-D, as `momentum_rule` gives them -> their codes, uint8, a quarter as many, rounded up."""
-    code = torch.where(sign.isnan(), NOT_A_NUMBER, (sign > 0) * PLUS + (sign < 0) * MINUS).to(torch.uint8)
-    code = torch.nn.functional.pad(code, (0, -code.numel() % PER_BYTE)).view(-1, PER_BYTE)
-    return code[:, 0] | code[:, 1] << 2 | code[:, 2] << 4 | code[:, 3] << 6
+    """Packs signs into two bits each.
+
+    Args:
+        sign: float32, shape (n,), as `momentum_rule` returns it.
+
+    Returns:
+        Codes of the signs, uint8, shape (ceil(n / PER_BYTE),).
+    """
+    # Selections among float32 become vector instructions on a CPU.
+    code = torch.where(sign == sign, torch.where(sign < 0, float(MINUS), sign), float(NOT_A_NUMBER))
+    return pack_codes(code.to(torch.uint8))
+
+
+def pack_codes(code: Tensor) -> Tensor:
+    """Packs codes, uint8, shape (n,), into bytes, uint8, shape (ceil(n / PER_BYTE),)."""
+    if code.numel() % PER_BYTE:  # compiled, padding would keep all of it from becoming vector instructions
+        code = torch.nn.functional.pad(code, (0, -code.numel() % PER_BYTE))
+    # Four codes as one little-endian integer: the i-th is in bits 8i and 8i + 1.
+    word = code.view(torch.int32)
+    return (word | word >> 6 | word >> 12 | word >> 18).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` codes, uint8, of bytes that `pack_codes` returned."""
+    word = packed.to(torch.int32)
+    return ((word | word << 6 | word << 12 | word << 18) & 0x03030303).view(torch.uint8)[:numel]
 
 
 def unpack_signs(packed: Tensor, numel: int) -> Tensor:
-    """The first ``numel`` float32 signs of what `pack_signs` made."""
-    code = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten()[:numel]
-    of_code = torch.tensor([0.0, 1.0, -1.0, torch.nan], device=packed.device)
-    return of_code[code.long()]
+    """The first ``numel`` signs, float32, of bytes that `pack_signs` returned."""
+    code = unpack_codes(packed, numel).float()
+    return torch.where(code == NOT_A_NUMBER, math.nan, torch.where(code == MINUS, -1.0, code))
 
 
 def sign_step_(g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
@@ -181,17 +233,18 @@ def sign_step_(g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
 
 
 def apply_signs_(p: Tensor, packed: Tensor, s: Scalars) -> None:
-    """The other half, on every rank: writes the new parameter, 1-D. After both it is what `lion_step_` makes of it."""
+    """The other half, on every rank: writes the new parameter, 1-D. After both halves it has the bits that
+    `lion_step_` gives it."""
     p.copy_(parameter_rule(p, unpack_signs(packed, p.numel()), s))
 
 
-def checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Tensor:
+def hyper_checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Tensor:
     """A number that ranks compare before they apply one another's step; int64, shape (), wrapping around.
 
     Args:
         hypers: a hyper-parameter table.
-        salt: what else the ranks must have in common, in [0, 2**63).
-        grad_scale: float32, shape (): its bits count as one more element of the table. None counts as nothing.
+        salt: number that stands for whatever else the ranks must have in common, in [0, 2**63).
+        grad_scale: float32, shape (). Its bits count as one more element of the table; None adds nothing.
     """
     bits = hypers.flatten().view(torch.int64)
     total = (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum() + salt
@@ -202,7 +255,7 @@ def checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Ten
 
 def sum_of_squares(g: Tensor) -> Tensor:
     """The sum of g*g, each product and sum in float64; float64, shape (). The squares of finite gradients cannot
-    overflow, so it is infinite where a gradient is (NaN where one is NaN), and only there."""
+    overflow, so the sum is infinite only where a gradient is infinite, and NaN only where one is NaN."""
     return g.double().square().sum()
 
 
@@ -214,8 +267,8 @@ def clip_coefficient(total: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         (norm, coefficient), float32, shape (), each computed in float64 and rounded once:
-        sqrt(total), and min(1, max_norm / (sqrt(total) + 1e-6)), NaN where total is NaN. As torch's
-        ``clip_grad_norm_`` does: an infinite total gives 0, so that finite gradients become zeros and infinite ones
+        sqrt(total), and min(1, max_norm / (sqrt(total) + 1e-6)), NaN where total is NaN. As in torch's
+        ``clip_grad_norm_``, an infinite total gives 0, so that finite gradients become zeros and infinite ones
         NaN; with an infinite max_norm it gives NaN, and every gradient becomes NaN.
     """
     norm = total.sqrt()

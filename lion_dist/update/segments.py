@@ -1,18 +1,19 @@
 """Many tensors described once, so that one launch can step them all.
 
-StepTensors: parameters, gradients and momenta of one step as parallel lists, one entry a parameter.
-Segment: a run of elements, contiguous in memory, of one entry of the columns.
+StepTensors: parameters, gradients and state of one step as parallel lists, with one entry for each parameter.
+Segment: a run of elements, contiguous in memory, of one entry.
 SegmentTable: the segments of one device and one mix of dtypes, as tensors that a kernel reads.
-Tile: TILE consecutive elements of one segment (the last one of a segment may hold fewer). The
-table maps tiles to segments; at 4 bytes a tile it takes 0.02 % of the parameters' memory.
-Starts and lengths count elements in memory order (memory_order.py).
+Tile: TILE consecutive elements of one segment (the last tile of a segment may hold fewer). The table maps tiles to
+    segments; at 4 bytes a tile it takes 0.02 % of the parameters' memory.
+
+Starts and lengths count elements of the parameter in memory order (memory_order.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor
 from ..memory_order import is_dense
 from ..upload import upload
 from .reference import STORAGE_DTYPES
-from .state import EXP_AVG
 
 TILE = 8192  # elements; a multiple of every block size
 
@@ -42,16 +42,22 @@ class Segment(NamedTuple):
 
 @dataclass
 class StepTensors:
-    """The tensors of one step, one entry a parameter, and the parameter group of each.
+    """The tensors of one step, as parallel lists with one entry for each parameter.
 
-    grads: None where the parameter takes no part in the step.
-    state: for each state column, by its name, the tensors of all entries.
-    segments: the runs to step. None: every entry whole, the three tensors of one shape, with any
-        strides that do not overlap. Given: params are dense, and state and grads may also be flat
-        buffers, 1-D and contiguous, in which the segments' starts count.
-    active: uint8, one an entry (a longer tensor's first), on the tensors' device: entries with 0 take no part
-        either. For what other ranks decide too: a kernel reads it, the host need not wait to know it.
-    numbers: of the entries, as the user counts them, for messages; None: as they lie here.
+    Attributes:
+        params: the parameters.
+        grads: their gradients; None where the parameter takes no part in the step.
+        state: for each state column, by its name, the tensors of all entries.
+        groups: number of each entry's parameter group.
+        segments: the runs to step. With None every entry is stepped whole, and its tensors have one shape, with any
+            strides that do not overlap. Otherwise params are dense, and state and grads may also be flat buffers, 1-D
+            and contiguous, which the segments' starts index.
+        active: uint8, on the tensors' device, shape (at least the number of entries,); only the first are read. An
+            entry whose flag is 0 takes no part either. Other ranks may decide that: a kernel reads the flags, and the
+            host need not wait for them. May be set after `LionUpdate.prepare`.
+        numbers: parameter indices for error messages; default: position in the list.
+        blocks: for each state column whose elements are shared, by its name: the number of the parameter's elements
+            that share one (`StateColumn.block`). Columns that are not listed have one element for each.
     """
 
     params: list[Tensor]
@@ -61,12 +67,16 @@ class StepTensors:
     segments: Sequence[Segment] | None = None
     active: Tensor | None = None
     numbers: Sequence[int] | None = None
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    def number(self, entry: int) -> int:
+        """Index of an entry's parameter for error messages."""
+        return entry if self.numbers is None else self.numbers[entry]
 
     def check_gradient(self, entry: int, g: Tensor) -> None:
-        """Raises where the rule cannot take g as the gradient of an entry."""
+        """Raises TypeError or ValueError if the rule cannot take g as the gradient of an entry."""
         p = self.params[entry]
-        number = entry if self.numbers is None else self.numbers[entry]
-        who = f"gradient of parameter {number} (shape {tuple(p.shape)})"
+        who = f"gradient of parameter {self.number(entry)} (shape {tuple(p.shape)})"
         if g.layout != torch.strided:
             raise TypeError(f"{who} is {g.layout}; Lion needs dense gradients (sparse=False, or .to_dense())")
         if g.dtype not in STORAGE_DTYPES:
@@ -80,10 +90,26 @@ class StepTensors:
         if g.device != p.device:
             raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
 
+    def check_state(self, entry: int, name: str, t: Tensor) -> None:
+        """Raises ValueError if t cannot be the state of an entry in the column of this name."""
+        p, block = self.params[entry], self.blocks.get(name, 1)
+        who = f"parameter {self.number(entry)}"
+        if t.device != p.device:
+            raise ValueError(
+                f"{who} is on {p.device} and its {name} on {t.device}: move the model before making the optimizer, or "
+                "load the optimizer's state_dict again after moving it"
+            )
+        fits = t.shape == p.shape if block == 1 else t.numel() == -(-p.numel() // block)
+        if self.segments is None and not fits:
+            raise ValueError(
+                f"{who} has shape {tuple(p.shape)} and its {name} {tuple(t.shape)}: the parameter was replaced by "
+                "another; make a new optimizer"
+            )
+
 
 def check_no_shared_memory(params: Sequence[Tensor]) -> None:
-    """Raises where two of the parameters, all on one device, hold the same memory: a fused step
-    would write it twice in no order."""
+    """Raises ValueError if two of the parameters, all on one device, hold the same memory: a fused step would write
+    it twice in no order."""
     # Strided parameters with gaps may interleave without sharing an element: only dense ones are certain.
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
@@ -97,43 +123,58 @@ def check_no_shared_memory(params: Sequence[Tensor]) -> None:
             )
 
 
+# Columns of a table's row, all int64. PARAM is the address of the run in the parameter, TILE_0 the number of the run's
+# first tile. From STATE on there is one column for each state column: the address of the run in that state.
+PARAM, LENGTH, GROUP, TILE_0, ENTRY, STATE = range(6)
+
+
 class SegmentTable:
-    """Segments as a kernel reads them. Rows change when a parameter or momentum moves; gradient
-    addresses are a column of their own, so that a new gradient costs one small copy. No tensor is
-    ever overwritten: a launch that is still waiting on the GPU keeps what it was given.
+    """Segments as a kernel reads them.
+
+    Rows change when a parameter or its state moves. Gradient addresses are a tensor of their own, so that a new
+    gradient costs one small copy. No tensor is ever overwritten: a launch that the GPU has yet to run keeps those that
+    it was given.
+
+    Args:
+        tensors: what the segments are runs of.
+        segments: runs of one device and one mix of dtypes.
+        device: the device of all tensors.
 
     Attributes:
-        rows: int64, shape (n, 6): address of p, address of m, length, group, index of the first tile, entry.
+        rows: int64, shape (segments, row_width); see PARAM and the constants beside it.
+        row_width: number of columns of a row.
+        tiles: number of tiles of all segments.
         tile_segments: int32, shape (tiles,): the segment that a tile belongs to.
-        grad_addresses: int64, shape (n,); 0 marks an inactive segment, which no kernel touches.
+        grad_addresses: int64, shape (segments,); 0 marks an inactive segment, which no kernel touches.
     """
 
-    ROW = 6
-
-    def __init__(self, columns: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
         self.device = device
-        rows, lengths, first_tile = [], [], 0
+        columns = [(tensors.blocks.get(name, 1), of_entry) for name, of_entry in tensors.state.items()]
+        self.row_width = STATE + len(columns)
+        rows, lengths, tile_0 = [], [], 0
         for s in segments:
-            p, m = columns.params[s.entry], columns.state[EXP_AVG][s.entry]
-            p_address = p.data_ptr() + s.param_start * p.element_size()
-            m_address = m.data_ptr() + s.state_start * m.element_size()
-            rows.append((p_address, m_address, s.length, columns.groups[s.entry], first_tile, s.entry))
+            row = [0] * self.row_width
+            row[PARAM] = _address(tensors.params[s.entry], s.param_start)
+            row[LENGTH], row[GROUP], row[TILE_0], row[ENTRY] = s.length, tensors.groups[s.entry], tile_0, s.entry
+            row[STATE:] = [_address(of_entry[s.entry], s.state_start // block) for block, of_entry in columns]
+            rows.append(row)
             lengths.append(s.length)
-            first_tile += -(-s.length // TILE)
-        self.tiles = first_tile
+            tile_0 += -(-s.length // TILE)
+        self.tiles = tile_0
         self.rows = upload(rows, torch.int64, device)
         tile_counts = torch.tensor([-(-n // TILE) for n in lengths], dtype=torch.int64)
         tile_segments = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), tile_counts)
         if device.type == "cuda":
             tile_segments = tile_segments.pin_memory()
         self.tile_segments = tile_segments.to(device, non_blocking=True)
-        self._grad_offsets = [(s.entry, s.grad_start) for s in segments]
+        self._grad_starts = [(s.entry, s.grad_start) for s in segments]
         self.grad_addresses: Tensor
 
     def keep_for_launch(self, *others: Tensor | None) -> None:
-        """Called before a launch that reads the table and ``others``: if it is on another stream than the
-        one they were made on, their memory must not be given away before it has run, though they may be
-        replaced long before that."""
+        """Call this before a launch that reads the table and ``others``. If the launch is on another stream than the
+        one they were made on, their memory must not be reused before it has run, although they may be replaced long
+        before that."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             for t in (self.rows, self.tile_segments, self.grad_addresses, *others):
@@ -141,9 +182,13 @@ class SegmentTable:
                     t.record_stream(stream)
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Takes the addresses of this step's gradients (the columns' list, in its order)."""
+        """Takes the addresses of this step's gradients: one for each entry of the tensors, or None."""
         addresses = []
-        for index, start in self._grad_offsets:
-            g = grads[index]
+        for entry, start in self._grad_starts:
+            g = grads[entry]
             addresses.append(0 if g is None else g.data_ptr() + start * g.element_size())
         self.grad_addresses = upload(addresses, torch.int64, self.device)
+
+
+def _address(t: Tensor, start: int) -> int:
+    return t.data_ptr() + start * t.element_size()

@@ -28,7 +28,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import lion_dist
 from lion_dist.deepspeed import DeepSpeedLion
-from lion_dist.update.dispatch import hyper_table
+from lion_dist.update.hypers import hyper_table
 from lion_dist.update.reference import HyperParameters, lion_rule, scalars
 from tests.asserts import assert_same_bits
 from tests.harness import run_ranks

@@ -178,7 +178,7 @@ def test_a_model_moved_after_its_first_step() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     momenta = [optimizers[0].state[p]["exp_avg"].clone() for p in model.parameters()]
     for _ in range(2):  # the second finds no half-made tables
-        with pytest.raises(ValueError, match=r"parameter 0 is on cuda:0 and its momentum on cpu.*load"):
+        with pytest.raises(ValueError, match=r"parameter 0 is on cuda:0 and its exp_avg on cpu.*load"):
             optimizers[0].step()
     for p, old, m in zip(model.parameters(), before, momenta, strict=True):
         assert_same_bits(p.detach(), old)

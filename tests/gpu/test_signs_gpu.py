@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lion_dist import ShardedLion
 from lion_dist.sharding.layout import ShardLayout
 from lion_dist.sharding.replicas import DeferredCheck, bits_checksum
-from lion_dist.update import dispatch, reference
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
@@ -95,7 +96,7 @@ class Ranks:
         for a, update in enumerate(self.updates):
             for other in self.updates:
                 other.rows[a] = update.rows[a]
-        want = int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT, grad_scale))
+        want = int(reference.hyper_checksum(hyper_table(hypers, GPU), SALT, grad_scale))
         assert self.updates[0].numbers.tolist() == [want] * self.world_size
         for agree in (False, True):
             for replica, old in zip(self.replicas, before, strict=True):
@@ -146,7 +147,7 @@ def test_of_no_elements_at_all() -> None:
     hypers = [HyperParameters(0.1, 0.0, 0.9, 0.99, False)]
     update.pack(columns, hypers, None, SALT)
     update.apply(columns, torch.tensor(True, device=GPU))
-    assert int(update.numbers[0]) == int(reference.checksum(dispatch.hyper_table(hypers, GPU), SALT))
+    assert int(update.numbers[0]) == int(reference.hyper_checksum(hyper_table(hypers, GPU), SALT))
 
 
 def calls_until_told(slow: bool) -> int:

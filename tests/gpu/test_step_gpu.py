@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lion_dist import Lion
 from lion_dist.update import reference
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import NAN_BITS, STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_canonical_nan, assert_same_bits, bits
-from tests.scenarios.mixes import MIXES, name
+from tests.scenarios.mixes import MIXES, name, squares_by, step_by
 
 from .common import BF16, F16, F32, GPU, LENGTHS, SHIFTS, Guarded, Twins, awkward, needs_gpu, reference_step
 
@@ -46,7 +46,7 @@ class Trial:
         grads = [None if i == (number + 1) % len(drawn) else g.at for i, g in enumerate(drawn)]
         self.columns.grads = grads
         scale = None if grad_scale is None else torch.tensor(grad_scale, device=GPU)
-        self.update.step(self.columns, hypers, scale)
+        step_by(self.update, self.columns, hypers, scale)
         for params, exp_avgs in self.copies:
             of_device = [None if g is None else g.to(params[0].device) for g in grads]
             reference_step(params, of_device, exp_avgs, self.groups, hypers, grad_scale)
@@ -113,7 +113,9 @@ def test_nan_is_stored_in_one_form(dtype: torch.dtype, source: str) -> None:
     target = tensors[source].view(integer)[where]
     target.copy_(forms.repeat(n)[: len(target)])
     p, g, m = (tensors[key].to(GPU) for key in ("parameter", "gradient", "momentum"))
-    LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)])
+    step_by(
+        LionUpdate(None), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(0.25, 0.0, 0.9, 0.99, False)]
+    )
     expected = torch.zeros(n, dtype=torch.bool)
     expected[where] = True
     assert_canonical_nan(p.cpu(), expected, "parameter")
@@ -131,7 +133,7 @@ def test_a_momentum_that_overflows_its_dtype(dtype: torch.dtype) -> None:
     sign[::3] = -1
     for scale, nan in ((least.nextafter(torch.tensor(0.0)), False), (least, True)):
         p, g, m = torch.full((n,), 0.5, device=GPU), sign.to(GPU), torch.zeros(n, dtype=dtype, device=GPU)
-        LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale.to(GPU))
+        step_by(LionUpdate(None), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale.to(GPU))
         assert_canonical_nan(p.cpu(), torch.full((n,), nan), "parameter")
         assert_canonical_nan(m.cpu(), torch.full((n,), nan), "momentum")
         if not nan:
@@ -146,7 +148,9 @@ def test_lr_zero_writes_no_parameter(dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(3)
         p, g, m = (awkward(TILE + 9, dtype, generator).to(GPU) for _ in range(3))
         before, momentum = p.clone(), m.clone()
-        LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(lr, 0.1, 0.9, 0.99, False)])
+        step_by(
+            LionUpdate(None), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [HyperParameters(lr, 0.1, 0.9, 0.99, False)]
+        )
         assert_same_bits(p, before, "parameter")
         assert (bits(m) != bits(momentum)).any()
 
@@ -162,8 +166,8 @@ def test_an_inactive_segment_is_not_touched() -> None:
     columns = StepTensors(params, [torch.ones_like(p) for p in params], {EXP_AVG: exp_avgs}, [0] * 4)
     columns.grads[1] = columns.grads[3] = None
     update, hypers = LionUpdate(None), [HyperParameters(0.1, 0.1, 0.9, 0.99, False)]
-    update.step(columns, hypers)
-    update.step(columns, hypers)
+    step_by(update, columns, hypers)
+    step_by(update, columns, hypers)
     for i in (1, 3):
         assert (params[i].view(torch.int32) == poison).all()
         assert (exp_avgs[i].view(torch.int32) == poison).all()
@@ -195,7 +199,7 @@ def test_only_segments_are_written() -> None:
             )
         ]
         reference_step(runs[:1], runs[1:2], runs[2:], [0], [hyper])
-    LionUpdate(None).step(StepTensors([p, q], [*grads], {EXP_AVG: [m, m]}, [0, 0], segments), [hyper])
+    step_by(LionUpdate(None), StepTensors([p, q], [*grads], {EXP_AVG: [m, m]}, [0, 0], segments), [hyper])
     for got, want, old, what in zip((p, q, m), expected, before, "pqm", strict=True):
         assert_same_bits(got, want, what)
         assert (bits(got) != bits(old)).sum() <= 3 + TILE + 2 + 1
@@ -274,7 +278,7 @@ def test_past_int32() -> None:
     for p, g, m in [*expected, plain]:
         reference_step([p], [g], [m], [0], [hyper])
     p, g, m = tensors
-    LionUpdate(None).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper])
+    step_by(LionUpdate(None), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper])
     for run_, (want_p, _, want_m) in zip(runs, expected, strict=True):
         assert_same_bits(p[run_], want_p, f"parameter {run_}")
         assert_same_bits(m[run_], want_m, f"momentum {run_}")
@@ -297,13 +301,13 @@ def test_sum_of_squares(dtype: torch.dtype) -> None:
         params = [torch.zeros(n, dtype=dtype, device=GPU) for n in LENGTHS]
         columns = StepTensors(params, grads, {EXP_AVG: [torch.zeros_like(p) for p in params]}, [0] * len(params))
         update = LionUpdate(None)
-        total = update.sum_of_squares(columns)
+        total = squares_by(update, columns)
         assert total is not None
         assert total.dtype == torch.float64
         assert total.shape == ()
         expected = sum(float(reference.sum_of_squares(v)) for i, v in enumerate(values) if i != 4)
         assert abs(float(total) - expected) <= tolerance * expected
-        again = update.sum_of_squares(columns)
+        again = squares_by(update, columns)
         assert again is not None
         assert float(again) == float(total)
 
@@ -313,11 +317,11 @@ def test_sum_of_squares_of_nan_and_of_large_gradients() -> None:
     p = torch.zeros(TILE + 1, device=GPU)
     g = torch.full_like(p, 1e30)
     columns = StepTensors([p], [g], {EXP_AVG: [torch.zeros_like(p)]}, [0])
-    total = LionUpdate(None).sum_of_squares(columns)
+    total = squares_by(LionUpdate(None), columns)
     assert total is not None
     assert float(total) == pytest.approx((TILE + 1) * float(g[0].double()) ** 2, rel=1e-12)
     for special in (float("-inf"), float("nan")):
         g[TILE] = special
-        total = LionUpdate(None).sum_of_squares(columns)
+        total = squares_by(LionUpdate(None), columns)
         assert total is not None
         assert float(total) == pytest.approx(abs(special), nan_ok=True)

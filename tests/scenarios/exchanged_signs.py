@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.sharding.exchange import ExchangeBuffer
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import PER_BYTE, HyperParameters
 from lion_dist.update.segments import Segment, StepTensors
 from lion_dist.update.signs import SignUpdate
@@ -35,14 +35,16 @@ class ExchangedSigns:
         self.rows = exchange.bytes.view(len(slices), -1)
         self.numbers = exchange.numbers
         segments = [
-            Segment(entry, start, 0, exchange.position(r, shard_start // PER_BYTE), length)
+            Segment(entry, start, 0, exchange.position(r, shard_start // PER_BYTE) * PER_BYTE, length)
             for r, owned in enumerate(slices)
             for entry, start, shard_start, length in owned
         ]
+        self._lion = update
         self._update = SignUpdate(update, segments, exchange.bytes)
 
     def pack(self, tensors: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None, salt: int) -> None:
-        self._update.pack(tensors, hypers, grad_scale, salt, self._exchange.own, self._exchange.own_number)
+        prepared = self._lion.prepare(tensors)
+        self._update.pack(prepared, hypers, grad_scale, salt, self._exchange.own, self._exchange.own_number)
 
     def apply(self, tensors: StepTensors, agree: Tensor) -> None:
         self._update.apply(tensors, agree)

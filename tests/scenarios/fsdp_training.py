@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from lion_dist import Lion
-from lion_dist.update import dispatch
+from lion_dist.update.backends import compiled, cpu, interpreting, triton_step
 from tests.asserts import assert_same_as, assert_same_bits
 from tests.scenarios.fsdp_toy import FsdpToy, Twin, groups_of
 
@@ -183,9 +183,9 @@ def check_loss_scale(way: Way, place: Place, scaler: Any) -> None:
 
 def check_one_launch(way: Way, place: Place) -> None:
     """All parameters of one dtype, whatever their groups, in one launch of the fused kernel a step."""
-    if place.device.type == "cpu" and not dispatch.interpreting():
+    if place.device.type == "cpu" and not interpreting():
         return  # there is a GPU, and tests/gpu counts launches
-    launched, launch = [], dispatch.triton_step.lion_step
+    launched, launch = [], triton_step.lion_step
     model, optimizer, twin = way.start(place, use_triton=True)
     ours: list[bool] = []  # while this optimizer steps, not the twin's
     optimizer.register_step_pre_hook(lambda *_: ours.append(True))
@@ -195,14 +195,13 @@ def check_one_launch(way: Way, place: Place) -> None:
         launched.extend(ours)
         launch(*args)
 
-    dispatch.triton_step.lion_step = counted
+    triton_step.lion_step = counted
     try:
         for step in range(4):
             train(way, place, range(step, step + 1), model, optimizer, twin)
             assert len(launched) == step + 1
     finally:
-        dispatch.triton_step.lion_step = launch
-    assert not optimizer._update.plain
+        triton_step.lion_step = launch
     assert_same_as(twin, model, optimizer, "fused")
 
 
@@ -246,7 +245,7 @@ def check_no_recompilation(way: Way, place: Place) -> None:
         micro_steps = backward(way, model, step, place)
         with (
             patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
-            patch.object(dispatch, "COMPILE_FROM", 1),
+            patch.multiple(cpu, COMPILE_FROM=1, COMPILE_RUN=1, GATHER_BELOW=0),
         ):
             optimizer.step()
         optimizer.zero_grad()
@@ -255,7 +254,7 @@ def check_no_recompilation(way: Way, place: Place) -> None:
     if place.device.type == "cpu":  # after the second step every unit that is ever used has been
         assert graphs[0] < graphs[2] <= graphs[0] + 2, f"graphs compiled, by step: {graphs}"
         assert graphs[2] == graphs[-1], f"graphs compiled, by step: {graphs}"
-        assert not dispatch._not_compiled
+        assert not compiled.step_.failed
     assert_same_as(twin, model, optimizer, "compiled")
 
 

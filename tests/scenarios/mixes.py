@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist.update import dispatch, reference
+from lion_dist.update import reference
+from lion_dist.update.backends import interpreting
+from lion_dist.update.hypers import hyper_table
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import (
     STORAGE_DTYPES,
     HyperParameters,
@@ -46,7 +49,7 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     """Normal numbers, and among them zeros of both signs, subnormals, the largest, infinities and NaN."""
     t = torch.randn(shape, generator=generator)
     info = torch.finfo(dtype)
-    tiny = info.tiny * (2 if dtype == BF16 and dispatch.interpreting() else 0.5)
+    tiny = info.tiny * (2 if dtype == BF16 and interpreting() else 0.5)
     special = torch.tensor([0.0, -0.0, tiny, -tiny / 2, info.max, -info.max, math.inf, -math.inf, math.nan])
     where = torch.randint(0, 60, shape, generator=generator)
     t = torch.where(where < len(special), special[where.clamp(max=len(special) - 1)], t)
@@ -72,7 +75,7 @@ def copy_of(columns: StepTensors) -> StepTensors:
 
 def reference_step(columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
     """The definition, tensor by tensor."""
-    table = dispatch.hyper_table(hypers, CPU)
+    table = hyper_table(hypers, CPU)
     for p, g, m, group in zip(columns.params, columns.grads, columns.state[EXP_AVG], columns.groups, strict=True):
         if g is not None:
             reference.lion_step_(p, g, m, reference.scalars(table[group], grad_scale))
@@ -82,4 +85,14 @@ HYPER = HyperParameters(lr=0.25, weight_decay=0.1, beta1=0.9, beta2=0.99, maximi
 
 
 def scalars_of(hyper: HyperParameters, grad_scale: Tensor | None = None) -> Scalars:
-    return scalars(dispatch.hyper_table([hyper], CPU)[0], grad_scale)
+    return scalars(hyper_table([hyper], CPU)[0], grad_scale)
+
+
+def step_by(
+    update: LionUpdate, tensors: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None
+) -> None:
+    update.step(update.prepare(tensors), hypers, grad_scale)
+
+
+def squares_by(update: LionUpdate, tensors: StepTensors) -> Tensor | None:
+    return update.sum_of_squares(update.prepare(tensors))

@@ -1,5 +1,5 @@
 """Every backend gives the bits of reference.py: the Triton kernel (in the interpreter here, on the GPU in
-tests/gpu), torch.compile and chunked torch, through LionUpdate, the way the optimizers use them.
+tests/gpu), torch.compile and plain torch, through LionUpdate, the way the optimizers use them.
 
 Sizes sit around what a kernel cuts by: 128 (alignment), 2048 (block), 8192 (tile), 32768 (CPU chunk), 2^20
 (torch.compile from here on). The interpreter rounds to bfloat16 by truncation (facts.md), so bfloat16
@@ -20,15 +20,28 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lion_dist import Lion
-from lion_dist.update import dispatch
-from lion_dist.update.dispatch import CHUNK, COMPILE_FROM, LionUpdate
+from lion_dist.update.backends import compiled
+from lion_dist.update.backends.cpu import COMPILE_FROM, COMPILE_RUN
+from lion_dist.update.backends.plain import CHUNK
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, assert_same_step
 from tests.harness import DEADLINE_S
 from tests.marks import needs_interpreter
-from tests.scenarios.mixes import HYPERS, INTERPRETED, MIXES, Mix, awkward, copy_of, name, reference_step, tensors
+from tests.scenarios.mixes import (
+    HYPERS,
+    INTERPRETED,
+    MIXES,
+    Mix,
+    awkward,
+    copy_of,
+    name,
+    reference_step,
+    step_by,
+    tensors,
+)
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -50,7 +63,7 @@ def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
                 for i, g in enumerate(start.grads)
                 if g is not None
             ]
-        update.step(columns, HYPERS)
+        step_by(update, columns, HYPERS)
         expected.grads = columns.grads
         reference_step(expected, HYPERS)
         assert_same_step(columns, expected)
@@ -77,8 +90,10 @@ def test_chunked(mix: Mix) -> None:
 @pytest.fixture
 def fresh_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No graph yet, and none left behind: torch gives up on a function at its ninth."""
-    monkeypatch.setattr(dispatch, "_compiled", None)
-    monkeypatch.setattr(dispatch, "_not_compiled", set())
+    for function in (compiled.step_, compiled.sign_step_, compiled.apply_signs_):
+        monkeypatch.setattr(function, "_compiled", None)
+        monkeypatch.setattr(function, "failed", set())
+    monkeypatch.setattr(compiled.Compiled, "warned", False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -89,19 +104,20 @@ def graphs() -> int:
 
 
 @pytest.mark.usefixtures("fresh_compile")
-@pytest.mark.parametrize("mix", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, BF16)], ids=name)
+@pytest.mark.parametrize("mix", [(F32, F32, F32), (F32, BF16, F32), (F32, F16, F32), (BF16, BF16, BF16)], ids=name)
 def test_compiled(mix: Mix) -> None:
-    """One graph for all lengths and hyper-parameters: a second would cost seconds, a ninth the lot."""
-    columns = tensors(mix, [(COMPILE_FROM,), (COMPILE_FROM + 1,), (COMPILE_FROM + 3 * CHUNK + 5,)])
+    """One graph for all lengths and hyper-parameters: a second would cost seconds, a ninth the lot. None for 16-bit
+    parameters, of which torch.compile makes no vector instructions."""
+    columns = tensors(mix, [(COMPILE_FROM // 2,), (COMPILE_FROM // 2 + 1,), (3 * CHUNK + 5,)])
     expected, update, before = copy_of(columns), LionUpdate(False), graphs()
     for hypers in ([HYPERS[0], HYPERS[1], HYPERS[3]], [HYPERS[3], HYPERS[4], HYPERS[1]]):
-        update.step(columns, hypers)
+        step_by(update, columns, hypers)
         reference_step(
             StepTensors(expected.params, columns.grads, {EXP_AVG: expected.state[EXP_AVG]}, columns.groups), hypers
         )
     assert_same_step(columns, expected)
-    assert not dispatch._not_compiled
-    assert graphs() - before == 1
+    assert not compiled.step_.failed
+    assert graphs() - before == (mix[0] == F32)
 
 
 @pytest.mark.usefixtures("fresh_compile")
@@ -127,26 +143,40 @@ def test_one_graph_for_all_shapes() -> None:
         )
         assert_same_bits(p.detach(), expected, shape)
         found[shape] = graphs() - before
-    assert not dispatch._not_compiled
+    assert not compiled.step_.failed
     assert found == dict.fromkeys(shapes, 1)
 
 
-def test_below_the_threshold_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([COMPILE_FROM - 1], []),
+        ([COMPILE_FROM], [COMPILE_FROM]),
+        ([COMPILE_RUN - 1] * 40, []),
+        ([COMPILE_FROM // 4] * 3 + [COMPILE_RUN - 1] * 40, []),
+        ([COMPILE_FROM // 4] * 4 + [100], [COMPILE_FROM // 4] * 4),
+    ],
+    ids=["too few", "one long run", "many short runs", "too few in long runs", "enough in long runs"],
+)
+def test_what_is_compiled(lengths: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long runs, if together they have enough elements."""
     sizes: list[int] = []
-    monkeypatch.setattr(dispatch, "_compiled_step_", lambda p, g, m, s: sizes.append(p.numel()))
-    LionUpdate(False).step(tensors((F32, F32, F32), [(COMPILE_FROM - 1,), (COMPILE_FROM,)]), HYPERS)
-    assert sizes == [COMPILE_FROM]
+    monkeypatch.setattr(compiled, "step_", lambda p, g, m, scalars: (sizes.append(p.numel()), True)[1])
+    columns = StepTensors(*([torch.zeros(n) for n in lengths] for _ in range(2)), {}, [0] * len(lengths))
+    columns.state[EXP_AVG] = [torch.zeros(n) for n in lengths]
+    step_by(LionUpdate(False), columns, HYPERS)
+    assert sizes == expected
 
 
 @pytest.mark.usefixtures("fresh_compile")
 def test_without_a_compiler_plain_torch_steps_and_says_so_once() -> None:
-    columns = tensors((F32, F16, BF16), [(COMPILE_FROM,), (COMPILE_FROM + 1,)])
+    columns = tensors((F32, F16, F32), [(COMPILE_FROM,), (COMPILE_FROM + 1,)])
     expected = copy_of(columns)
     no_compiler = {"cpp.cxx": ("/nonexistent/g++",), "force_disable_caches": True}
     with torch._inductor.config.patch(no_compiler), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            LionUpdate(False).step(columns, HYPERS)
+            step_by(LionUpdate(False), columns, HYPERS)
             reference_step(expected, HYPERS)
     ours = [str(w.message) for w in caught if "lion_dist" in str(w.message)]
     assert len(ours) == 1

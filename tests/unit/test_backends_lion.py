@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion
-from lion_dist.update import dispatch
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update.backends import triton_step
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import SegmentTable, StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, assert_same_step
 from tests.marks import needs_interpreter
-from tests.scenarios.mixes import HYPERS, INTERPRETED, MIXES, Mix, both, copy_of, name, reference_step, tensors
+from tests.scenarios.mixes import HYPERS, INTERPRETED, MIXES, Mix, both, copy_of, name, reference_step, step_by, tensors
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -75,10 +75,8 @@ def test_groups_with_a_schedule(use_triton: bool, dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(SegmentTable, "__init__", lambda self, *a: (tables.append(len(a[1])), made(self, *a))[1])
     launches: list[int] = []
     if use_triton:
-        launch = dispatch.triton_step.lion_step
-        monkeypatch.setattr(
-            dispatch.triton_step, "lion_step", lambda t, *a: (launches.append(len(t.rows)), launch(t, *a))[1]
-        )
+        launch = triton_step.lion_step
+        monkeypatch.setattr(triton_step, "lion_step", lambda t, *a: (launches.append(len(t.rows)), launch(t, *a))[1])
     params = model(dtype)
     buffer = params[1].detach().as_strided((9000,), (1,), 0)
     gaps = torch.ones(9000, dtype=torch.bool)
@@ -119,9 +117,9 @@ def test_groups_with_a_schedule(use_triton: bool, dtype: torch.dtype, monkeypatc
 @needs_interpreter
 def test_one_launch_a_mix_of_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[tuple[torch.dtype, int]] = []
-    launch = dispatch.triton_step.lion_step
+    launch = triton_step.lion_step
     monkeypatch.setattr(
-        dispatch.triton_step,
+        triton_step,
         "lion_step",
         lambda t, mix, *a: (launches.append((mix.param, len(t.rows))), launch(t, mix, *a))[1],
     )
@@ -165,7 +163,7 @@ def test_only_a_move_rebuilds_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grad_scale(use_triton: bool, scale: float) -> None:
     columns = tensors((F32, BF16, F16), [(3,), (2049,), (9, 9)])
     expected = copy_of(columns)
-    LionUpdate(use_triton).step(columns, HYPERS, torch.tensor(scale))
+    step_by(LionUpdate(use_triton), columns, HYPERS, torch.tensor(scale))
     reference_step(expected, HYPERS, torch.tensor(scale))
     assert_same_step(columns, expected)
 
@@ -202,7 +200,7 @@ def test_what_is_not_finite(use_triton: bool, mix: Mix) -> None:
     for scale in (None, 0.37, 0.0, -1e30, math.inf):
         got, expected = copy_of(columns), copy_of(columns)
         grad_scale = None if scale is None else torch.tensor(scale)
-        LionUpdate(use_triton).step(got, HYPERS, grad_scale)
+        step_by(LionUpdate(use_triton), got, HYPERS, grad_scale)
         reference_step(expected, HYPERS, grad_scale)
         assert_same_step(got, expected)
         for p, m, hyper in zip(got.params, got.state[EXP_AVG], HYPERS, strict=True):

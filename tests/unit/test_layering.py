@@ -82,15 +82,15 @@ def names_in(tree: ast.AST) -> set[str]:
     [
         ("import torch.distributed as dist", "torch.distributed"),
         ("from torch import distributed", "torch.distributed"),
-        ("def f():\n    from ..sharding.layout import ShardLayout", "lion_dist.sharding.layout"),
-        ("from .. import sharding", "lion_dist.sharding"),
-        ("from . import triton_step", "lion_dist.update.triton_step"),
-        ("from .triton_step import Mix", "lion_dist.update.triton_step"),
+        ("def f():\n    from ...sharding.layout import ShardLayout", "lion_dist.sharding.layout"),
+        ("from ... import sharding", "lion_dist.sharding"),
+        ("from . import triton_step", "lion_dist.update.backends.triton_step"),
+        ("from .triton_step import LAUNCH", "lion_dist.update.backends.triton_step"),
         ("try:\n    import triton.language as tl\nexcept ImportError: pass", "triton.language"),
     ],
 )
 def test_the_reader_of_imports_sees(source: str, expected: str) -> None:
-    assert expected in imports_of(ast.parse(source), "lion_dist.update.dispatch")
+    assert expected in imports_of(ast.parse(source), "lion_dist.update.backends.triton")
 
 
 def test_the_reader_of_names_sees() -> None:
@@ -101,7 +101,7 @@ def test_files_are_found() -> None:
     assert {"update/reference.py", "sharding/layout.py", "lion.py"} <= set(ids(FILES))
 
 
-UPDATE = [p for p in FILES if p.parent.name == "update"]
+UPDATE = [p for p in FILES if "update" in p.relative_to(PACKAGE).parts]
 SHARDING = [p for p in FILES if p.parent.name == "sharding"]
 
 
@@ -129,15 +129,18 @@ def test_the_layout_knows_no_torch() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=ids(FILES))
 def test_triton_is_tried_in_one_place(path: Path) -> None:
-    def of_triton(names: set[str]) -> bool:
-        return any(within(n, "triton") or n.startswith("lion_dist.update.triton_") for n in names)
+    backends = PACKAGE / "update/backends"
 
-    module, is_kernel = module_name(path), path.parent.name == "update" and path.name.startswith("triton_")
-    if path.name != "dispatch.py" and not is_kernel:
+    def of_triton(names: set[str]) -> bool:
+        return any(within(n, "triton") or n.startswith("lion_dist.update.backends.triton") for n in names)
+
+    module, chooser = module_name(path), path == backends / "__init__.py"
+    is_kernel = path.parent == backends and path.name.startswith("triton")
+    if not chooser and not is_kernel and path.name != "launch.py":
         assert not of_triton(imports(path))
     tries = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Try)]
-    tried = any(of_triton(imports_of(node, module)) for node in tries)
-    assert tried == (path.name == "dispatch.py")
+    tried = any(of_triton(imports_of(node, module, chooser)) for node in tries)
+    assert tried == chooser
     if is_kernel:
         plain = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert any(of_triton(imports_of(node, module)) for node in plain)

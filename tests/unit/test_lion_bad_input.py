@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lion_dist import Lion
-from lion_dist.update import dispatch
+from lion_dist.update import backends
 from tests.asserts import assert_same_params
 from tests.marks import needs_interpreter
 from tests.scenarios.lion_params import SHAPES, feed, params_of, run, snapshot
@@ -236,7 +236,7 @@ def feed_shapes(params: list[nn.Parameter]) -> None:
 
 
 def test_triton_on_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
     params = params_of()
     opt = Lion(params, lr=0.25, use_triton=True)
     feed(params, 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from lion_dist import Lion
-from lion_dist.param_groups import to_dtype
+from lion_dist.hyper_values import to_dtype
 from tests.asserts import assert_same_bits
 
 BF16 = torch.bfloat16

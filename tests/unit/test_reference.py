@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist.update import dispatch
+from lion_dist.update.backends import compiled as compiled_backend
+from lion_dist.update.backends.cpu import step_chunk_
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import (
     NAN_BITS,
     OVERFLOW,
@@ -29,7 +31,7 @@ from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_canonical_nan, assert_same_bits
 from tests.marks import needs_interpreter
-from tests.scenarios.mixes import HYPER, scalars_of
+from tests.scenarios.mixes import HYPER, scalars_of, step_by
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -150,7 +152,8 @@ def test_against_lion_pytorch() -> None:
         slack = 8 * u * (c1.abs() + c2.abs()) + betas[0] * (m - their_m).abs()
         tie = (c1 + c2).abs() <= slack
         apart = (ours - theirs).abs()
-        dispatch._chunked_step_(ours.data, g, m, s)
+        with torch.no_grad():
+            step_chunk_(ours.detach(), g, m, s)
         theirs.grad = g
         peer.step()
         began = ((ours - theirs).abs() - apart).abs() > 0.5 * lr  # a wrong sign moves them lr or 2 * lr apart
@@ -171,17 +174,16 @@ def plain(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor
 
 
 def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(False).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
+    step_by(LionUpdate(False), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
 def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch._compiled_step_(p, g, m, scalars_of(hyper, scale))
-    assert not dispatch._not_compiled, "torch.compile fell back to plain torch"
+    assert compiled_backend.step_(p, g, m, scalars=scalars_of(hyper, scale)), "torch.compile failed"
 
 
 def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    dispatch.LionUpdate(True).step(StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
+    step_by(LionUpdate(True), StepTensors([p], [g], {EXP_AVG: [m]}, [0]), [hyper], scale)
 
 
 Backend = Callable[..., None]

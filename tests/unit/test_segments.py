@@ -12,12 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist.memory_order import flat, is_dense, laid_out_like, may_overlap, same_layout
-from lion_dist.update import dispatch
+from lion_dist.update.hypers import hyper_table
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters, lion_step_, scalars
-from lion_dist.update.segments import TILE, Segment, SegmentTable, StepTensors, check_no_shared_memory
+from lion_dist.update.segments import (
+    ENTRY,
+    GROUP,
+    LENGTH,
+    PARAM,
+    STATE,
+    TILE,
+    TILE_0,
+    Segment,
+    SegmentTable,
+    StepTensors,
+    check_no_shared_memory,
+)
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
+from tests.scenarios.mixes import step_by
 
 CPU = torch.device("cpu")
 
@@ -142,8 +156,8 @@ def tiles_of(table: SegmentTable) -> list[tuple[int, int, int]]:
     """(segment, start, end) of every tile, as the kernels compute them from the table."""
     rows, found = table.rows.tolist(), []
     for tile, segment in enumerate(table.tile_segments.tolist()):
-        _, _, length, _, first_tile, _ = rows[segment]
-        start = (tile - first_tile) * TILE
+        length = rows[segment][LENGTH]
+        start = (tile - rows[segment][TILE_0]) * TILE
         found.append((segment, start, min(start + TILE, length)))
     return found
 
@@ -181,7 +195,7 @@ def test_tiles_cover_every_element_once(lengths: list[int]) -> None:
     segments = [Segment(i, 0, 0, 0, n) for i, n in enumerate(lengths)]
     table = SegmentTable(columns_of(params, exp_avgs, groups), segments, CPU)
     assert_covers_once(table, lengths)
-    assert [row[:4] for row in table.rows.tolist()] == [
+    assert table.rows[:, [PARAM, STATE, LENGTH, GROUP]].tolist() == [
         [p.data_ptr(), m.data_ptr(), n, group] for p, m, n, group in zip(params, exp_avgs, lengths, groups, strict=True)
     ]
 
@@ -190,13 +204,25 @@ def test_starts_become_addresses() -> None:
     p, m, g = torch.zeros(1000), torch.zeros(500, dtype=torch.float16), torch.zeros(1000, dtype=torch.bfloat16)
     segments = [Segment(0, 131, 140, 7, 100), Segment(0, 300, 0, 200, 1), Segment(1, 0, 1, 2, 3)]
     table = SegmentTable(StepTensors([p, p], [g, None], {EXP_AVG: [m, m]}, [1, 0]), segments, CPU)
-    assert table.rows.tolist() == [
+    assert table.rows[:, [PARAM, STATE, LENGTH, GROUP, TILE_0, ENTRY]].tolist() == [
         [p.data_ptr() + 4 * 131, m.data_ptr() + 2 * 7, 100, 1, 0, 0],
         [p.data_ptr() + 4 * 300, m.data_ptr() + 2 * 200, 1, 1, 1, 0],
         [p.data_ptr(), m.data_ptr() + 2 * 2, 3, 0, 2, 1],
     ]
     table.set_gradients([g, None])
     assert table.grad_addresses.tolist() == [g.data_ptr() + 2 * 140, g.data_ptr(), 0]
+
+
+def test_rows_hold_every_state_column() -> None:
+    """Also one of whose elements 128 of the parameter's share one."""
+    p, m, scale = torch.zeros(1024), torch.zeros(1024, dtype=torch.int8), torch.zeros(8)
+    tensors = StepTensors([p], [None], {EXP_AVG: [m], "scale": [scale]}, [0], blocks={"scale": 128})
+    table = SegmentTable(tensors, [Segment(0, 0, 0, 256, 128), Segment(0, 512, 0, 640, 300)], CPU)
+    assert table.rows.shape == (2, table.row_width)
+    assert table.rows[:, STATE:].tolist() == [
+        [m.data_ptr() + 256, scale.data_ptr() + 4 * 2],
+        [m.data_ptr() + 640, scale.data_ptr() + 4 * 5],
+    ]
 
 
 def test_a_new_gradient_overwrites_no_tensor_of_an_earlier_launch() -> None:
@@ -219,7 +245,7 @@ def test_lengths_and_starts_beyond_32_bits() -> None:
     table = SegmentTable(columns_of([p], [m], [0]), segments, CPU)
     tiles = -(-n // TILE)
     assert table.tiles == tiles + 2
-    assert table.rows.tolist() == [
+    assert table.rows[:, [PARAM, STATE, LENGTH, GROUP, TILE_0, ENTRY]].tolist() == [
         [0, 0, 5, 0, 0, 0],
         [2 * 50, 4 * 70, n, 0, 1, 0],
         [2 * (2**31 + 9), 4 * (2**31 + 11), 10, 0, 1 + tiles, 0],
@@ -236,13 +262,13 @@ def test_segments_step_their_own_elements_and_no_others(use_triton: bool) -> Non
     expected_p, expected_m = p.clone(), m.clone()
     segments = [Segment(0, 1, 3, 5, 129), Segment(0, 8871, 8900, 134, 128), Segment(0, 200, 1, 300, 0)]
     hyper = HyperParameters(0.01, 0.1, 0.9, 0.99, False)
-    row = dispatch.hyper_table([hyper], CPU)[0]
+    row = hyper_table([hyper], CPU)[0]
     for _, p0, g0, m0, n in segments:
         lion_step_(expected_p[p0 : p0 + n], g[g0 : g0 + n], expected_m[m0 : m0 + n], scalars(row))
     # The gradient has the parameter's shape in the columns' check: one flat run that both starts index.
     whole_p, whole_g = torch.zeros(9100), g.clone()
     whole_p[:9000] = p
-    dispatch.LionUpdate(use_triton).step(StepTensors([whole_p], [whole_g], {EXP_AVG: [m]}, [0], segments), [hyper])
+    step_by(LionUpdate(use_triton), StepTensors([whole_p], [whole_g], {EXP_AVG: [m]}, [0], segments), [hyper])
     assert_same_bits(whole_p[:9000], expected_p)
     assert_same_bits(m, expected_m)
     assert_same_bits(whole_g, g)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lion_dist.update import dispatch, reference
+from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
 from lion_dist.update.reference import pack_signs, unpack_signs
 from tests.asserts import assert_same_bits
 from tests.scenarios.mixes import HYPERS, MIXES, Mix, awkward, name
@@ -60,7 +61,7 @@ def test_two_halves_are_the_rule(mix: Mix, grad_scale: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     scale = None if grad_scale is None else torch.tensor(grad_scale)
     hypers = [*HYPERS, HYPERS[0]._replace(lr=1e-50)]  # the last is 0 in float32
-    for row in dispatch.hyper_table(hypers, CPU):
+    for row in hyper_table(hypers, CPU):
         s = reference.scalars(row, scale)
         p, g, m = (awkward((997,), dtype, generator) for dtype in mix)
         want_p, want_m = reference.lion_rule(p, g, m, s)

@@ -18,14 +18,16 @@ from torch import Tensor
 from lion_dist.memory_order import flat
 from lion_dist.sharding.exchange import FOOTER
 from lion_dist.sharding.layout import ShardLayout
-from lion_dist.update import dispatch, reference
-from lion_dist.update.dispatch import CHUNK, LionUpdate
+from lion_dist.update import reference
+from lion_dist.update.backends.plain import CHUNK
+from lion_dist.update.hypers import hyper_table
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters, pack_signs
 from lion_dist.update.segments import Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_canonical_nan, assert_same_bits, bits
 from tests.scenarios.exchanged_signs import ExchangedSigns
-from tests.scenarios.mixes import HYPERS, MIXES, Mix, awkward, both, name, on_triton
+from tests.scenarios.mixes import HYPERS, MIXES, Mix, awkward, both, name, on_triton, squares_by, step_by
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -103,10 +105,13 @@ class Ranks:
         for a, b in itertools.permutations(range(self.world_size), 2):
             self.updates[b].rows[a] = self.updates[a].rows[a]
         sums = {int(c) for update in self.updates for c in update.numbers}
-        assert sums == {int(reference.checksum(dispatch.hyper_table(hypers, CPU), SALT, grad_scale))}
+        assert sums == {int(reference.hyper_checksum(hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
-            self.lion.step(
-                StepTensors(self.whole, list(grads), {EXP_AVG: self.whole_exp_avgs}, self.groups), hypers, grad_scale
+            step_by(
+                self.lion,
+                StepTensors(self.whole, list(grads), {EXP_AVG: self.whole_exp_avgs}, self.groups),
+                hypers,
+                grad_scale,
             )
         for r, update in enumerate(self.updates):
             update.apply(columns[r], torch.tensor(agree))
@@ -244,7 +249,7 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
     again = torch.Generator()
     again.set_state(drawn)
     grads = [awkward((len(p),), F32, again) for p in ranks.whole]
-    table = dispatch.hyper_table(HYPERS, CPU)
+    table = hyper_table(HYPERS, CPU)
     for r in range(2):
         for s in ranks.layout.slices(r):
             at = slice(s.offset, s.offset + s.length)
@@ -310,8 +315,8 @@ def test_flags_of_what_is_fused_are_read_by_kernels_alone(use_triton: bool) -> N
     update.apply(columns, on_device(torch.tensor(True)))
     assert [p[299].item() for p in params] == [0.75, 1.0, 0.75]
     one = LionUpdate(use_triton)
-    assert one.sum_of_squares(columns) == 600
-    one.step(columns, hypers, scale)
+    assert squares_by(one, columns) == 600
+    step_by(one, columns, hypers, scale)
     assert [p[299].item() for p in params] == [0.5, 1.0, 0.5]
 
 
@@ -333,7 +338,7 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
     columns = StepTensors(params, grads, {EXP_AVG: [exp_avg] * 2}, [0, 1], segments)
     update.pack(columns, HYPERS, None, SALT)
     update.apply(columns, torch.tensor(True))
-    LionUpdate(use_triton).step(StepTensors(whole, grads, {EXP_AVG: momenta}, [0, 1]), HYPERS)
+    step_by(LionUpdate(use_triton), StepTensors(whole, grads, {EXP_AVG: momenta}, [0, 1]), HYPERS)
     for i, (p, want) in enumerate(zip(params, whole, strict=True)):
         assert_same_bits(flat(p), flat(want), f"parameter {i}")
     assert_same_bits(torch.cat([buffer[:3], buffer[1004:]]), around, "beside a parameter")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist.update import dispatch, reference
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HYPER_COLUMNS, HyperParameters
 from lion_dist.update.segments import Segment, StepTensors
 from lion_dist.update.state import EXP_AVG
@@ -38,7 +39,7 @@ def of_kernel(
 
 
 def of_definition(hypers: list[HyperParameters], salt: int, grad_scale: Tensor | None = None) -> int:
-    return int(reference.checksum(dispatch.hyper_table(hypers, CPU), salt, grad_scale))
+    return int(reference.hyper_checksum(hyper_table(hypers, CPU), salt, grad_scale))
 
 
 ONE = [HyperParameters(1e-3, 0.1, 0.9, 0.99, False)]

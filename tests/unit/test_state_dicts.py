@@ -251,7 +251,7 @@ def test_damaged_state_dicts_are_refused_whole_or_loaded(seeds: range) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_load_of_a_damaged_state_dict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = Lion._copy_momenta
+    copied = Lion._copy_state
 
     def lost(self: Lion, checked: dict[str, Any]) -> None:
         copied(self, checked)
@@ -259,7 +259,7 @@ def test_a_wrong_load_of_a_damaged_state_dict_would_be_seen(monkeypatch: pytest.
             if isinstance(entry, dict) and "exp_avg" in entry:
                 entry["exp_avg"].value.zero_()
 
-    monkeypatch.setattr(Lion, "_copy_momenta", lost)
+    monkeypatch.setattr(Lion, "_copy_state", lost)
     with pytest.raises(AssertionError, match="was loaded wrong"):
         load_damaged(range(20))
 

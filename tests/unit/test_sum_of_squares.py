@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist.update.dispatch import LionUpdate
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import (
     STORAGE_DTYPES,
     sum_of_squares,
@@ -16,7 +16,7 @@ from lion_dist.update.reference import (
 from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import bits
-from tests.scenarios.mixes import both
+from tests.scenarios.mixes import both, squares_by
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -37,7 +37,7 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
     columns = StepTensors(params, [*grads, None], {EXP_AVG: exp_avgs}, [0] * len(shapes))
     columns.params, columns.state[EXP_AVG] = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
     columns.groups = [0] * 6
-    total = LionUpdate(use_triton).sum_of_squares(columns)
+    total = squares_by(LionUpdate(use_triton), columns)
     assert total is not None
     assert total.dtype == torch.float64
     assert total.shape == ()
@@ -46,9 +46,9 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
 
 @both
 def test_sum_of_squares_of_nothing(use_triton: bool) -> None:
-    assert LionUpdate(use_triton).sum_of_squares(StepTensors([], [], {EXP_AVG: []}, [])) is None
+    assert squares_by(LionUpdate(use_triton), StepTensors([], [], {EXP_AVG: []}, [])) is None
     inactive = StepTensors([torch.zeros(5)], [None], {EXP_AVG: [torch.zeros(5)]}, [0])
-    total = LionUpdate(use_triton).sum_of_squares(inactive)
+    total = squares_by(LionUpdate(use_triton), inactive)
     assert total is None or total.item() == 0
 
 
@@ -60,8 +60,8 @@ def test_sum_of_squares_of_infinite_gradients(use_triton: bool, dtype: torch.dty
     for special, expected in ((largest, None), (math.inf, math.inf), (-math.inf, math.inf), (math.nan, math.nan)):
         g = torch.full((2049,), largest, dtype=dtype)
         g[2048] = special
-        total = LionUpdate(use_triton).sum_of_squares(
-            StepTensors([torch.zeros(2049)], [g], {EXP_AVG: [torch.zeros(2049)]}, [0])
+        total = squares_by(
+            LionUpdate(use_triton), StepTensors([torch.zeros(2049)], [g], {EXP_AVG: [torch.zeros(2049)]}, [0])
         )
         assert total is not None
         if expected is None:

@@ -1,7 +1,7 @@
 """The sum of squares of all gradients of a segment table, in float64, in one launch.
 
-Each program writes the sum of its block to a place of its own and torch adds those up, so that the
-same table gives the same bits every time (atomics would not).
+Each program writes the sum of its block to an element of its own, and torch adds those up, so that the same table gives
+the same bits every time (atomics would not).
 """
 
 from __future__ import annotations
@@ -11,33 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..segments import TILE, SegmentTable
 from .launch import launch
-from .segments import TILE, SegmentTable
-from .triton_step import _TRITON_DTYPES
+from .triton_step import _TILE, _TRITON_DTYPES, _find_block
 
 BLOCK = 2048
 NUM_WARPS = 4
 
-_ROW = tl.constexpr(SegmentTable.ROW)
-_TILE = tl.constexpr(TILE)
-
 
 @triton.jit
 def _sum_of_squares_kernel(
-    rows, tile_segments, grad_addresses, active, partial, G: tl.constexpr, BLOCK: tl.constexpr
+    rows, tile_segments, grad_addresses, active, partial, G: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
-    tile = program // BLOCKS_PER_TILE
-    segment = tl.load(tile_segments + tile)
-    row = rows + segment.to(tl.int64) * _ROW
-    length = tl.load(row + 2)
-    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+    tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
+    segment, _, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
     g_address = tl.load(grad_addresses + segment)
-    is_active = g_address != 0
-    if active is not None:
-        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
-    if is_active & (start < length):
+    if takes_part & (g_address != 0):
         offsets = start + tl.arange(0, BLOCK)
         g = tl.load(g_address.to(tl.pointer_type(G)) + offsets, mask=offsets < length, other=0.0).to(tl.float64)
         tl.store(partial + program, tl.sum(g * g, axis=0))
@@ -46,8 +37,8 @@ def _sum_of_squares_kernel(
 
 
 def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor | None = None) -> Tensor:
-    """The sum over the active segments (``active`` as in `triton_step.lion_step`); float64, shape (), on
-    the table's device."""
+    """The sum over the active segments (``active`` as for `triton_step.lion_step`); float64, shape (), on the table's
+    device."""
     programs = table.tiles * (TILE // BLOCK)
     partial = torch.empty(programs, dtype=torch.float64, device=table.device)
     table.keep_for_launch(active)
@@ -56,7 +47,7 @@ def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor 
             _sum_of_squares_kernel,
             programs,
             (table.rows, table.tile_segments, table.grad_addresses, active, partial),
-            (_TRITON_DTYPES[grad_dtype], BLOCK),
+            (_TRITON_DTYPES[grad_dtype], table.row_width, BLOCK),
             NUM_WARPS,
         )
     return partial.sum()

@@ -1,5 +1,5 @@
-"""Launches of compiled Triton kernels, without the Python that Triton runs at each to find out which one is meant:
-45 us on a slow host, of the 60 that a launch takes."""
+"""Launches compiled Triton kernels without the Python that Triton runs in each launch to find the compiled kernel. That
+takes 45 us on a slow host, of the 60 that a launch takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _kind(argument: Tensor | int | None) -> Any:
-    """What Triton specialises a kernel for."""
+    """The properties of an argument that Triton specialises a kernel for."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     return type(argument)
@@ -25,10 +25,11 @@ def launch(
     """Launches a kernel on the device of its first argument, a tensor, which must be the current device.
 
     Args:
-        kernel: of `triton.jit`, whose constexpr parameters come last, and whose integers are not specialised.
-        arguments: the others, in order. None is a constexpr of its own.
-        constants: of the constexpr parameters, in order.
-        num_warps: a program.
+        kernel: made by `triton.jit`; its constexpr parameters come last, and its integers are not specialised.
+        programs: number of programs.
+        arguments: values of the other parameters, in order. None counts as a constexpr.
+        constants: values of the constexpr parameters, in order.
+        num_warps: number of warps of a program.
     """
     key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None, num_warps)
     key += (*map(_kind, arguments), *constants)

@@ -1,13 +1,13 @@
-"""The two halves of a step as Triton launches, with 2-bit signs between them; reference.py's `sign_step_` and
-`apply_signs_`, bit for bit.
+"""The two halves of a step as Triton launches, with 2-bit signs between them: `sign_step_` and `apply_signs_` of
+reference.py, bit for bit.
 
-The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch
-the parameter. Whoever holds the parameter applies the signs to it, the owner's own included. Both walk a segment
-table as triton_step.py does; where a table has the address of a parameter or momentum, here may be that of packed
-signs: bytes, PER_BYTE elements each.
+The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch the
+parameter. Every rank that holds the parameter, the owner included, applies the signs to it. Both halves read a segment
+table, as triton_step.py does. In the table of the second half the state column is the packed signs: bytes, PER_BYTE
+elements each.
 
-Checksum: reference.py's, which the owner sends behind its signs. Signs are applied only where all ranks sent the
-same one: a rank of another lr would make its replicas drift apart, silently.
+Checksum: `reference.hyper_checksum`, which the owner sends with its signs. Signs are applied only where all ranks sent
+the same one: the replicas of ranks with different learning rates would drift apart silently.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
+from ..segments import STATE, TILE, SegmentTable
 from .launch import launch
-from .reference import HYPER_COLUMNS, LR, MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
-from .segments import TILE, SegmentTable
-from .triton_step import _INFINITY, _TRITON_DTYPES, _momentum, _moved, _store
+from .triton_step import (
+    _EXP_AVG,
+    _GROUP,
+    _HYPER_COLUMNS,
+    _INFINITY,
+    _LR,
+    _PARAM,
+    _TILE,
+    _TRITON_DTYPES,
+    _find_block,
+    _momentum,
+    _moved,
+    _store,
+)
 
 # Bytes of the widest element that is read or written -> (elements a block, warps a block, elements a word). A word of
-# packed signs goes with 16 bytes of elements, the most that one access can have.
+# packed signs belongs to 16 bytes of elements, the largest single access.
 PACK = {4: (512, 2, 4), 2: (512, 1, 8)}
 APPLY = {4: (1024, 2, 4), 2: (1024, 2, 8)}
 
-_ROW = tl.constexpr(SegmentTable.ROW)
-_TILE = tl.constexpr(TILE)
-_HYPER_COLUMNS = tl.constexpr(HYPER_COLUMNS)
-_LR = tl.constexpr(LR)
+_SIGNS = tl.constexpr(STATE)  # the packed signs are the first state column of `apply_signs`' table
 _PER_BYTE = tl.constexpr(PER_BYTE)
 _WORDS = {4: tl.uint8, 8: tl.uint16}  # elements a word -> its type; the lowest byte is the first
 _PLUS, _MINUS, _NOT_A_NUMBER = tl.constexpr(PLUS), tl.constexpr(MINUS), tl.constexpr(NOT_A_NUMBER)
@@ -40,12 +50,12 @@ _PLUS, _MINUS, _NOT_A_NUMBER = tl.constexpr(PLUS), tl.constexpr(MINUS), tl.const
 def _lion_pack_kernel(
     rows, tile_segments, tiles, grad_addresses, active, hypers, grad_scale,
     exp_avg, packed, checksum, hyper_numel, salt,
-    G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
     HYPERS: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
-    tile = program // BLOCKS_PER_TILE
+    tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
     if program == 0:
         index = tl.arange(0, HYPERS)
         bits = tl.load(hypers + index, mask=index < hyper_numel, other=0.0).to(tl.int64, bitcast=True)
@@ -55,17 +65,11 @@ def _lion_pack_kernel(
             total += scale_bits * (2 * hyper_numel + 1)
         tl.store(checksum, total)
     if tile < tiles:
-        segment = tl.load(tile_segments + tile)
-        row = rows + segment.to(tl.int64) * _ROW
-        m_address = tl.load(row + 1)
-        length = tl.load(row + 2)
-        group = tl.load(row + 3)
-        start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+        segment, row, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+        m_address = tl.load(row + _EXP_AVG)
+        group = tl.load(row + _GROUP)
         g_address = tl.load(grad_addresses + segment)
-        is_active = g_address != 0
-        if active is not None:
-            is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
-        if is_active & (start < length):
+        if takes_part & (g_address != 0):
             hyper = hypers + group * _HYPER_COLUMNS
             words = tl.arange(0, BLOCK // LANES)
             lanes = tl.arange(0, LANES)
@@ -97,30 +101,24 @@ def _pack_block(
     if mask is not None:
         code = tl.where(mask, code, 0)
     _store(m_pointer, m, finite, mask, M)
-    # What lies behind the end of a segment, up to a whole word, is padding.
+    # Bits behind the end of a segment, up to a whole word, are padding.
     tl.store(w_pointer, tl.sum(code << (2 * lanes[None, :]), axis=1).to(WORD), mask=w_mask)
 
 
 @triton.jit
 def _lion_apply_kernel(
     rows, tile_segments, active, agree, hypers,
-    P: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
+    P: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
-    tile = program // BLOCKS_PER_TILE
-    segment = tl.load(tile_segments + tile)
-    row = rows + segment.to(tl.int64) * _ROW
-    p_address = tl.load(row)
-    packed_address = tl.load(row + 1)
-    length = tl.load(row + 2)
-    group = tl.load(row + 3)
-    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
-    is_active = start < length
-    if active is not None:
-        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
+    tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
+    _, row, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+    p_address = tl.load(row + _PARAM)
+    packed_address = tl.load(row + _SIGNS)
+    group = tl.load(row + _GROUP)
     lr64 = tl.load(hypers + group * _HYPER_COLUMNS + _LR)
-    if is_active & (tl.load(agree) != 0) & (lr64.to(tl.float32) != 0):
+    if takes_part & (tl.load(agree) != 0) & (lr64.to(tl.float32) != 0):
         hyper = hypers + group * _HYPER_COLUMNS
         words = tl.arange(0, BLOCK // LANES)
         lanes = tl.arange(0, LANES)
@@ -139,7 +137,8 @@ def _lion_apply_kernel(
 def _apply_block(p_pointer, w_pointer, lanes, mask, w_mask, lr64, hyper, P: tl.constexpr):
     packed = tl.load(w_pointer, mask=w_mask).to(tl.int32)[:, None]
     p = tl.load(p_pointer, mask=mask)
-    # lr * sign, of each sign once: a dozen instructions an element are all that the memory leaves time for.
+    # lr * sign: one product for each sign, not for each element. A dozen instructions an element are all that the
+    # memory leaves time for.
     lr = lr64.to(tl.float32)
     low, high = (packed & (1 << 2 * lanes[None, :])) != 0, (packed & (2 << 2 * lanes[None, :])) != 0
     change = tl.where(low, tl.where(high, float("nan"), lr), tl.where(high, -lr, lr * 0.0))
@@ -158,7 +157,7 @@ def pack_signs(
         exp_avg: the flat momentum buffer that all of the table's momenta lie in.
         packed: uint8, one byte for PER_BYTE elements of ``exp_avg``, in its order.
         checksum: int64, shape (), written.
-        salt: as for `reference.checksum`, in [2**31, 2**63): of one width, so that nothing is compiled twice.
+        salt: as for `reference.hyper_checksum`, in [2**31, 2**63): of one width, so that nothing is compiled twice.
     """
     block, num_warps, lanes = PACK[max(grad_dtype.itemsize, exp_avg.itemsize)]
     table.keep_for_launch(hypers, grad_scale, active)
@@ -171,8 +170,8 @@ def pack_signs(
                 exp_avg, packed, checksum, hypers.numel(), salt,
             ),
             (
-                _TRITON_DTYPES[grad_dtype], _TRITON_DTYPES[exp_avg.dtype], block, lanes, _WORDS[lanes],
-                triton.next_power_of_2(hypers.numel()),
+                _TRITON_DTYPES[grad_dtype], _TRITON_DTYPES[exp_avg.dtype], table.row_width, block, lanes,
+                _WORDS[lanes], triton.next_power_of_2(hypers.numel()),
             ),
             num_warps,
         )  # fmt: skip
@@ -184,7 +183,9 @@ def apply_signs(
     """The other half for every active segment of the table, in one launch.
 
     Args:
-        table: whose momenta are packed signs, uint8, their starts in bytes.
+        table: its first state column is the packed signs, uint8.
+        param_dtype: storage dtype of the parameters.
+        hypers, active: as for `triton_step.lion_step`.
         agree: uint8, shape (), on the table's device: 0 leaves everything untouched.
     """
     block, num_warps, lanes = APPLY[param_dtype.itemsize]
@@ -194,6 +195,6 @@ def apply_signs(
             _lion_apply_kernel,
             table.tiles * (TILE // block),
             (table.rows, table.tile_segments, active, agree, hypers),
-            (_TRITON_DTYPES[param_dtype], block, lanes, _WORDS[lanes]),
+            (_TRITON_DTYPES[param_dtype], table.row_width, block, lanes, _WORDS[lanes]),
             num_warps,
         )

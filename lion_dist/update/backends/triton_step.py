@@ -1,25 +1,24 @@
 """The rule as one Triton launch over a segment table; equal to reference.py bit for bit.
 
-A program works on one block of elements: it finds its segment through the tile map, then reads p, g
-and m, and writes p and m, as 1-D memory. Blocks that are whole and 16-byte aligned (all but the last
-of a segment, as a rule) take a path whose accesses the compiler can vectorise; the others are masked.
+A program works on one block of elements: it finds its segment through the tile map, then reads p, g and m, and writes p
+and m, as 1-D memory. Blocks that are whole and 16-byte aligned (normally all but the last of a segment) take a path
+whose accesses the compiler can vectorise; the others are masked.
 
-No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are
-chosen by measurement (benchmarks/RESULTS.md).
+No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are chosen by
+measurement (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, WEIGHT_DECAY
+from ..segments import ENTRY, GROUP, LENGTH, PARAM, STATE, TILE, TILE_0, SegmentTable
+from .batch import Mix
 from .launch import launch
-from .reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, WEIGHT_DECAY
-from .segments import TILE, SegmentTable
 
 # Bytes of a parameter element -> (elements a block, warps a block).
 LAUNCH = {4: (1024, 4), 2: (1024, 2)}
@@ -27,18 +26,11 @@ LAUNCH = {4: (1024, 4), 2: (1024, 2)}
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Storage dtypes of parameters, gradients and momenta of one launch."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    exp_avg: torch.dtype
-
-
 # Module constants that a kernel reads must be constexpr.
-_ROW = tl.constexpr(SegmentTable.ROW)
 _TILE = tl.constexpr(TILE)
+_PARAM, _LENGTH, _GROUP = tl.constexpr(PARAM), tl.constexpr(LENGTH), tl.constexpr(GROUP)
+_TILE_0, _ENTRY = tl.constexpr(TILE_0), tl.constexpr(ENTRY)
+_EXP_AVG = tl.constexpr(STATE)  # the momentum is the first state column
 _HYPER_COLUMNS = tl.constexpr(HYPER_COLUMNS)
 _LR, _WEIGHT_DECAY, _GRAD_SIGN = tl.constexpr(LR), tl.constexpr(WEIGHT_DECAY), tl.constexpr(GRAD_SIGN)
 _BETA1, _BETA2 = tl.constexpr(BETA1), tl.constexpr(BETA2)
@@ -51,8 +43,31 @@ _OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
 
 
 @triton.jit
+def _find_block(rows, tile_segments, tile, block, active, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """Finds the block that a program works on.
+
+    Args:
+        tile: its number in the table.
+        block: its number in the tile.
+        ROW: number of columns of the table's rows.
+
+    Returns:
+        The number of the segment, a pointer to its row, the index of the block's first element in the segment, the
+        length of the segment, and whether the block has elements that take part in the step.
+    """
+    segment = tl.load(tile_segments + tile)
+    row = rows + segment.to(tl.int64) * ROW
+    length = tl.load(row + _LENGTH)
+    start = (tile - tl.load(row + _TILE_0)) * _TILE + block * BLOCK
+    takes_part = start < length
+    if active is not None:
+        takes_part = takes_part & (tl.load(active + tl.load(row + _ENTRY)) != 0)
+    return segment, row, start, length, takes_part
+
+
+@triton.jit
 def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
-    """Rounds float32 x to DTYPE and stores it; elsewhere than ``is_number``, NaN in the one form of
+    """Rounds float32 x to DTYPE and stores it. Where ``is_number`` does not hold, it stores NaN in its canonical form,
     reference.NAN_BITS."""
     if tl.float32 == DTYPE:
         bits = tl.where(is_number, x.to(tl.int32, bitcast=True), _NAN_FLOAT32)
@@ -65,8 +80,8 @@ def _store(pointer, x, is_number, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def _momentum(g, m, hyper, grad_scale, M: tl.constexpr):
-    """reference.momentum_rule: c and the new momentum, both float32. Where they are not finite, the momentum as M too,
-    c is NaN or infinite, and NaN must be stored for both."""
+    """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
@@ -107,10 +122,10 @@ def _step_block(
     c, m = _momentum(g, m, hyper, grad_scale, M)
     lr64 = tl.load(hyper + _LR)
     lr = lr64.to(tl.float32)
-    # [Note: Not finite] x - x is +0 for what is finite, else NaN, which goes on through sums. A condition would have to
-    # be kept for each element until it is stored, and predicates are few: that took 9 % of the time in 16 bits.
+    # [Note: Not finite] x - x is +0 where x is finite, else NaN, which sums pass on. A condition would have to be kept
+    # for each element until it is stored, and predicate registers are few: that took 9 % of the time in 16 bits.
     zero = c - c
-    # lr * sign, multiplied once for each sign and not for each element.
+    # lr * sign: one product for each sign, not for each element.
     change = tl.where(c > 0, lr, tl.where(c < 0, -lr, lr * 0.0)) + zero
     p = _moved(p, change, lr64, hyper)
     _store(m_pointer, m, zero == zero, mask, M)
@@ -121,23 +136,17 @@ def _step_block(
 @triton.jit
 def _lion_kernel(
     rows, tile_segments, grad_addresses, active, hypers, grad_scale,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
     program = tl.program_id(0)
-    tile = program // BLOCKS_PER_TILE
-    segment = tl.load(tile_segments + tile)
-    row = rows + segment.to(tl.int64) * _ROW
-    p_address = tl.load(row)
-    m_address = tl.load(row + 1)
-    length = tl.load(row + 2)
-    group = tl.load(row + 3)
-    start = (tile - tl.load(row + 4)) * _TILE + (program % BLOCKS_PER_TILE) * BLOCK
+    tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
+    segment, row, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+    p_address = tl.load(row + _PARAM)
+    m_address = tl.load(row + _EXP_AVG)
+    group = tl.load(row + _GROUP)
     g_address = tl.load(grad_addresses + segment)
-    is_active = g_address != 0
-    if active is not None:
-        is_active = is_active & (tl.load(active + tl.load(row + 5)) != 0)
-    if is_active & (start < length):
+    if takes_part & (g_address != 0):
         hyper = hypers + group * _HYPER_COLUMNS
         offsets = tl.arange(0, BLOCK)
         if (start + BLOCK <= length) & (((p_address | g_address | m_address) % 16) == 0):
@@ -160,11 +169,11 @@ def lion_step(
     """Steps every active segment of the table, in one launch on the table's device.
 
     Args:
-        table: with the gradients of this step; dtypes as in ``mix``.
+        table: with the gradients of this step; dtypes as in ``mix``, the momentum as its first state column.
+        mix: storage dtypes.
         hypers: float64, shape (groups, HYPER_COLUMNS), on the table's device.
         grad_scale: float32, shape (), on the table's device, or None for 1.
-        active: uint8, one an entry of the columns, on the table's device, read there: 0 leaves the entry's
-            segments untouched. None: all those with a gradient are stepped.
+        active: as of `StepTensors`, on the table's device; None: all segments with a gradient are stepped.
     """
     block, num_warps = LAUNCH[mix.param.itemsize]
     table.keep_for_launch(hypers, grad_scale, active)
@@ -173,6 +182,9 @@ def lion_step(
             _lion_kernel,
             table.tiles * (TILE // block),
             (table.rows, table.tile_segments, table.grad_addresses, active, hypers, grad_scale),
-            (_TRITON_DTYPES[mix.param], _TRITON_DTYPES[mix.grad], _TRITON_DTYPES[mix.exp_avg], block),
+            (
+                _TRITON_DTYPES[mix.param], _TRITON_DTYPES[mix.grad], _TRITON_DTYPES[mix.state[0]],
+                table.row_width, block,
+            ),
             num_warps,
-        )
+        )  # fmt: skip

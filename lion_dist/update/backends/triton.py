@@ -1,0 +1,51 @@
+"""The rule as Triton launches, one for all segments of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..hypers import StepHypers
+from ..segments import Segment, SegmentTable, StepTensors
+from ..state import EXP_AVG
+from . import triton_norm, triton_signs, triton_step
+from .batch import Mix, Prepared
+
+
+class TritonBatch:
+    """Steps the segments of a table.
+
+    Args:
+        tensors: what the segments are runs of.
+        segments: runs of 1-D memory.
+        device: the device of their tensors.
+        mix: the dtypes of their tensors.
+    """
+
+    def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, mix: Mix) -> None:
+        self._table = SegmentTable(tensors, segments, device)
+        self._mix = mix
+
+    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        self._table.set_gradients(grads)
+
+    def step(self, prepared: Prepared, hypers: StepHypers) -> None:
+        device = self._table.device
+        triton_step.lion_step(
+            self._table, self._mix, hypers.table(device), hypers.grad_scale(device), prepared.tensors.active
+        )
+
+    def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
+        device, tensors = self._table.device, prepared.tensors
+        triton_signs.pack_signs(
+            self._table, self._mix.grad, hypers.table(device), hypers.grad_scale(device), tensors.active,
+            tensors.state[EXP_AVG][0], signs, checksum, salt,
+        )  # fmt: skip
+
+    def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
+        triton_signs.apply_signs(self._table, self._mix.param, table, active, agree.view(torch.uint8))
+
+    def sum_of_squares(self, prepared: Prepared) -> Tensor:
+        return triton_norm.sum_of_squares(self._table, self._mix.grad, prepared.tensors.active)
