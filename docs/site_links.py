@@ -40,6 +40,7 @@ def _target(page: str, link: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
+    """Adds the repository's own documents to the pages of the site."""
     root = Path(config["config_file_path"]).parent
     waiting = [_uri(path) for path in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md")]
     waiting += [file.src_uri for file in files.documentation_pages()]
@@ -58,6 +59,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Rewrites the relative links of a page so that they hold in the site."""
     here = page.file.src_uri
     for link in reversed(relative_links(markdown)):
         path = os.path.relpath(_uri(_target(here, link[0])), os.path.dirname(here) or ".")

@@ -38,11 +38,12 @@ def check_param_sync(param_sync: str) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """A shard and what steps it.
+    """A shard, and the object that steps it.
 
     Attributes:
+        shard: the shard.
         segments: the runs of the shard that this rank owns.
-        update: steps them.
+        update: steps them, with tables that it keeps between steps.
     """
 
     shard: Shard
@@ -52,7 +53,7 @@ class Part:
 
 @dataclass
 class Step:
-    """What one step does, which must be the same on every rank.
+    """One step of all parts. Its attributes must be the same on every rank.
 
     Attributes:
         hypers: one for each parameter group.

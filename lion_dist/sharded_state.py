@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
-from .param_groups import Group, describe_groups, state_columns
+from .param_groups import Group, describe_groups, required_dtype, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
@@ -154,10 +154,10 @@ class IncomingState:
 
     @contextmanager
     def receiving(self, optimizer: Optimizer) -> Iterator[None]:
-        """Around torch's load_state_dict, whose last pre-hook keeps Lion's state back.
+        """Context manager around torch's load_state_dict, from which a last pre-hook keeps Lion's state back.
 
-        After an error the optimizer's groups and state are what they were. The optimizer has no post hooks within,
-        because torch would run them before Lion's state is loaded.
+        After an error, the optimizer has its old groups and state. Within, it has no post hooks, because torch would
+        run them before Lion's state is loaded.
         """
         previous = optimizer.param_groups, optimizer.state
         handle = optimizer.register_load_state_dict_pre_hook(self._take)
@@ -253,7 +253,7 @@ class IncomingState:
             hook(optimizer)
 
     def describe(self, groups: Sequence[Group]) -> list[str]:
-        """What must be the same on all ranks about the groups as they were loaded, and about the state."""
+        """Lines about the loaded groups and the state that must be the same on all ranks."""
 
         def kind(t: Tensor) -> str:
             return f"boxes of {t.dtype}" if isinstance(t, BoxTensor) else str(t.dtype)
@@ -267,11 +267,10 @@ class IncomingState:
 
 
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
-    """The columns of a parameter whose state is loaded. State keeps the dtype that it was saved in, unless the group
-    names a dtype."""
-    columns = state_columns(p, group)
-    if group["momentum_dtype"] is not None:
-        return columns
+    """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=given[column.name].dtype) if column.name in given else column for column in columns
+        replace(column, dtype=required_dtype(column, group) or given[column.name].dtype)
+        if column.name in given
+        else column
+        for column in state_columns(p, group)
     )

@@ -12,7 +12,8 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 
 from .._torch_compat_distributed import is_known_group, rank_steps
 from ..sharded_lion import ShardedLion
-from ..sharding.collectives import Agreement, group_timeout
+from ..sharding.agreement import Agreement
+from ..sharding.collectives import group_timeout
 
 T = TypeVar("T")
 _gloo_groups: dict[tuple[tuple[int, ...], timedelta], dist.ProcessGroup] = {}  # by ranks and time-out

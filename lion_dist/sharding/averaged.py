@@ -1,12 +1,12 @@
-"""Whether gradients have been averaged over the ranks, as stage 1 takes them to be.
+"""Check that gradients have been averaged over the ranks, as stage 1 expects.
 
-A rank steps its slices by its own gradients alone. So gradients that nobody averaged train each slice on one rank's
-data, while all replicas stay alike. After an all-reduce every rank has the same bits.
+A rank steps its slices by its own gradients alone. If nobody averaged them, each slice is trained on one rank's data,
+and no comparison of replicas can notice it, since they stay equal. After an all-reduce every rank has the same bits.
 
-Sketch: two numbers of a gradient, its norm and its dot product with a fixed vector. Gradients whose sketches are close
-differ by rounding at most: bits alone would raise an alarm where ranks of unlike hardware clip an averaged gradient by
-factors that differ in the last bit. Gradients that nobody averaged but that differ by less than TOLERANCE of the norm
-are not found.
+Sketch: two numbers computed from a gradient, its norm and its dot product with a fixed vector. Gradients with close
+    sketches are taken to differ by rounding at most. Bits are not compared, because ranks with different hardware may
+    clip an averaged gradient by factors that differ in the last bit. The price: gradients that nobody averaged pass if
+    they differ by less than TOLERANCE of the norm.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from ..memory_order import flat, laid_out_like
 from .replicas import gathered
 
 _CHUNK = 1 << 22  # elements
-TOLERANCE = 1e-3  # of the norm; gradients of different data differ by several per cent and more
+TOLERANCE = 1e-3  # fraction of the norm; gradients of different data differ by several per cent and more
 
 
 class AveragedGradients:
-    """Compares the gradients over the ranks of a group, in the first steps that have gradients.
+    """Compares gradients over the ranks of a group, in the first steps that have gradients.
 
-    The host waits for each comparison, so there are few: `STEPS`, and as many again after `again`.
+    The host waits for each comparison, so only `STEPS` are made, and as many again after `again`.
+
+    Args:
+        group: the ranks.
 
     Attributes:
-        left: how many are to come.
+        left: number of comparisons that are still to be made.
     """
 
-    # Not in the first alone: behind weights of zero, most gradients of a first step are zero on every rank.
+    # One comparison would not do: behind weights of zero, most gradients of the first step are zero on every rank.
     STEPS = 2
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -42,22 +45,23 @@ class AveragedGradients:
         self.left = self.STEPS
 
     def again(self) -> None:
-        """Begins anew, for parameters that were not compared: DistributedDataParallel averages none that was added or
-        unfrozen after it was made. The same call on every rank."""
+        """Makes the next steps compare gradients again. Call this on every rank when there are other parameters:
+        DistributedDataParallel does not average those that were added or unfrozen after it was made."""
         self.left = self.STEPS
 
     def check(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
-        """Compares gradients, while there are comparisons left; a collective call, then.
+        """Compares gradients if there are comparisons left; a collective call in that case.
 
-        A parameter that has a gradient on some ranks only is compared among those. Zeros on all ranks are no
-        evidence: a step without anything else does not count.
+        A parameter that has a gradient on some ranks only is compared among those. Zeros prove nothing, so a step with
+        zeros alone on all ranks does not count as a comparison.
 
         Args:
-            params, grads: dense, on one device; the same parameters on every rank.
-            numbers: of the parameters, for the error.
+            params: the same parameters on every rank, dense, on one device.
+            grads: their gradients, dense.
+            numbers: number of each parameter in the optimizer, for the error message.
 
         Raises:
-            ValueError: on every rank, where a gradient differs.
+            ValueError: on every rank, if a gradient differs between ranks.
         """
         if not self.left or not params:
             return
@@ -78,18 +82,18 @@ class AveragedGradients:
         if unlike:
             i, first, others = unlike[0]
             raise ValueError(
-                f"with stage=1 gradients must be averaged over the ranks before step(), but {len(unlike)} of "
-                f"{len(params)} differ: that of parameter {numbers[i]} (shape {tuple(params[i].shape)}) is on ranks "
-                f"{others} of the group not what it is on rank {first}. Nothing was changed. Wrap the model in "
-                "DistributedDataParallel and call the wrapped model (wrap it anew after unfreezing or adding "
+                f"{len(unlike)} of {len(params)} gradients differ between the ranks: that of parameter {numbers[i]} "
+                f"(shape {tuple(params[i].shape)}) on ranks {others} of the group is not that on rank {first}. With "
+                "stage=1 gradients must be averaged over the ranks before step(). Nothing was changed. Wrap the model "
+                "in DistributedDataParallel and call the wrapped model (wrap it again after unfreezing or adding "
                 "parameters, and make the last backward before step() outside no_sync()), or use stage=2, which "
-                "averages by itself"
+                "averages gradients itself"
             )
         self.left -= evidence
 
 
 def _sketch(grad: Tensor, vector: Tensor) -> Tensor:
-    """(norm, dot product with the vector, which starts again every _CHUNK elements): float64, shape (2,)."""
+    """Norm, and dot product with the vector, which is repeated every _CHUNK elements: float64, shape (2,)."""
     sums = torch.zeros(2, dtype=torch.float64, device=grad.device)
     for chunk in flat(grad).split(_CHUNK):
         x = chunk.double()
@@ -99,6 +103,7 @@ def _sketch(grad: Tensor, vector: Tensor) -> Tensor:
 
 
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:
-    if not (math.isfinite(a[0]) and math.isfinite(b[0])):  # an infinity or NaN of one rank is in every average
+    """Whether two sketches differ by rounding at most."""
+    if not (math.isfinite(a[0]) and math.isfinite(b[0])):  # every average contains one rank's infinity or NaN
         return math.isfinite(a[0]) == math.isfinite(b[0])
     return max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= TOLERANCE * max(a[0], b[0])

@@ -1,9 +1,9 @@
 """BoxTensor: one rank's part of a tensor, as boxes, for torch.distributed.checkpoint.
 
-A flat cut of a tensor has no name in torch: neither DTensor nor ShardedTensor can say "elements 1000 to 1300 in memory
-order". As boxes (boxes.py) it has one, through the three methods that torch asks of tensors it does not know:
-``__create_write_items__``, ``__create_chunk_list__`` and ``__get_tensor_shard__``. So a BoxTensor is saved in the
-tensor's own shape, and loaded from any other cut, without a collective. It is a view: loading into one writes through.
+Neither DTensor nor ShardedTensor can describe a flat cut of a tensor, such as "elements 1000 to 1300 in memory order".
+Boxes (boxes.py) can, through the three methods that torch.distributed.checkpoint calls on tensors of unknown types:
+``__create_write_items__``, ``__create_chunk_list__`` and ``__get_tensor_shard__``. A BoxTensor is saved in the tensor's
+own shape, and loaded from any other cut, without a collective. It is a view: loading into one writes to its memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _aten = torch.ops.aten
 
 
 class BoxTensor(Tensor):
-    """Part of a tensor, in boxes.
+    """Part of a tensor, as boxes.
 
     Attributes:
-        boxes: which elements; they do not overlap.
-        parts: the elements of each, in its shape; views of whatever memory they lie in.
+        boxes: the elements that belong to the part; the boxes do not overlap.
+        parts: for each box, its elements in the shape of the box. They are views.
     """
 
     boxes: tuple[Box, ...]
@@ -42,7 +42,7 @@ class BoxTensor(Tensor):
         self: BoxTensor = make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         for box, part in zip(boxes, parts, strict=True):
             if tuple(part.shape) != box.sizes:
-                raise ValueError(f"a part of shape {tuple(part.shape)} was given for {box}")
+                raise ValueError(f"expected a part of shape {box.sizes} for {box}, got shape {tuple(part.shape)}")
         self.boxes, self.parts = tuple(boxes), tuple(parts)
         return self
 
@@ -50,12 +50,13 @@ class BoxTensor(Tensor):
     def of_runs(
         shape: Sequence[int], strides: Sequence[int] | None, runs: Sequence[tuple[int, Tensor]], like: Tensor
     ) -> BoxTensor:
-        """From runs of elements in memory order.
+        """Makes a BoxTensor of runs of elements in memory order.
 
         Args:
-            strides: of the dense tensor whose order that is; None is row-major.
-            runs: where each begins, and its elements, 1-D and contiguous.
-            like: of the dtype and device that it should have where there are no runs.
+            shape: shape of the whole tensor.
+            strides: strides of a dense tensor with that memory order; None is row-major.
+            runs: for each run, the number of its first element, and its elements, 1-D and contiguous.
+            like: a tensor with the dtype and device of the result.
         """
         order = tuple(range(len(shape))) if strides is None else memory_order(strides)
         back = sorted(range(len(order)), key=lambda i: order[i])
@@ -70,12 +71,16 @@ class BoxTensor(Tensor):
         return BoxTensor(shape, boxes, parts, like.dtype, like.device)
 
     def map(self, function: Callable[[Tensor], Tensor], like: Tensor | None = None) -> BoxTensor:
-        """The same boxes of ``function`` of each part; ``like`` has the result's dtype and device."""
+        """The same boxes with ``function`` applied to each part.
+
+        Args:
+            like: a tensor with the dtype and device of the result; None: those of the new parts.
+        """
         parts = [function(part) for part in self.parts]
         like = next(iter(parts), self) if like is None else like
         return BoxTensor(self.shape, self.boxes, parts, like.dtype, like.device)
 
-    # torch.distributed.checkpoint asks these.
+    # Methods that torch.distributed.checkpoint calls.
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
@@ -102,9 +107,9 @@ class BoxTensor(Tensor):
         for box, part in zip(self.boxes, self.parts, strict=True):
             if box.offsets == offsets:
                 return part
-        raise ValueError(f"{index.fqn} has no box at {offsets} on this rank")
+        raise ValueError(f"{index.fqn} has no box at offsets {offsets} on this rank; its boxes are {list(self.boxes)}")
 
-    # What copies, moves and compares of state dicts need; anything else says that this is not a tensor to reckon with.
+    # The operators that copying, moving and comparing state_dicts need. Any other one raises an error.
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -119,7 +124,10 @@ class BoxTensor(Tensor):
                 raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor.")
             if isinstance(source, BoxTensor):
                 if source.boxes != self.boxes:
-                    raise ValueError("BoxTensors of different cuts cannot be copied; go through a checkpoint")
+                    raise ValueError(
+                        f"a BoxTensor with boxes {list(source.boxes)} cannot be copied into one with boxes "
+                        f"{list(self.boxes)}: go through a checkpoint"
+                    )
                 for part, other in zip(self.parts, source.parts, strict=True):
                     part.copy_(other)
             else:
@@ -133,7 +141,7 @@ class BoxTensor(Tensor):
             known = {k: v for k, v in kwargs.items() if k not in ("memory_format", "layout", "pin_memory")}
             function = _ELEMENTWISE[func]
             return self.map(lambda part: function(part, *rest, **known), function(_empty_of(self), *rest, **known))
-        raise NotImplementedError(f"{_ADVICE} It does not do {func}.")
+        raise NotImplementedError(f"{_ADVICE} It does not support {func}.")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BoxTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes={list(self.boxes)})"
@@ -152,7 +160,7 @@ class BoxTensor(Tensor):
         )
 
 
-_ADVICE = "This is a BoxTensor: one rank's part of a sharded tensor, of ShardedLion.state_dict()."
+_ADVICE = "This is a BoxTensor, one rank's part of a sharded tensor, from ShardedLion.state_dict()."
 _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     _aten.clone.default: torch.clone,
     ATEN_TO_COPY: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),

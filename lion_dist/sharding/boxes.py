@@ -1,9 +1,9 @@
 """Boxes of a tensor: integers only, no torch.
 
-Box: the elements whose index lies, in every dimension, in ``offsets[d] : offsets[d] + sizes[d]``. What
-    torch.distributed.checkpoint calls a chunk: a tensor is saved, and sharded, as boxes that do not overlap.
+Box: the elements whose index lies in ``offsets[d] : offsets[d] + sizes[d]`` in every dimension d.
+    torch.distributed.checkpoint calls it a chunk: it saves and shards tensors as boxes that do not overlap.
 Order: the dimensions of a dense tensor from the outermost to the innermost in memory, (0, 1, ..., ndim - 1) if it is
-    row-major. Elements are numbered in that order, which is how `ShardLayout` cuts them.
+    row-major. Elements are numbered in that order, in which `ShardLayout` cuts them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ _PRIME = (1 << 127) - 1
 
 @dataclass(frozen=True)
 class Box:
-    """A hyper-rectangle of a tensor; of one element, (), if the tensor has no dimensions."""
+    """A hyper-rectangle of a tensor. Without dimensions it is the only element, with offsets and sizes ()."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return prod(self.sizes)
 
     def overlap(self, other: Box) -> Box | None:
-        """The box of the elements that are in both; None if there are none."""
+        """The box of the elements that both boxes have in common; None if there are none."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = (
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -39,13 +40,17 @@ class Box:
         return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
 
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-        """To index a tensor with; one whose own first element is at ``origin`` of the whole."""
+        """Slices that take the box from a tensor.
+
+        Args:
+            origin: index, in the whole, of that tensor's first element; None if it is the whole.
+        """
         starts = self.offsets if origin is None else [o - at for o, at in zip(self.offsets, origin, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
 
     def hull(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The shortest range ``start, stop`` of a row-major tensor of ``shape`` that has the whole box in it; (0, 0) if
-        the box is empty."""
+        """The shortest run of a row-major tensor of ``shape`` that contains the box: (start, stop), (0, 0) if it is
+        empty."""
         if not self.numel:
             return 0, 0
         first = last = 0
@@ -56,16 +61,23 @@ class Box:
 
 
 def memory_order(strides: Sequence[int]) -> tuple[int, ...]:
-    """The order of a dense tensor's dimensions, from its strides."""
+    """The order of the dimensions of a dense tensor with these strides."""
     return tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
 
 
 def cut(shape: Sequence[int], start: int, stop: int, order: Sequence[int] | None = None) -> list[Box]:
-    """Elements ``start`` to ``stop``, that one excluded, of a dense tensor as boxes: at most 2 * ndim - 1 of them
-    (one without dimensions), none if there are no elements. Each is a run of elements, and they are in order.
+    """Cuts a run of a dense tensor's elements into boxes.
 
     Args:
-        order: of the tensor's dimensions; None is row-major.
+        shape: shape of the tensor.
+        start, stop: the elements from ``start`` to ``stop``, which is excluded.
+        order: order of the tensor's dimensions; None is row-major.
+
+    Returns:
+        At most 2 * ndim - 1 boxes, or one if there are no dimensions. Each is a run of elements, and they are in order.
+
+    Raises:
+        ValueError: the run is not in the tensor, or the order does not have each dimension once.
     """
     if not 0 <= start <= stop <= prod(shape):
         raise ValueError(f"expected 0 <= start <= stop <= {prod(shape)} for shape {tuple(shape)}, got {start}, {stop}")
@@ -73,7 +85,7 @@ def cut(shape: Sequence[int], start: int, stop: int, order: Sequence[int] | None
         return [Box(offsets, sizes) for offsets, sizes in _cut(tuple(shape), start, stop)]
     place = {d: i for i, d in enumerate(order)}
     if sorted(place) != list(range(len(shape))):
-        raise ValueError(f"order must have each dimension of shape {tuple(shape)} once, got {tuple(order)}")
+        raise ValueError(f"expected an order with each dimension of shape {tuple(shape)} once, got {tuple(order)}")
     back = [place[d] for d in range(len(shape))]
     return [
         Box(tuple(offsets[i] for i in back), tuple(sizes[i] for i in back))
@@ -82,7 +94,7 @@ def cut(shape: Sequence[int], start: int, stop: int, order: Sequence[int] | None
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, sizes): what is left of the first row, whole rows, and what there is of the last."""
+    """The boxes as (offsets, sizes): the end of the first row, whole rows, and the beginning of the last."""
     if start == stop:
         return []
     if not shape:
@@ -106,25 +118,25 @@ def _cut(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int,
 
 
 def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raises ValueError unless the boxes hold every element of a tensor once."""
+    """Raises ValueError unless every element of a tensor of ``shape`` is in exactly one of the boxes."""
     for box in boxes:
         if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
-            raise ValueError(f"{box} has not the {len(shape)} dimensions of shape {tuple(shape)}")
+            raise ValueError(f"{box} has other dimensions than shape {tuple(shape)}; expected {len(shape)}")
         if any(o < 0 or n < 0 or o + n > extent for o, n, extent in zip(box.offsets, box.sizes, shape, strict=True)):
-            raise ValueError(f"{box} reaches out of shape {tuple(shape)}")
+            raise ValueError(f"{box} is not within shape {tuple(shape)}")
     full = [box for box in boxes if box.numel]
     covered = sum(box.numel for box in full)
-    # Boxes of the right volume together that do not overlap leave nothing out.
+    # Boxes that have the right number of elements together and do not overlap leave nothing out.
     if covered != prod(shape):
         raise ValueError(f"{len(full)} boxes hold {covered} elements of {prod(shape)} of shape {tuple(shape)}")
     if not shape or len(full) < 2:
         return
-    # [Note: Cover] In one dimension the indicator of a box is, up to differences, z[stop] - z[start], and in several it
-    # is the product of these. So the boxes hold every element once if and only if their products add up to the
-    # product of the whole shape, as polynomials in the z. Two polynomials are compared by their values at one random
-    # point modulo a prime: unequal ones agree with a probability below ndim / 2**120. This takes one pass, where
-    # comparing the boxes in pairs would be quadratic for boxes that somebody has chosen to make it so.
-    draw = random.Random(secrets.randbits(256))  # so that nobody can foresee the point
+    # [Note: Cover] Let z be variables, one for each index of a dimension. In one dimension a box is described by
+    # z[stop] - z[start], and in several dimensions by the product of these. The boxes have every element once if and
+    # only if their products add up to the product of the whole shape, as polynomials in the z. Two polynomials are
+    # compared by their values at one random point modulo a prime: unequal ones agree with a probability below
+    # ndim / 2**120. This takes one pass. Comparing the boxes in pairs could be made quadratic by an attacker.
+    draw = random.Random(secrets.randbits(256))  # nobody can foresee the point
     points: list[dict[int, int]] = [defaultdict(lambda: draw.getrandbits(126)) for _ in shape]
 
     def value(offsets: Sequence[int], sizes: Sequence[int]) -> int:
@@ -135,6 +147,5 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
 
     if sum(value(box.offsets, box.sizes) for box in full) % _PRIME != value([0] * len(shape), shape):
         raise ValueError(
-            f"{len(full)} boxes overlap: some elements of shape {tuple(shape)} lie in several of them, and others in "
-            "none"
+            f"{len(full)} boxes overlap: some elements of shape {tuple(shape)} are in several of them, others in none"
         )

@@ -1,17 +1,13 @@
-"""Collectives on tensors, and agreement between ranks.
+"""Collectives on tensors, and what an optimizer does when one of them fails.
 
-Tensors travel over the process group's backend; agreements, which carry text and must work when the
-ranks no longer fit together, go through the group's key-value store, with no device and no backend.
-All ranks of a group must make the same calls in the same order, as with any collective.
+All ranks of a group must make the same calls in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,12 +27,12 @@ from .._torch_compat_distributed import (
     reduce_scatter_coalesced,
 )
 
-# Backends that average by themselves, without one more pass over the result.
+# Backends that can average. For the others, the sum is divided in one more pass over the result.
 AVERAGING_BACKENDS = {"nccl", "gloo"}
 
 
 class _Works:
-    """Collectives under way, as one."""
+    """Several collectives that are under way, to be waited for as one."""
 
     def __init__(self, works: list[Any]) -> None:
         self._works = works
@@ -49,9 +45,9 @@ class _Works:
 def _all_gather(
     group: dist.ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: AllgatherOptions
 ) -> Any:
-    # Both of gloo's threads assign the name of what they completed to one std::string, unguarded (runLoop of torch's
-    # ProcessGroupGloo.cpp). A name of more than 15 bytes lies on the heap, and may be freed twice: with torch 2.13
-    # "ALLGATHER_COALESCED" beside any other collective corrupts memory within seconds. Others' names are short.
+    # Both of gloo's threads assign the name of the collective they completed to one std::string without a lock (runLoop
+    # of torch's ProcessGroupGloo.cpp). A name of more than 15 bytes lies on the heap and may be freed twice: with torch
+    # 2.13 "ALLGATHER_COALESCED" beside any other collective corrupts memory within seconds. Other names are short.
     if backend_name(group, outputs[0].device) == "gloo":
         pairs = zip(outputs, inputs, strict=True)
         return _Works([all_gather_single(whole, part, group=group, async_op=True) for whole, part in pairs])
@@ -59,15 +55,15 @@ def _all_gather(
 
 
 def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any:
-    """Starts completing buffers of which each rank holds one part: one coalesced group of all-gathers, beside the
+    """Starts to complete buffers of which each rank holds one part: one coalesced group of all-gathers, beside the
     current stream.
 
     Args:
-        buffers: 1-D, contiguous, of one dtype and device, lengths divisible by the group's size; rank
-            r's part is the r-th of equal parts, where it lies. The same lengths on every rank. At least one.
+        buffers: at least one, 1-D, contiguous, of one dtype and device, with lengths that are divisible by the group's
+            size and the same on every rank. Rank r holds the r-th of equal parts, where it lies.
 
     Returns:
-        What to `wait` for before anything reads them.
+        The work to `wait` for before anything reads the buffers.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     lengths = [buffer.numel() // world_size for buffer in buffers]
@@ -78,13 +74,13 @@ def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any
 
 
 def all_gather_in_place(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """`start_all_gather`, waited for; of nothing, nothing."""
+    """Completes buffers as `start_all_gather` does, and waits. There may be no buffers."""
     if buffers:
         start_all_gather(buffers, group).wait()
 
 
 class Reduction:
-    """A group of reduce-scatters under way. Its tensors must be kept until `wait` has been called."""
+    """A group of reduce-scatters that is under way. The caller keeps its tensors until `wait` has been called."""
 
     def __init__(self, work: Any, outputs: list[Tensor], divisor: int) -> None:
         self._work = work
@@ -92,19 +88,19 @@ class Reduction:
         self._divisor = divisor
 
     def wait(self) -> None:
-        """Makes what follows on the current stream see the averages (on the CPU: waits for them)."""
+        """Makes the current stream, or on the CPU the host, wait for the averages."""
         self._work.wait()
         if self._divisor != 1:
             foreach_div_(self._outputs, self._divisor)
 
 
 def reduce_scatter_mean(outputs: list[Tensor], inputs: Sequence[Tensor], group: dist.ProcessGroup) -> Reduction:
-    """Starts averaging tensors over the group, of which each rank gets one part: one coalesced group of
-    reduce-scatters, beside the current stream.
+    """Starts to average tensors over the group, each part on one rank: one coalesced group of reduce-scatters, beside
+    the current stream.
 
     Args:
-        outputs: 1-D; rank r's part of the average is the r-th of the input's equal parts. At least one.
-        inputs: 1-D, contiguous, each the group's size times as long as its output, of the output's dtype.
+        outputs: at least one, 1-D. Rank r gets the average of the r-th of the input's equal parts.
+        inputs: 1-D, contiguous, each as long as its output times the group's size, in the output's dtype.
     """
     averages = backend_name(group, inputs[0].device) in AVERAGING_BACKENDS
     options = dist.ReduceScatterOptions()
@@ -128,23 +124,25 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def start_all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Any:
-    """Starts taking the maximum of a tensor over the group, in place, beside the current stream.
+    """Starts to replace a tensor by its maximum over the group, beside the current stream.
 
     Returns:
-        What to `wait` for before anything reads it.
+        The work to `wait` for before anything reads the tensor.
     """
     return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
 
-_UNKNOWN_CAUSE = "the ranks must make the same calls in the same order, and one may have ended, raised or left one out"
+_UNKNOWN_CAUSE = (
+    "the ranks must make the same calls in the same order, but one may have ended, raised an error or left out a call"
+)
 
 
 @contextlib.contextmanager
 def explaining(group: dist.ProcessGroup, cause: Callable[[], str] = lambda: _UNKNOWN_CAUSE) -> Iterator[None]:
-    """Around collectives on the group: an error says what may have caused it.
+    """Context manager around collectives on the group, which adds a possible cause to their errors.
 
     Args:
-        cause: called where a collective fails.
+        cause: called when a collective fails; returns the cause.
     """
     try:
         yield
@@ -153,33 +151,35 @@ def explaining(group: dist.ProcessGroup, cause: Callable[[], str] = lambda: _UNK
 
 
 class Membership:
-    """One optimizer's part in a process group: whether this rank can still take part in its collectives, and what the
-    ranks tell each other where they fail.
+    """One optimizer's part in a process group: whether this rank still takes part in its collectives.
 
-    To be made by all ranks of the group, in the same order if there are several.
+    A rank that fails leaves a note in the group's key-value store, which the other ranks quote in their errors. All
+    ranks of the group make their memberships in the same order.
 
     Attributes:
-        failure: why this rank can take part no more, or "".
+        group: the process group.
+        failure: the reason why this rank no longer takes part, or "".
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.failure = ""
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
-        # Notes of this optimizer alone: another one's failure is not the cause of this one's. All ranks count alike.
-        store = _notes(group)
+        # The notes belong to this optimizer alone, because the failure of another one is not the cause of this one's.
+        # All ranks count their memberships, so that those with the same number belong together.
+        store = notes_of(group)
         number = store.add(f"optimizers/{self._rank}", 1)
         self._notes = c10d.PrefixStore(f"optimizer{number}", store)
         self._questions = 0
 
     def check(self) -> None:
-        """Raises if it cannot."""
+        """Raises RuntimeError if this rank no longer takes part."""
         if self.failure:
-            raise RuntimeError(f"this ShardedLion can go on no more: {self.failure}")
+            raise RuntimeError(f"this ShardedLion can no longer be used: {self.failure}")
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[dist.ProcessGroup]:
-        """Around collectives on the group: one that fails is the last, and says why."""
+        """Context manager around collectives on the group. After one has failed, this rank no longer takes part."""
         try:
             with explaining(self.group, self._cause):
                 yield self.group
@@ -188,14 +188,16 @@ class Membership:
             raise
 
     def _cause(self) -> str:
-        with contextlib.suppress(Exception):  # the store may be gone
+        with contextlib.suppress(Exception):  # the process that serves the store may have ended
             if self._notes.check(["failed"]):
                 return self._notes.get("failed").decode()
         return _UNKNOWN_CAUSE
 
     def any_rank(self, *facts: bool) -> list[bool]:
-        """For each fact, whether it is true on any rank. A collective call, in which the host waits for the other
-        ranks' hosts and for no device: nothing is put on the process group."""
+        """Whether each of the facts is true on any rank; a collective call.
+
+        The host waits for the other ranks' hosts and for no device, since the answer goes through the key-value store.
+        """
         if self._world_size == 1:
             return list(facts)
         self._questions += 1
@@ -210,171 +212,40 @@ class Membership:
             return [store.check([str(i)]) for i in range(len(facts))]
 
     def leave(self, reason: str) -> None:
-        """Takes part no more; the others are not told."""
+        """Ends this rank's part. The other ranks do not learn of it."""
         self.failure = self.failure or reason
 
     def fail(self, reason: str) -> None:
-        """Leaves word for the others, who read it when their own collectives fail, and aborts the group here:
-        collectives under way end, later ones raise."""
+        """Ends this rank's part, leaves the reason for the other ranks, and aborts the group on this rank.
+
+        Collectives that are under way end, and later ones raise. The other ranks' errors quote the reason.
+        """
         if self.failure:
             return
         self.leave(f"{reason}. Its process group has been aborted; restart from a checkpoint")
-        with contextlib.suppress(Exception):  # a store that is gone has no readers either
+        with contextlib.suppress(Exception):  # without a store there are no readers either
             self._notes.compare_set("failed", "", f"rank {self._rank} of the group: {reason}")
-        with contextlib.suppress(Exception):  # not every backend can
+        with contextlib.suppress(Exception):  # not every backend can be aborted
             self.group.abort()
 
 
-def _notes(group: dist.ProcessGroup) -> c10d.PrefixStore:
+def notes_of(group: dist.ProcessGroup) -> c10d.PrefixStore:
+    """lion_dist's part of the group's key-value store."""
     return c10d.PrefixStore(f"lion_dist/{group.group_name}", process_group_store(group))
 
 
-class Agreement:
-    """A collective call that every rank of a group enters, states its case in, and leaves alike.
-
-        with Agreement(group, "ShardedLion()") as agreement:
-            agreement.says(["parameter 0: shape (3, 4)", ...])
-
-    Leaving it: if the body raised on any rank, it raises on all of them (the local error where there
-    is one); if the ranks said different things, ValueError names the first difference; if ranks are
-    absent when the time-out ends, RuntimeError names them. Otherwise every rank said the same.
-
-    Args:
-        what: the call, for messages; ranks in different calls disagree.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, what: str) -> None:
-        self._group = group
-        self._what = what
-        self._lines: list[str] = []
-        self._rank = dist.get_rank(group)
-        self._world_size = dist.get_world_size(group)
-        self._timeout = group_timeout(group)
-        # Counted in the store, so that calls of another process group, with another store, do not count.
-        store = _notes(group)
-        call = store.add(f"calls/{self._rank}", 1)
-        self._store = c10d.PrefixStore(str(call), store)
-
-    def says(self, lines: Sequence[str]) -> None:
-        """What this rank holds to be true on all ranks, compared line by line."""
-        self._lines += lines
-
-    def __enter__(self) -> Agreement:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return  # an interrupt: this process is going away, the others will miss it
-        lines = [self._what, *self._lines]
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        case = f"same {digest}" if error is None else f"error {type(error).__name__}: {error}"
-        if self._world_size == 1:
-            return
-        try:
-            self._store.set(f"case/{self._rank}", case)
-            verdict = self._judge() if self._rank == 0 else self._await_verdict()
-        except Exception:
-            if error is not None:  # whatever became of the others, this rank's own error says more
-                return
-            raise
-        if verdict == "agreed":
-            return
-        if error is not None:
-            self._part()
-            return
-        if verdict == "differ":
-            verdict = self._explain(lines)
-        self._part()
-        raise (ValueError if verdict.startswith("differ") else RuntimeError)(f"{self._what}: {verdict}")
-
-    def _judge(self) -> str:
-        """The first rank reads every case and publishes one verdict for all."""
-        # Less than the others wait, so that they hear from it within the time-out.
-        absent = self._wait_for([f"case/{r}" for r in range(self._world_size)], self._timeout * 0.8)
-        if absent:
-            verdict = self._absent(absent)
-        else:
-            cases = [self._store.get(f"case/{r}").decode() for r in range(self._world_size)]
-            errors = [f"rank {r} failed with {c[6:]}" for r, c in enumerate(cases) if c.startswith("error ")]
-            verdict = "; ".join(errors) or ("agreed" if len(set(cases)) == 1 else "differ")
-        self._store.set("verdict", verdict)
-        return verdict
-
-    def _await_verdict(self) -> str:
-        if self._wait_for(["verdict"], self._timeout):
-            return self._absent([r for r in range(self._world_size) if not self._store.check([f"case/{r}"])])
-        return self._store.get("verdict").decode()
-
-    def _explain(self, lines: list[str]) -> str:
-        """Only where ranks differ: finds the first line in which some rank differs from the first rank."""
-        self._store.set(f"lines/{self._rank}", "\n".join(lines))
-        keys = [f"lines/{r}" for r in range(self._world_size)]
-        absent = self._wait_for(keys, self._timeout)
-        if absent:
-            return self._absent(absent)
-        first = self._store.get(keys[0]).decode().split("\n")
-        for r in range(1, self._world_size):
-            other = self._store.get(keys[r]).decode().split("\n")
-            for a, b in zip(first, other, strict=False):
-                if a != b:
-                    return f"different on the ranks. Rank 0: {a}. Rank {r}: {b}. They must be the same"
-            if len(first) != len(other):
-                extra, more = (0, first) if len(first) > len(other) else (r, other)
-                return (
-                    f"different on the ranks. Rank {extra} alone has: {more[min(len(first), len(other))]}. "
-                    "They must be the same"
-                )
-        return "different on the ranks"
-
-    def _part(self) -> None:
-        """Where the call fails, the first rank may be the store's server and about to exit: it lets the
-        others read why first."""
-        self._store.set(f"left/{self._rank}", "")
-        if self._rank == 0:
-            present = [r for r in range(self._world_size) if self._store.check([f"case/{r}"])]
-            self._wait_for([f"left/{r}" for r in present], min(self._timeout, timedelta(seconds=10)))
-
-    def _wait_for(self, keys: list[str], timeout: timedelta) -> list[int]:
-        """The indices of the keys that are not there when the time-out ends."""
-        try:
-            self._store.wait(keys, timeout)
-        except Exception:  # each store has an error type of its own for a time-out
-            return [i for i, key in enumerate(keys) if not self._store.check([key])]
-        return []
-
-    def _absent(self, ranks: list[int]) -> str:
-        if not ranks:
-            return f"the first rank of the group was too late: nothing within {self._timeout.total_seconds():g} s"
-        return (
-            f"a collective call, but ranks {ranks} of the group did not make it within the time-out of "
-            f"{self._timeout.total_seconds():g} s. Call it on every rank; to go on, make a new process group"
-        )
-
-
-def meet(group: dist.ProcessGroup, call: str) -> None:
-    """Waits until every rank of the group has made the same collective call.
-
-    Raises:
-        RuntimeError, ValueError: as an `Agreement` that is left; ranks are absent, or in another call.
-    """
-    with Agreement(group, call):
-        pass
-
-
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """How long the group's collectives wait for a rank."""
+    """The time for which the group's collectives wait for a rank."""
     return max(backend_timeouts(group), default=c10d.default_pg_timeout)
 
 
 def device_types(group: dist.ProcessGroup) -> set[str]:
-    """The types of devices whose tensors the group's backends carry."""
+    """The types of devices for which the group has a backend."""
     return {torch.device(d).type for d in group_devices(group)}
 
 
 def check_device(device: torch.device, group: dist.ProcessGroup) -> None:
-    """Raises where the group's backend cannot carry tensors of this device."""
+    """Raises ValueError where the group has no backend for tensors on this device."""
     types = device_types(group)
     if device.type not in types:
         raise ValueError(

@@ -1,6 +1,8 @@
-"""How autograd tells of a gradient: hooks on parameters, and the end of a backward.
+"""Callbacks from autograd: a gradient has been accumulated, and a backward has ended.
 
-Nothing here keeps its owner alive: parameters and backwards outlive optimizers.
+[Note: Callbacks keep nothing alive]
+Parameters keep their hooks alive and a running backward keeps its callbacks alive, and both may outlive the optimizer.
+So everything that is registered here refers weakly to the object that it calls, and does nothing once that is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .._torch_compat import (
 
 
 class _Hook:
-    """Of one parameter; called when its gradient has been added into ``p.grad``."""
+    """A hook on one parameter, called when autograd has added to ``p.grad``."""
 
     def __init__(self, hooks: GradHooks, index: int) -> None:
         self.hooks = weakref.ref(hooks)
@@ -35,18 +37,21 @@ class _Hook:
 
 
 class _CPUHook(_Hook):
-    """Runs in the thread that calls backward(), where a torch.compile around that call would trace it."""
+    """A hook that torch.compile does not trace. On a CPU, hooks run in the thread that calls backward(), which may lie
+    in a compiled function."""
 
     __call__ = disable_dynamo(_Hook.__call__)
 
 
 class GradHooks:
-    """Hooks on the trainable ones of some parameters. A parameter reports to one such object, the last made.
+    """Hooks on those of some parameters that are trainable. A parameter reports to one such object only, the last made.
+
+    See [Note: Callbacks keep nothing alive].
 
     Args:
-        params: the parameters; frozen ones take no hook (see `add`).
-        arrived: a bound method, called with the parameter's number.
-        lost: a bound method, called when another object has taken over one of the parameters.
+        params: the parameters. Torch refuses hooks on frozen ones; see `add`.
+        arrived: a bound method, called with a parameter's index when autograd has added to its ``p.grad``.
+        lost: a bound method, called when another object takes over one of the parameters.
     """
 
     def __init__(self, params: Sequence[Tensor], arrived: Callable[[int], None], lost: Callable[[], None]) -> None:
@@ -57,7 +62,9 @@ class GradHooks:
         self.add()
 
     def add(self) -> None:
-        """Hooks those that have become trainable since."""
+        """Hooks parameters that have become trainable since the last call."""
+        if len(self._handles) == len(self._params):
+            return
         for i, p in enumerate(self._params):
             if i in self._handles or not p.requires_grad:
                 continue
@@ -80,35 +87,43 @@ class GradHooks:
         return i in self._handles
 
     def reports(self, i: int) -> bool:
-        """Whether a backward that reaches the parameter calls ``arrived``."""
+        """Whether a backward that reaches the parameter will call ``arrived``."""
         return i in self._handles and self._params[i].requires_grad
 
     def arrived(self, i: int) -> None:
+        """Called by the hook of a parameter."""
         method = self._arrived()
         if method is not None:
             method(i)
 
     def remove(self) -> None:
+        """Removes all hooks."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
 
 class BackwardEnd:
-    """Has autograd tell how the current backward ends.
+    """Calls a method when the running backward ends, and another one if it raises.
+
+    A reentrant checkpoint's backward counts as one of its own. Autograd drops its callbacks uncalled when a backward
+    raises, so this object is then deleted before it has been called. See [Note: Callbacks keep nothing alive].
 
     Args:
-        ended: a bound method; it runs in the backward's last moments, of a reentrant checkpoint's too.
-        raised: a bound method, called if the backward raises: autograd then drops its callbacks uncalled.
+        ended: a bound method, called within the backward, after all its gradients.
+        raised: a bound method.
 
     Raises:
-        RuntimeError: under compiled autograd.
+        RuntimeError: under compiled autograd, which calls no callbacks.
     """
 
     def __init__(self, ended: Callable[[], None], raised: Callable[[], None]) -> None:
         self._raised: weakref.WeakMethod[Any] | None = None
         if in_compiled_autograd():
-            raise RuntimeError("ShardedLion with stage=2 does not work under compiled autograd; use stage=1")
+            raise RuntimeError(
+                "the backward runs under compiled autograd, which does not call the callbacks that ShardedLion with "
+                "stage=2 needs: turn compiled autograd off, or use stage=1"
+            )
         self._ended: weakref.WeakMethod[Any] = weakref.WeakMethod(ended)
         self._raised = weakref.WeakMethod(raised)
         queue_backward_callback(self)
@@ -118,7 +133,7 @@ class BackwardEnd:
         method = self._ended()
         if method is not None:
             method()
-        self._raised = None  # not before: what that raises, the others must hear of too
+        self._raised = None  # Only now: the other ranks must learn of an exception in `ended` too.
 
     def __del__(self) -> None:
         method = self._raised() if self._raised is not None else None
@@ -127,7 +142,7 @@ class BackwardEnd:
 
 
 class _Once:
-    """A node's pre-hook that takes itself away."""
+    """A pre-hook of an autograd node that removes itself when it is called."""
 
     def __init__(self, method: weakref.WeakMethod[Any]) -> None:
         self._method = method
@@ -142,13 +157,17 @@ class _Once:
 
 
 def in_reentrant_pass_end() -> bool:
-    """Whether the backward that ends is that of a reentrant checkpoint: a node of the pass around it is running."""
+    """Whether the backward that is ending is that of a reentrant checkpoint: a node of the backward around it is still
+    being executed."""
     return current_autograd_node() is not None
 
 
 def when_outer_pass_goes_on(call: Callable[[], None]) -> None:
-    """At the end of a reentrant checkpoint's pass: has a bound method called when the pass around it takes its next
-    node after the checkpoint. (Only there can one tell autograd anything about that pass.)"""
+    """Arranges for a bound method to be called when the backward around a reentrant checkpoint executes its next node.
+
+    Call this when the checkpoint's own backward ends. A callback for the end of the outer backward can only be queued
+    while one of its nodes is executed, hence the detour.
+    """
     method: weakref.WeakMethod[Any] = weakref.WeakMethod(call)
     node = current_autograd_node()
     for following, _ in node.next_functions:

@@ -1,16 +1,27 @@
-"""The life of a gradient in stage 2: from autograd's hands to the owner's shard.
+"""The life of a gradient in stage 2: from autograd to the owner's shard.
 
-Arrival: autograd has added a gradient into ``p.grad`` (a hook tells). Under `no_sync` it stays there; else it
-    leaves with its bucket (rounds.py), and ``p.grad`` is None from then on.
-Pass: a backward. One in a reentrant checkpoint is part of the one around it, but autograd numbers it anew.
-Period: what lies between two calls of `reduce` or `settle`, in which every rank makes the same passes. Each rank
-    makes one round in it, whatever its passes reach: the round is launched as the gradients of the first pass arrive,
-    the rest of it when that pass ends (or by `reduce`, on a rank that no pass reached). Gradients that arrive after
-    their bucket was launched are *late*: those of a second pass, of a pass after zeroing, or of a parameter in several
-    reentrant checkpoints. They add up in ``p.grad``. The ranks then exchange what they had, and where any rank has
-    late gradients, all make a second round.
-Epoch: what lies between two zeroings of the gradients. Its first round overwrites the shards, later ones add.
-Active: a parameter of which some rank had a gradient in this epoch; where another had none, it counts as zeros.
+Arrival: autograd has added a gradient into ``p.grad``, and a hook says so. Under `no_sync` the gradient stays there.
+    Otherwise it leaves with its bucket (rounds.py), and ``p.grad`` is None from then on.
+Pass: one call of backward(). Autograd gives a pass within a reentrant checkpoint a number of its own; here it counts
+    as part of the pass around it.
+Interval: the time between two calls of `reduce` or `settle`. Every rank makes the same passes in it.
+Accumulation: the time between two zeroings of the gradients, in which they add up. See [Note: States of a gradient].
+Late gradient: one that arrives after its bucket was launched. It adds up in ``p.grad`` until the interval ends.
+Active parameter: one of which some rank had a gradient in this accumulation. The other ranks contribute zeros.
+
+[Note: Collectives of an interval]
+Which collectives a rank makes must not depend on what its passes reach, as other ranks may reach other parameters:
+
+1. One round. It begins when the first gradient of the interval arrives, and the end of that pass launches the buckets
+   that are left. A rank that no pass reached makes the whole round in `reduce`.
+2. One exchange of flags, in `reduce` (flag_exchange.py).
+3. If any rank has late gradients, one more round and one more exchange. Gradients are late in a second pass, in a pass
+   after a zeroing, and of a parameter that several reentrant checkpoints use.
+
+The rest of a round is launched at the end of the pass and not in step(), since the user may make a collective of their
+own on the same group in between, which would come first on one rank and second on another. A round whose gradients are
+zeroed is completed with zeros for the same reason, and the interval gets no other: a rank that the zeroed pass did not
+reach could not know of it. Gradients that arrive after the zeroing are therefore late.
 """
 
 from __future__ import annotations
@@ -19,137 +30,95 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_compat import current_graph_task_id, disable_dynamo, version_of
-from ..memory_order import flat, laid_out_like
-from ..upload import upload
-from .buckets import complete_order
-from .collectives import Membership, broadcast_from_first, start_all_reduce_max
+from .._torch_compat import current_graph_task_id, disable_dynamo
+from .collectives import Membership
+from .flag_exchange import UNLIKE_ZEROING, FlagExchange, fail
 from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
-from .rounds import Rounds
+from .param_grads import ParamGrads
+from .rounds import Rounds, RoundState
 from .sentinel import Sentinel
 from .shard import Shard
 
-# Devices whose collectives the host waits for in any case, so that it may as well read what comes of them.
-WAITING_DEVICES = {"cpu"}
 
-_UNLIKE_PASSES = (
-    "gradients arrived after their bucket had been reduced on some ranks, while others made a single backward pass "
-    "since the last step(). Did a rank leave out a step()? Where a pass does not reach every rank, put "
-    "optimizer.no_sync() around all passes of a step but the last; where the ranks' models differ, checkpoint with "
-    "use_reentrant=False"
-)
-_UNLIKE_ZEROING = (
-    "gradients that no step() had used were zeroed, but not those of every rank: either not every rank zeroed them, or "
-    "the backward before did not reach every rank. A pass whose gradients are dropped must reach a parameter on every "
-    "rank, other than those unfrozen since the last step() (put optimizer.no_sync() around passes that may be dropped)"
-)
-
-_UNLIKE_UNFREEZING = (
-    "parameters were unfrozen, or have a gradient though they were frozen from the start, on some ranks and not on "
-    "others: unfreeze the same ones on every rank before the same step"
-)
+def _ids(shard: Shard) -> tuple[int, ...]:
+    return tuple(map(id, shard.params))
 
 
 class GradReducer:
     """Averages the gradients of sharded parameters over a group, each part on the rank that owns it.
 
-    Which collectives a rank makes does not depend on what its backwards reach: a period is one round, one exchange,
-    and, if the exchange says so, one more of each.
+    See [Note: Collectives of an interval].
 
     Args:
         membership: the ranks.
-        bucket_bytes: of gradients that are reduced together.
+        bucket_bytes: bytes of gradients that are reduced together.
 
     Attributes:
-        generation: changes whenever gradients do.
-        holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`.
+        generation: a number that changes whenever gradients do.
+        holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`, as they do in `no_sync`.
     """
 
     def __init__(self, membership: Membership, bucket_bytes: int) -> None:
-        self._hooks: GradHooks | None = None
-        self._sentinel: Sentinel | None = None
-        self._membership = membership
-        self._world_size = dist.get_world_size(membership.group)
-        self._bucket_bytes = bucket_bytes
-        self._paused = False  # no_sync()
         self.generation = 0
         self.holds = False
-
+        self._in_no_sync = False
+        self._membership = membership
+        self._bucket_bytes = bucket_bytes
+        self._passes: set[int] = set()  # autograd's numbers of this interval's passes in which gradients arrived
         self._shards: list[Shard] = []
-        self._params: list[Tensor] = []
-        self._rounds = self._make_rounds({})
-        # Of the last `reduce`: uint8, one a parameter, 1 where some rank had a gradient, and three of the ranks'.
-        self._flags: Tensor | None = None
-        self._flags_under_way: Any = None
-
-        self._learned = False  # the order in which gradients arrive
-        self._seen: list[int] = []  # that order, until it is learned
-        # Whether any rank has been seen to make several passes in a period, or to use reentrant checkpoints.
-        self._expects_late = False
-
-        # A period.
-        self._passes: set[int] = set()  # autograd's numbers of those in which gradients arrived
-        self._dropped = False  # its round has been made, and what the round brought was zeroed
-
-        # An epoch.
-        self._ended_rounds = 0
-        self._used = bytearray()  # 1 where a gradient of this rank has left
-        # Gradients in p.grad that no round has taken, as autograd left them, with their versions.
-        self._late: dict[int, tuple[Tensor, int]] = {}
+        self._firsts: list[int] = []  # for each shard, the index of its first parameter among those of all shards
+        self._local = ParamGrads([])
+        self._hooks = GradHooks([], self._arrived, self._taken_over)
+        self._sentinel = Sentinel(self._local, self._make_look())  # see [Note: Sentinel]
+        self._rounds = Rounds([], [], self._local, membership, bucket_bytes)
+        self._flags = FlagExchange(membership)
 
     # Parameters ---------------------------------------------------------------------------------
 
     @property
     def grads(self) -> list[Tensor]:
-        """This rank's part of the averages, one flat buffer a shard; laid out as the momentum is."""
+        """This rank's part of the averages: one flat buffer per shard, laid out as the momentum is."""
         return self._rounds.grads
 
-    def _make_rounds(self, kept: dict[tuple[int, ...], Tensor]) -> Rounds:
-        grads = [kept.get(tuple(map(id, s.params))) for s in self._shards]
-        return Rounds(self._shards, grads, self._membership, self._bucket_bytes)
-
     def set_shards(self, shards: Sequence[Shard]) -> None:
-        """Takes other shards; a collective call. Averages of shards whose parameters stay together are kept; if
-        others are lost, a warning says so."""
+        """Replaces the shards; a collective call.
+
+        Averages are kept for each shard whose parameters are those of an earlier shard. A warning says if others are
+        lost.
+        """
         self._membership.check()
         self.settle()
         self.finish()
-        if self._sentinel is not None:
-            self._sentinel.dismiss()
-        kept = {tuple(map(id, s.params)): g for s, g in zip(self._shards, self.grads, strict=True)}
-        lost = kept.keys() - {tuple(map(id, s.params)) for s in shards}
-        if self._ended_rounds and lost:
-            warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=4)
-        gone = {i for ids in lost for i in ids}
-        used = {id(p) for p, is_used in zip(self._params, self._used, strict=True) if is_used} - gone
-        late = {id(self._params[i]): entry for i, entry in self._late.items()}
-        hooked = {id(p) for i, p in enumerate(self._params) if self._hooks is not None and self._hooks.has(i)}
+        self._sentinel.dismiss()
+        kept = {_ids(s): g for s, g in zip(self._shards, self.grads, strict=True)}
+        lost = kept.keys() - set(map(_ids, shards))
+        had_averages = self._rounds.has_averages
+        if had_averages and lost:
+            warnings.warn("lion_dist: gradients reduced before load_state_dict() were dropped", stacklevel=9)
         self.generation += 1  # clipping was computed from other parameters
-        self._flags = None
+        self._flags.forget()
         self._shards = list(shards)
-        self._params = [p for shard in shards for p in shard.params]
-        self._rounds = self._make_rounds(kept)
-        self._used = bytearray(id(p) in used for p in self._params)
-        self._late = {i: late[id(p)] for i, p in enumerate(self._params) if id(p) in late}
-        for i, p in enumerate(self._params):
-            if p.grad is not None and id(p) not in hooked:  # a backward may have reached it
-                self._late[i] = p.grad, version_of(p.grad)
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._hooks = GradHooks(self._params, self._arrived, self._taken_over)
-        self._sentinel = Sentinel(self._params, self._sentinel_look()) if self._params else None
-        if self._sentinel is not None and self._ended_rounds:
-            self._sentinel.watch(self._used)
-        self._learned = False
-        self._seen = []
+        self._firsts = list(accumulate((len(s.params) for s in shards), initial=0))
+        local = ParamGrads([p for shard in shards for p in shard.params])
+        local.carry_over(self._local, {i for ids in lost for i in ids}, self._hooks.has)
+        self._hooks.remove()
+        self._hooks = GradHooks(local.params, self._arrived, self._taken_over)
+        self._local = local
+        self._sentinel = Sentinel(local, self._make_look())
+        buffers = [kept.get(_ids(s)) for s in shards]
+        self._rounds = Rounds(self._shards, buffers, local, self._membership, self._bucket_bytes)
+        self._rounds.has_averages = had_averages
+        if had_averages:
+            self._sentinel.watch()
 
-    def _sentinel_look(self) -> Callable[[], None]:
+    def _make_look(self) -> Callable[[], None]:
+        """A function for the sentinel to call before autograd adds to its gradient. It does not keep this object alive,
+        see [Note: Callbacks keep nothing alive]."""
         self_ref = weakref.ref(self)
 
         @disable_dynamo
@@ -166,11 +135,9 @@ class GradReducer:
         self._membership.leave("its parameters have been given to another ShardedLion")
 
     def _release(self) -> None:
-        """Leaves the parameters as if it had never been."""
-        if self._hooks is not None:
-            self._hooks.remove()
-        if self._sentinel is not None:
-            self._sentinel.dismiss()
+        """Removes everything from the parameters that this object has put there."""
+        self._hooks.remove()
+        self._sentinel.dismiss()
 
     def __del__(self) -> None:
         self._release()
@@ -179,244 +146,178 @@ class GradReducer:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients that arrive within stay in ``p.grad``, at full size."""
-        before, self._paused = self._paused, True
+        """Gradients that arrive in this context stay in ``p.grad``, at full size."""
+        before, self._in_no_sync = self._in_no_sync, True
         try:
             yield
         finally:
-            self._paused = before
+            self._in_no_sync = before
 
     def _arrived(self, i: int) -> None:
+        """Runs for each parameter in each pass: this is a hot path of the host."""
         self._membership.check()
         self.generation += 1
         current = current_graph_task_id()
-        sentinel = self._sentinel
-        assert sentinel is not None
-        if i == sentinel.index and sentinel.watches:
-            if sentinel.replaced:
+        local, rounds = self._local, self._rounds
+        if i == local.stand_in:
+            if self._sentinel.replaced:
                 self._forget()
-            else:
-                sentinel.saw()  # after `look`
         elif current not in self._passes:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)
-        round_begun = self._rounds.is_open or self._dropped
-        if self._paused or self.holds:
-            if round_begun:
+        local.arrived(i)
+        if self._in_no_sync or self.holds:
+            if rounds.state is not RoundState.IDLE:
                 self._passes.add(current)
-            late = bool(round_begun or self._used[i])
-        else:
-            self._watch_pass()
-            if not round_begun:
-                self._begin_round()
-            if not self._learned:
-                self._seen.append(i)
-            late = self._dropped or not self._rounds.arrived(i, self._take)
-        grad = self._params[i].grad
-        if late and grad is not None:
-            self._late[i] = grad, version_of(grad)
+            return
+        if current not in self._passes:
+            self._watch_pass(current)
+        if rounds.state is RoundState.IDLE:
+            rounds.begin(self._hooks.reports)
+        rounds.arrived(i)
 
-    def _watch_pass(self) -> None:
+    def _watch_pass(self, number: int) -> None:
+        BackwardEnd(self._pass_ended, self._backward_raised)
+        self._passes.add(number)
+
+    def _watch_outer_pass(self) -> None:
         current = current_graph_task_id()
         if current not in self._passes:
-            BackwardEnd(self._pass_ended, self._backward_raised)
-            self._passes.add(current)
+            self._watch_pass(current)
 
     def _pass_ended(self) -> None:
         if in_reentrant_pass_end():
-            self._expects_late = True
-            if 1 in self._used:
-                self._watch()
-            when_outer_pass_goes_on(self._watch_pass)  # no gradient may ever arrive in it
+            self._flags.expects_late = True
+            if any(self._local.have_left()):
+                self._sentinel.watch()
+            when_outer_pass_goes_on(self._watch_outer_pass)  # in which no other gradient may ever arrive
         elif self._rounds.is_open:
-            # Now, and not in step(): a collective of the user's own may come between, on the same group.
-            self._rounds.launch_rest(self._take)
-            self._watch()
-
-    def _watch(self) -> None:
-        if self._sentinel is not None:
-            self._sentinel.watch(self._used)
+            self._rounds.launch_rest()
+            self._sentinel.watch()
 
     def _backward_raised(self) -> None:
-        if self._world_size > 1:
+        if self._membership.group.size() > 1:
             self._membership.fail("a backward raised an exception while its gradients were being reduced")
-
-    def _begin_round(self) -> None:
-        assert self._hooks is not None
-        self._rounds.begin(self._hooks.reports, adds=self._ended_rounds > 0)
-
-    def _take(self, i: int) -> Tensor | None:
-        """A parameter's gradient, 1-D in the parameter's memory order, which leaves ``p.grad``; or None."""
-        p = self._params[i]
-        grad = p.grad
-        if grad is None or self._is_placeholder(i):
-            return None
-        self._used[i] = 1
-        self._late.pop(i, None)
-        p.grad = None
-        if self._sentinel is not None and i == self._sentinel.index and self._sentinel.watches:
-            self._sentinel.place()
-        if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
-            return grad.view(-1)  # the usual case, in a third of the time
-        return flat(laid_out_like(grad, p))
-
-    def _end_round(self) -> None:
-        if not self._rounds.is_open:
-            self._begin_round()
-        self._rounds.end(self._take)
-        self._ended_rounds += 1
-        self._watch()
 
     # Reduction ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reduce(self, unfrozen: bool = False) -> bool:
-        """Ends the period: every gradient of every rank is on its way to `grads`; see `finish`, `active`. A collective
-        call. After the first period the host waits for no device, as long as no rank has made several passes in a
-        period or used reentrant checkpoints.
+        """Ends the interval: starts the reduction of every gradient of every rank into `grads`. A collective call.
+
+        Call `finish`, and `active`, before reading `grads`. After the first interval the host waits for no device, as
+        long as no rank has made several passes in an interval or used reentrant checkpoints.
 
         Args:
-            unfrozen: whether this rank has parameters to shard that are not sharded yet.
+            unfrozen: whether this rank has parameters that are trainable and not sharded yet.
 
         Returns:
-            Whether any rank has.
+            Whether any rank has such parameters.
         """
         self._membership.check()
-        if not self._params or self._hooks is None:
+        if not self._shards:
             return self._membership.any_rank(unfrozen)[0]
         self._follow_zeroing()
         self._check_by_hand()
-        if not self._dropped:
+        if self._rounds.state is not RoundState.DROPPED:
             self._end_round()
         late, any_unfrozen = self._exchange(unfrozen)
         if late:
-            self._dropped = False
             self._end_round()
             self._exchange(unfrozen)
-        self._dropped = False
-        self._late.clear()
-        self._passes.clear()
-        if not self._learned:
-            self._learn()
+        self._local.release_records()
+        self._end_interval()
+        self._rounds.learn_order()
         self._hooks.add()
-        if self._sentinel is not None:
-            self._sentinel.hook()
+        self._sentinel.hook()
         self.generation += 1
         return any_unfrozen
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Ends the period so that other collectives may follow on every rank, also where a pass reached some ranks
-        only: if any rank has made its round, those that have not make theirs. A collective call, for which the host
-        waits. Late gradients stay in ``p.grad``."""
-        if self._membership.failure or not self._params:
+        """Ends the interval so that other collectives can follow on every rank, even if a pass reached some ranks only.
+
+        If any rank has begun its round, all ranks make theirs. Late gradients stay in ``p.grad``. A collective call,
+        for which the host waits.
+        """
+        if self._membership.failure or not self._shards:
             return
         self._follow_zeroing()
         self._check_by_hand()
-        began, dropped, kept = self._membership.any_rank(self._rounds.is_open, self._dropped, not self._dropped)
-        if dropped and kept:
-            self._fail(_UNLIKE_ZEROING)
-        if began:
+        dropped = self._rounds.state is RoundState.DROPPED
+        any_began, any_dropped, any_kept = self._membership.any_rank(self._rounds.is_open, dropped, not dropped)
+        if any_dropped and any_kept:
+            fail(self._membership, UNLIKE_ZEROING)
+        if any_began:
             self._end_round()
-        self._dropped = False
+        self._end_interval()
+
+    def _end_round(self) -> None:
+        if not self._rounds.is_open:
+            self._rounds.begin(self._hooks.reports)
+        self._rounds.end()
+        self._sentinel.watch()
+
+    def _end_interval(self) -> None:
+        self._rounds.end_interval()
         self._passes.clear()
 
-    def _fail(self, reason: str) -> NoReturn:
-        self._membership.fail(reason)
-        self._membership.check()
-        raise AssertionError("unreachable")
+    def _exchange(self, unfrozen: bool) -> tuple[bool, bool]:
+        """Whether any rank has late gradients, and whether any has unfrozen parameters."""
+        late = self.has_local()
+        passes = len(self._passes)
+        self._flags.expects_late = self._flags.expects_late or passes > 1
+        return self._flags.exchange(
+            self._local.have_left(),
+            self.grads[0].device,
+            late=late,
+            unfrozen=unfrozen,
+            dropped=self._rounds.state is RoundState.DROPPED,
+            suspects=passes != 1 or not self._rounds.follows_arrival or self._hooks.lacks_some(),
+        )
 
     def _check_by_hand(self, arrived: int = -1) -> None:
-        """Raises where a parameter whose gradient has left has another in ``p.grad`` that no backward put there, or
-        that was changed since.
+        """Raises RuntimeError where something other than autograd has put a gradient into ``p.grad`` of a parameter
+        whose gradient has left, or has changed it. See [Note: States of a gradient].
 
         Args:
-            arrived: a parameter whose gradient autograd has just put there.
+            arrived: index of a parameter to which autograd has just added.
         """
-        if not (self._rounds.is_complete if self._rounds.is_open else self._ended_rounds):
-            return
-        assert self._hooks is not None
-        for i, p in enumerate(self._params):
-            grad = p.grad
-            if grad is None or i == arrived or not self._used[i] or self._is_placeholder(i):
-                continue
-            left, version = self._late.get(i, (None, 0))
-            if (grad is not left or version_of(grad) != version) and self._hooks.has(i):
-                number = [n for shard in self._shards for n in shard.numbers][i]
-                raise RuntimeError(
-                    f"the gradient of parameter {number} (shape {tuple(p.shape)}) was reduced, and something put "
-                    "another into p.grad. Stage 2 reduces gradients itself: is the model wrapped in "
-                    "DistributedDataParallel? Take it out, or use stage=1. A gradient made by hand belongs in p.grad "
-                    "before the backward, or after optimizer.zero_grad()"
-                )
+        state = self._rounds.state
+        if state is RoundState.OPEN or (state is not RoundState.LAUNCHED and not self._rounds.has_averages):
+            return  # Gradients are waiting for their buckets, or none has left.
+        i = self._local.first_tampered(arrived, self._hooks.has)
+        if i is not None:
+            number = [n for shard in self._shards for n in shard.numbers][i]
+            raise RuntimeError(
+                f"the gradient of parameter {number} (shape {tuple(self._local.params[i].shape)}) was reduced, and "
+                "then something other than autograd put a gradient into its p.grad, which should be None. Stage 2 "
+                "reduces gradients itself: is the model wrapped in DistributedDataParallel? Unwrap it, or use stage=1. "
+                "Put a gradient that you make by hand into p.grad before the backward, or after optimizer.zero_grad()"
+            )
 
-    def _exchange(self, unfrozen: bool) -> tuple[bool, bool]:
-        """Has the ranks tell each other what they had gradients of; whether any has late ones, and whether any has
-        unfrozen parameters.
-
-        A rank for which the host would have to wait for the device reads the outcome only where it has reason to
-        expect either: it has some, or other than one pass, or several passes were made before. Any other rank is
-        blind to what others alone have, in which case those fail.
-        """
-        assert self._hooks is not None
-        device = self.grads[0].device
-        late = self.has_local()
-        self._expects_late = self._expects_late or len(self._passes) > 1
-        reads = (
-            device.type in WAITING_DEVICES
-            or late
-            or unfrozen
-            or self._dropped
-            or self._expects_late
-            or len(self._passes) != 1
-            or not self._learned
-            or self._hooks.lacks_some()
-        )
-        facts = [late, unfrozen, self._expects_late, self._dropped, not self._dropped, not reads]
-        flags = upload([*self._used, *facts], torch.uint8, device)
-        with self._membership.collective() as group:
-            self._flags, self._flags_under_way = flags, start_all_reduce_max(flags, group)
-        if not reads:
-            return False, False
-        self._finish_flags()
-        any_late, any_unfrozen, any_expects, any_dropped, any_kept, any_blind = flags[-len(facts) :].tolist()
-        self._expects_late = bool(any_expects)
-        if any_dropped and any_kept:
-            self._fail(_UNLIKE_ZEROING)
-        if any_late and any_blind:
-            self._fail(_UNLIKE_PASSES)
-        if any_unfrozen and any_blind:
-            self._fail(_UNLIKE_UNFREEZING)
-        return bool(any_late), bool(any_unfrozen)
+    # Outcome ------------------------------------------------------------------------------------
 
     def finish(self, shard: int | None = None) -> None:
-        """Has what follows on the current stream see the averages: of one shard, by its number, or all."""
+        """Makes what follows on the current stream see the averages of one shard, by its index, or of all."""
         self._rounds.finish(shard)
         if shard is None:
-            self._finish_flags()
+            self._flags.finish()
 
     def active(self, shard: int) -> Tensor | None:
-        """Which parameters of a shard any rank had a gradient of, as of the last `reduce`: uint8, one a parameter
-        (and others behind); None: all. To be asked for before what reads it is enqueued."""
-        first = sum(len(s.params) for s in self._shards[:shard])
-        if all(self._used[first : first + len(self._shards[shard].params)]):
-            return None  # known without waiting for the others
-        self._finish_flags()
-        return None if self._flags is None else self._flags[first:]
+        """Which parameters of a shard are active, as of the last `reduce`. Call this before enqueuing the kernel that
+        reads it.
+
+        Returns:
+            uint8, shape (at least the number of the shard's parameters,), of which only the first are meant. None if
+            all are active.
+        """
+        return self._flags.active(self._firsts[shard], len(self._shards[shard].params))
 
     def none_active(self) -> bool:
-        """Whether no rank had a gradient of any parameter, as of the last `reduce`. On a rank that had one the host
-        does not wait."""
-        if not self._params or 1 in self._used:
-            return False
-        self._finish_flags()
-        return self._flags is None or not self._flags[: len(self._params)].any()
-
-    def _finish_flags(self) -> None:
-        if self._flags_under_way is not None:
-            with self._membership.collective():
-                self._flags_under_way.wait()
-            self._flags_under_way = None
+        """Whether there are parameters and none is active, as of the last `reduce`. The host does not wait if this rank
+        had a gradient."""
+        return bool(self._shards) and self._flags.none_active()
 
     @property
     def is_open(self) -> bool:
@@ -424,33 +325,26 @@ class GradReducer:
         return self._rounds.is_open
 
     def has_local(self) -> bool:
-        """Whether there are gradients that are not in `grads`; raises if those that are have been tampered with."""
+        """Whether there are gradients in ``p.grad``, which are not in `grads`.
+
+        Raises:
+            RuntimeError: gradients that have left were scaled or replaced; see [Note: Sentinel].
+        """
         self._follow_zeroing()
-        return any(p.grad is not None and not self._is_placeholder(i) for i, p in enumerate(self._params))
-
-    def _is_placeholder(self, i: int) -> bool:
-        return self._sentinel is not None and i == self._sentinel.index and self._sentinel.holds_none()
-
-    def _learn(self) -> None:
-        """Takes the order that the group's first rank has seen, if it has seen any."""
-        seen = upload(
-            [len(self._seen), *complete_order(self._seen, len(self._params))], torch.int64, self.grads[0].device
-        )
-        with self._membership.collective() as group:
-            broadcast_from_first([seen], group)
-        count, *order = seen.tolist()
-        self._rounds.set_order(order)
-        self._learned = count > 0
-        self._seen = []
+        return self._local.any_gradient()
 
     # Zeroing ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def zeroing(self, set_to_none: bool) -> Iterator[None]:
-        """Around the zeroing of ``p.grad``: forgets the averages, or makes them zeros that still count as gradients.
+        """Context for zeroing ``p.grad``.
 
-        After a backward that no `reduce` has followed, every rank must do so, and the backward must have reached every
-        rank. Gradients of later passes then wait in ``p.grad`` for `reduce`."""
+        After a backward that no `reduce` has followed, every rank must zero, and the backward must have reached every
+        rank. Gradients of later passes then wait in ``p.grad`` for `reduce`.
+
+        Args:
+            set_to_none: whether averages are forgotten. Otherwise they become zeros, which still count as gradients.
+        """
         if self._membership.failure:
             yield
             return
@@ -458,40 +352,34 @@ class GradReducer:
             self._forget()
             yield
             return
-        if self._sentinel is not None and self._sentinel.zeroed:
-            self._forget()  # there is nothing to make zeros of
+        if self._sentinel.zeroed:
+            self._forget()  # The user has set them to None, so that none are left to become zeros.
         self._drop_round()
         self.finish()
-        if self._sentinel is not None:
-            self._sentinel.remove()
+        self._sentinel.remove()
         for grad in self.grads:
             grad.zero_()
         self.generation += 1
         yield
-        still = [(i, self._params[i].grad) for i in self._late]
-        self._late = {i: (grad, version_of(grad)) for i, grad in still if grad is not None}
-        if self._ended_rounds:
-            self._watch()
+        self._local.record_zeroed()
+        if self._rounds.has_averages:
+            self._sentinel.watch()
 
     def _follow_zeroing(self) -> None:
-        """Where gradients were set to None behind this object's back (model.zero_grad()), those here go too."""
-        if self._sentinel is not None and self._sentinel.gone():
+        """Forgets the averages if gradients were set to None without this object, as model.zero_grad() does."""
+        if self._sentinel.noticed_zeroing():
             self._forget()
 
     def _forget(self) -> None:
+        """Ends the accumulation."""
         self._drop_round()
-        if self._sentinel is not None:
-            self._sentinel.remove()
-        self._ended_rounds = 0
-        self._used = bytearray(len(self._params))
-        self._late.clear()
+        self._sentinel.remove()
+        self._rounds.has_averages = False
+        self._local.forget()
         self._passes.clear()
         self.generation += 1
 
     def _drop_round(self) -> None:
-        """Makes what is left of a round whose gradients are not wanted. The period goes on without another: a rank
-        that was not reached by the pass could not know of it."""
+        """Completes a round whose gradients have been zeroed; see [Note: Collectives of an interval]."""
         if self._rounds.is_open and not self._membership.failure:
-            self._rounds.end(take=lambda i: None)
-            self._ended_rounds += 1
-            self._dropped = True
+            self._rounds.drop()

@@ -1,4 +1,4 @@
-"""Whether replicas are what they should be: the same bits on every rank."""
+"""Replicas of tensors: whether their bits are the same on every rank, and how they are made so."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def comparable(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
-    """Indices of the parameters whose replicas can be compared and made alike over the group: all that take part, and
-    of the frozen ones those that are plain and on the same device."""
+    """Indices of the parameters whose replicas can be compared and sent: all that take part, and the frozen ones that
+    are plain tensors on the same device."""
     types = device_types(group)
     plain = [i for i, p in enumerate(params) if takes_part(p) or (is_plain(p) and p.device.type in types)]
     ordered = sorted(plain, key=lambda i: not takes_part(params[i]))
@@ -26,8 +26,10 @@ def comparable(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
 
 
 def bits_checksum(t: Tensor) -> Tensor:
-    """Of the bits of a dense tensor of any dtype, in memory order: int64, shape (). One changed bit changes it, as do
-    elements that change places."""
+    """A checksum of the bits of a dense tensor of any dtype, in memory order: int64, shape ().
+
+    It changes with every single bit, and where two elements change places.
+    """
     bits = flat_bytes(t).view(_BITS[min(t.element_size(), 8)])
     weights = 2 * torch.arange(min(_CHUNK, bits.numel()), device=t.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=t.device)
@@ -37,7 +39,7 @@ def bits_checksum(t: Tensor) -> Tensor:
 
 
 def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A tensor of every rank, stacked: shape (world_size, *own.shape), on its device. A collective call."""
+    """Every rank's tensor, stacked: shape (world_size, *own.shape), on the same device. A collective call."""
     every = own.new_empty(dist.get_world_size(group), *own.shape)
     every[dist.get_rank(group)] = own
     all_gather_in_place([every.flatten()], group)
@@ -45,15 +47,18 @@ def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """Of at least one parameter on every rank: int64, shape (world_size, parameters). A collective call."""
+    """Checksums of at least one parameter on every rank: int64, shape (world_size, parameters). A collective call."""
     own = torch.stack([bits_checksum(p.detach()) for p in params])
     with explaining(group):
         return gathered(own, group)
 
 
 def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[int, list[int]]]:
-    """Parameters, by number, that are not the same on all ranks, and the ranks where they are not as on the first;
-    of those that are `comparable`. A collective call; the host waits."""
+    """Compares the parameters that are `comparable` over the ranks; a collective call, for which the host waits.
+
+    Returns:
+        For each parameter that differs, its index, and the ranks where it differs from the group's first rank.
+    """
     numbers = comparable(params, group)
     if not numbers:
         return []
@@ -74,16 +79,16 @@ def refuse_differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Raises where a rank holds parameters of the group's first rank in another order. A collective call; the host
-    waits.
+    """Finds ranks that hold the parameters of the group's first rank in another order; a collective call, for which the
+    host waits.
 
-    Other values are no fault: those of the first rank are about to overwrite them. A position is evidence of another
-    order if its two tensors, the first rank's and this one's, differ, and each is found elsewhere on the other rank,
-    at a position of the same shape and dtype that differs too. So equal tensors (biases of zeros) are none, wherever
-    they are, and that they changed places is not found.
+    Different values alone are no fault, since those of the first rank will overwrite them. A position is evidence of
+    another order if its tensors on the two ranks differ, and each of them is found on the other rank at a position of
+    the same shape and dtype where the tensors differ too. Tensors with equal values, such as biases of zeros, are no
+    evidence, so it is not found if only they have changed places.
 
     Raises:
-        ValueError: on every rank.
+        ValueError: on every rank, where a rank has another order.
     """
     numbers = comparable(params, group)
     if not numbers or dist.get_world_size(group) == 1:
@@ -102,7 +107,7 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         ]
         if moved:
             some = ", ".join(
-                f"as its parameter {numbers[i]} what is parameter {numbers[j]} there" for i, j in moved[:3]
+                f"its parameter {numbers[i]} is parameter {numbers[j]} of the first rank" for i, j in moved[:3]
             )
             raise ValueError(
                 f"rank {rank} of the group has the parameters of the first rank in another order: {some}"
@@ -113,7 +118,7 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
 
 
 def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
-    """Overwrites parameters that are `comparable` with those of the group's first rank, and tells autograd.
+    """Overwrites the parameters that are `comparable` with those of the group's first rank; a collective call.
 
     Returns:
         Indices of those parameters.
@@ -121,12 +126,13 @@ def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     numbers = comparable(params, group)
     sent = [params[i] for i in numbers]
     broadcast_from_first([flat_bytes(p) for p in sent if p.numel()], group)
-    torch.autograd.graph.increment_version(sent)
+    torch.autograd.graph.increment_version(sent)  # autograd does not notice writes to their bytes
     return numbers
 
 
 def describe_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[str]:
-    """What must be the same on all ranks for `broadcast_dense`. Raises ValueError where the group cannot send one."""
+    """Lines that must be the same on all ranks before `broadcast_dense`. Raises ValueError where the group cannot send
+    a tensor."""
     for t in tensors:
         check_device(t.device, group)
     return [f"buffer {i}: shape {tuple(t.shape)}, {t.dtype}" for i, t in enumerate(tensors)]
@@ -142,8 +148,11 @@ def broadcast_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
 
 
 class DeferredCheck:
-    """Numbers that all ranks should have alike, compared on the device at once, and on the host LAG calls later:
-    by then they have got there as a rule, so that the host does not wait; and all ranks raise in the same call."""
+    """Compares numbers that should be the same on all ranks: on the device at once, and on the host later.
+
+    The host compares LAG calls later, when the copy from a GPU has normally finished, so that it does not wait. All
+    ranks raise in the same call.
+    """
 
     LAG = 2
 
@@ -151,11 +160,14 @@ class DeferredCheck:
         self._pending: list[tuple[torch.cuda.Event | None, Tensor, Callable[[], str]]] = []
 
     def compare(self, numbers: Tensor, message: Callable[[], str]) -> Tensor:
-        """Whether all are equal; bool, shape (), on their device.
+        """Compares numbers on their device, and keeps them for `check`.
 
         Args:
-            numbers: shape (world_size,).
-            message: what `check` is to say of ranks whose number is not the first one's.
+            numbers: shape (world_size,), one for each rank.
+            message: returns what `check` says of ranks whose number differs from the first rank's.
+
+        Returns:
+            bool, shape (): whether all are equal.
         """
         copy, event = numbers, None
         if numbers.is_cuda:
@@ -172,12 +184,20 @@ class DeferredCheck:
 
     @property
     def under_way(self) -> bool:
-        """Whether the host would have to wait for what was given last."""
+        """Whether the host would have to wait for the numbers that were given last."""
         return bool(self._pending) and self._pending[-1][0] is not None
 
     def check(self, all: bool = False) -> None:
-        """After each `compare`: raises ValueError if numbers were not alike, those given last if they lie on the
-        CPU, those of LAG calls ago on a GPU; or of ``all`` calls, for which the host waits."""
+        """Compares on the host: all numbers that lie on the CPU, and on a GPU those of LAG calls ago.
+
+        Call it after each `compare`.
+
+        Args:
+            all: compare the numbers of all calls, for which the host waits.
+
+        Raises:
+            ValueError: numbers differed.
+        """
         while self._pending and (all or self._pending[0][0] is None or len(self._pending) > self.LAG):
             event, numbers, message = self._pending.pop(0)
             if event is not None:

@@ -1,8 +1,18 @@
-"""Rounds of gradients: through their buckets, to the shards of their owners.
+"""Rounds of gradients: from ``p.grad``, bucket by bucket, to the shards of their owners.
 
-Launch: a bucket's gradients are taken, and their averages are under way to the shards.
-Round: one launch of every bucket, in index order, on every rank, whatever has arrived there: what has not is
-    zeros. Collectives match by the order of their calls, so a rank never launches any other way.
+Launch of a bucket: its gradients are taken out of ``p.grad``, and the reduce-scatter of their averages is started.
+Round: one launch of every bucket. A gradient that has not arrived by then counts as zeros.
+
+[Note: Order of collectives]
+Ranks match collectives by the order of their calls, and backwards reach parameters in different orders on different
+ranks. So every rank launches the buckets of a round in index order: bucket i + 1 waits for bucket i even if its own
+gradients are complete. All ranks cut their buckets by the order in which gradients arrived on the group's first rank.
+
+[Note: Tensors under way]
+A reduce-scatter reads its inputs and writes its outputs beside the current stream. Both are kept in `_UnderWay` until
+the current stream has waited for it; freed earlier, their memory could be handed out again and overwritten. At most
+IN_FLIGHT buckets are under way, so that the gradients that are kept take bounded memory. Whoever reads `Rounds.grads`
+calls `Rounds.finish` first.
 """
 
 from __future__ import annotations
@@ -10,28 +20,50 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .._torch_compat import foreach_add_, foreach_copy_, foreach_zero_
+from ..upload import upload
 from .buckets import complete_order, make_buckets
-from .collectives import Membership, Reduction, reduce_scatter_mean
+from .collectives import Membership, Reduction, broadcast_from_first, reduce_scatter_mean
+from .param_grads import ParamGrads
 from .shard import Shard
 
-# Buckets under way before the backward waits for the oldest: bounds the memory of gradients that are being sent.
-# At 256 MiB each enough for the gradients of a compiled block, which arrive all at once.
+# Number of buckets under way before a launch waits for the oldest. With 256 MiB each, two are enough for the gradients
+# of a compiled block, which arrive all at once.
 IN_FLIGHT = 2
 
-# Gives up the gradient of a parameter, by number: 1-D, in the parameter's memory order, or None.
-Take = Callable[[int], Tensor | None]
+
+class RoundState(Enum):
+    """How far the round of the current interval (see grad_reducer.py) has got on this rank.
+
+    - ``IDLE``: No round is going on. The next gradient to arrive opens one.
+    - ``OPEN``: Buckets are launched as their gradients arrive.
+    - ``LAUNCHED``: All buckets have been launched. Gradients that arrive now are late and stay in ``p.grad``.
+    - ``DROPPED``: The round has ended and its gradients have been zeroed. Gradients that arrive now stay in ``p.grad``
+      until the interval ends.
+    """
+
+    IDLE = auto()
+    OPEN = auto()
+    LAUNCHED = auto()
+    DROPPED = auto()
 
 
 @dataclass
 class _Destination:
-    """Where one parameter's gradient goes: its head's average to ``output``, its tail through ``tail`` of the
-    pack of its shard (None: it has no head, or no tail)."""
+    """Where one parameter's gradient goes.
+
+    Attributes:
+        head: number of elements of its head (see layout.py).
+        output: this rank's part of the head's average, in the shard; None if there is no head.
+        tail: staging memory of the tail; None if there is no tail.
+    """
 
     head: int
     output: Tensor | None
@@ -40,7 +72,13 @@ class _Destination:
 
 @dataclass
 class _UnderWay:
-    """A launched bucket: what must outlive its reduction, and what is to be added where when it is done."""
+    """A launched bucket; see [Note: Tensors under way].
+
+    Attributes:
+        bucket: its index.
+        kept: inputs of the reduction.
+        sums, addends: the addends, outputs of the reduction, are added to the sums when it is done.
+    """
 
     bucket: int
     reduction: Reduction
@@ -55,142 +93,183 @@ class _UnderWay:
 
 
 class Rounds:
-    """Launches of the buckets of sharded parameters, which are numbered through all shards.
+    """Launches the buckets of sharded parameters, which are numbered through all shards.
 
     Args:
-        shards: the parameters, and who owns what of them.
-        kept: of each shard the buffer of averages that it has already, or None.
+        shards: the parameters, and which rank owns which of their elements.
+        kept: for each shard its existing buffer of averages, or None.
+        local: the gradients in ``p.grad``, in the order of the parameters.
         membership: the ranks.
-        bucket_bytes: of gradients that are reduced together.
+        bucket_bytes: bytes of gradients that are reduced together.
 
     Attributes:
-        grads: this rank's part of the averages, one flat buffer a shard, in the dtype of its parameters;
-            laid out as the momentum is.
-        is_open: whether a round is going on.
+        grads: this rank's part of the averages, one flat buffer per shard in the dtype of its parameters, laid out as
+            the momentum is.
+        state: state of the round.
+        has_averages: whether `grads` hold averages since the last zeroing. A round adds to them if so, and overwrites
+            `grads` otherwise.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], kept: Sequence[Tensor | None], membership: Membership, bucket_bytes: int
+        self,
+        shards: Sequence[Shard],
+        kept: Sequence[Tensor | None],
+        local: ParamGrads,
+        membership: Membership,
+        bucket_bytes: int,
     ) -> None:
+        self.state = RoundState.IDLE
+        self.has_averages = False
         self._membership = membership
         self._bucket_bytes = bucket_bytes
+        self._local = local
         self._shards = shards
         self._params = [p for shard in shards for p in shard.params]
         self._numbers = [n for shard in shards for n in shard.numbers]
         self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
         self._device = shards[0].tail_buffer.device if shards else None
-        self._places: list[_Destination] = []
-        self._packs: list[Tensor] = []
+
+        self._destinations: list[_Destination] = []
+        self._tail_buffers: list[Tensor] = []  # one per shard
         self.grads: list[Tensor] = []
         world_size = dist.get_world_size(membership.group)
         for shard, grad in zip(shards, kept, strict=True):
             layout, like = shard.layout, shard.tail_buffer
             grad = like.new_zeros(layout.shard_numel) if grad is None else grad
-            pack = like.new_zeros(layout.tail_buffer_numel)
-            tails = {t.param: pack[t.offset : t.offset + t.length] for t in layout.tails}
+            tail_buffer = like.new_zeros(layout.tail_buffer_numel)
+            tails = {t.param: tail_buffer[t.offset : t.offset + t.length] for t in layout.tails}
             offset = 0
             for i, head in enumerate(layout.heads):
                 length = head // world_size
                 output = grad.narrow(0, offset, length) if head else None
-                self._places.append(_Destination(head, output, tails.get(i)))
+                self._destinations.append(_Destination(head, output, tails.get(i)))
                 offset += length
             self.grads.append(grad)
-            self._packs.append(pack)
+            self._tail_buffers.append(tail_buffer)
 
         self._buckets: tuple[tuple[int, ...], ...] = ()
         self._bucket_of: list[int] = []
-        self._last_bucket: list[int] = []  # of each shard
-        self._packs_of: list[list[int]] = []  # of each bucket: shards whose tails are complete with it
+        self._last_bucket: list[int] = []  # for each shard
+        self._completed_tails: list[list[int]] = []  # for each bucket, the shards whose last tail it has
+        self._seen: list[int] | None = []  # the order in which gradients arrive; None once buckets follow it
 
-        self.is_open = False
-        self._adds = False
-        self._launched = 0
-        self._missing: list[int] = []  # of each bucket, how many gradients have yet to arrive
-        self._has_arrived = bytearray()
+        self._launched = 0  # number of buckets of the current round
+        self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
         self._under_way: deque[_UnderWay] = deque()
-        self.set_order([])
+        self._set_order([])
 
-    def set_order(self, seen: Sequence[int]) -> None:
-        """Buckets for gradients that arrive in the order ``seen``, as far as it goes. Not in a round."""
-        self.finish()  # what is under way goes by the old buckets' numbers
+    # Buckets ------------------------------------------------------------------------------------
+
+    def _set_order(self, seen: Sequence[int]) -> None:
+        """Makes buckets for gradients that arrive in the order ``seen``, as far as it goes; not during a round."""
+        self.finish()  # buckets under way are known by their old indices
         sizes = [p.numel() * p.element_size() for p in self._params]
         self._buckets = make_buckets(sizes, complete_order(seen, len(sizes)), self._bucket_bytes)
         self._bucket_of = [0] * len(sizes)
         for number, bucket in enumerate(self._buckets):
             for i in bucket:
                 self._bucket_of[i] = number
-        self._last_bucket, self._packs_of, first = [], [[] for _ in self._buckets], 0
+        self._last_bucket, self._completed_tails, first = [], [[] for _ in self._buckets], 0
         for number, shard in enumerate(self._shards):
             of_shard = self._bucket_of[first : first + len(shard.params)]
             self._last_bucket.append(max(of_shard))
             if shard.layout.tails:
-                self._packs_of[max(of_shard[t.param] for t in shard.layout.tails)].append(number)
+                self._completed_tails[max(of_shard[t.param] for t in shard.layout.tails)].append(number)
             first += len(shard.params)
 
-    def begin(self, expected: Callable[[int], bool], adds: bool) -> None:
+    @property
+    def follows_arrival(self) -> bool:
+        """Whether buckets follow the order in which gradients arrive."""
+        return self._seen is None
+
+    def learn_order(self) -> None:
+        """Makes buckets follow the order in which gradients have arrived on the group's first rank, if any have. A
+        collective call, for which the host waits; without effect once buckets follow that order."""
+        if self._seen is None:
+            return
+        numbers = [len(self._seen), *complete_order(self._seen, len(self._params))]
+        seen = upload(numbers, torch.int64, self.grads[0].device)
+        with self._membership.collective() as group:
+            broadcast_from_first([seen], group)
+        count, *order = seen.tolist()
+        self._set_order(order)
+        self._seen = None if count else []
+
+    # Rounds -------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a round is going on."""
+        return self.state is RoundState.OPEN or self.state is RoundState.LAUNCHED
+
+    def begin(self, expected: Callable[[int], bool]) -> None:
         """Opens a round.
 
         Args:
-            expected: of a parameter, whether its bucket waits for its gradient.
-            adds: to the averages that are there, instead of overwriting them.
+            expected: says for a parameter whether its bucket waits for its gradient.
         """
         self.finish()
-        self.is_open = True
-        self._adds = adds
+        self.state = RoundState.OPEN
         self._launched = 0
-        self._has_arrived = bytearray(len(self._params))
-        self._missing = [sum(map(expected, bucket)) for bucket in self._buckets]
+        self._awaited = [set(filter(expected, bucket)) for bucket in self._buckets]
 
-    def arrived(self, i: int, take: Take) -> bool:
-        """Takes note that a gradient is there, and launches what is complete.
-
-        Returns:
-            Whether it came in time: its bucket had not been launched.
-        """
+    def arrived(self, i: int) -> None:
+        """Takes note that the gradient of a parameter lies in ``p.grad``, and launches buckets that are complete. A
+        gradient whose bucket has been launched stays in ``p.grad``."""
+        if self._seen is not None:
+            self._seen.append(i)
         bucket = self._bucket_of[i]
         if bucket < self._launched:
-            return False
-        if self._has_arrived[i]:
-            return True
-        self._has_arrived[i] = 1
-        self._missing[bucket] -= 1
-        while self._launched < len(self._buckets) and not self._missing[self._launched]:
-            self._launch(take)
-        return True
+            return
+        awaited = self._awaited
+        awaited[bucket].discard(i)
+        while self._launched < len(awaited) and not awaited[self._launched]:
+            self._launch()
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every bucket of the round has been launched."""
-        return self._launched == len(self._buckets)
-
-    def launch_rest(self, take: Take) -> None:
+    def launch_rest(self) -> None:
+        """Launches every bucket that has not been launched."""
         while self._launched < len(self._buckets):
-            self._launch(take)
+            self._launch()
 
-    def end(self, take: Take) -> None:
-        """Launches the rest of the round; see `finish`."""
-        self.launch_rest(take)
-        self.is_open = False
+    def end(self) -> None:
+        """Launches the rest of the round and ends it. Call `finish` before reading the averages."""
+        self.launch_rest()
+        self.state = RoundState.IDLE
+        self.has_averages = True
+
+    def drop(self) -> None:
+        """Ends the round: launches the rest with zeros, as the other ranks count on it, and leaves ``p.grad`` alone."""
+        while self._launched < len(self._buckets):
+            self._launch(takes=False)
+        self.state = RoundState.DROPPED
+        self.has_averages = True
+
+    def end_interval(self) -> None:
+        """Lets the next gradient open a round, after one that was dropped too."""
+        self.state = RoundState.IDLE
 
     def finish(self, shard: int | None = None) -> None:
-        """Has what follows on the current stream see the averages: of one shard, by its number, or all."""
+        """Makes what follows on the current stream see the averages of one shard, by its index, or of all."""
         while self._under_way and (shard is None or self._under_way[0].bucket <= self._last_bucket[shard]):
             self._finish_oldest()
 
-    @torch.no_grad()  # a backward with create_graph=True enables them
-    def _launch(self, take: Take) -> None:
+    @torch.no_grad()  # a backward with create_graph=True enables gradients
+    def _launch(self, takes: bool = True) -> None:
         number = self._launched
         bucket = self._buckets[number]
-        for i in bucket:
-            self._check(i)
+        if takes:
+            self._check(bucket)
         self._launched += 1
+        if self._launched == len(self._buckets):
+            self.state = RoundState.LAUNCHED
+        grads = self._local.take(bucket) if takes else [None] * len(bucket)
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
         tails: list[Tensor] = []
-        packed: list[Tensor] = []
-        unused: list[Tensor] = []
-        for i in bucket:
-            place, grad = self._places[i], take(i)
+        staged: list[Tensor] = []
+        missing: list[Tensor] = []
+        for i, grad in zip(bucket, grads, strict=True):
+            place = self._destinations[i]
             if place.output is not None:
                 if grad is None:
                     inputs.append(self._params[i].new_zeros(place.head))
@@ -199,42 +278,49 @@ class Rounds:
                 outputs.append(place.output)
             if place.tail is not None:
                 if grad is None:
-                    unused.append(place.tail)
+                    missing.append(place.tail)
                 else:
                     tails.append(grad[place.head :])
-                    packed.append(place.tail)
-        if unused:
-            foreach_zero_(unused)
+                    staged.append(place.tail)
+        if missing:
+            foreach_zero_(missing)
         if tails:
-            foreach_copy_(packed, tails)
-        for shard in self._packs_of[number]:
-            inputs.append(self._packs[shard])
+            foreach_copy_(staged, tails)
+        for shard in self._completed_tails[number]:
+            inputs.append(self._tail_buffers[shard])
             outputs.append(self.grads[shard][self._shards[shard].layout.tail_shard_offset :])
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:
             self._finish_oldest()
-        addends = [torch.empty_like(output) for output in outputs] if self._adds else []
+        addends = [torch.empty_like(output) for output in outputs] if self.has_averages else []
         with self._membership.collective() as group:
             reduction = reduce_scatter_mean(addends or outputs, inputs, group)
         self._under_way.append(_UnderWay(number, reduction, inputs, outputs if addends else [], addends))
 
-    def _check(self, i: int) -> None:
-        """Raises for a gradient that cannot be reduced into the shard made for it."""
-        p = self._params[i]
-        grad = p.grad
-        if grad is None:
-            return
-        who = f"gradient of parameter {self._numbers[i]} (shape {tuple(p.shape)})"
-        if grad.layout != torch.strided:
-            raise TypeError(f"{who} is {grad.layout}; stage 2 needs dense gradients (sparse=False, or .to_dense())")
-        if grad.dtype != self._dtypes[i] or grad.device != self._device:
+    def _check(self, bucket: Sequence[int]) -> None:
+        """Raises TypeError for gradients that cannot be reduced into their shards."""
+        for i in bucket:
+            grad = self._local.peek(i)
+            if grad is None:
+                continue
+            found = grad.layout, grad.dtype, grad.device
+            if found != (torch.strided, self._dtypes[i], self._device):
+                self._refuse(i, *found)
+
+    def _refuse(self, i: int, layout: torch.layout, dtype: torch.dtype, device: torch.device) -> NoReturn:
+        gradient = f"the gradient of parameter {self._numbers[i]} (shape {tuple(self._params[i].shape)})"
+        if layout != torch.strided:
             raise TypeError(
-                f"{who} is {grad.dtype} on {grad.device}; expected {self._dtypes[i]} on {self._device}, as the "
-                "parameter was when the optimizer was made: convert and move the model before that"
+                f"{gradient} has the layout {layout}, but stage 2 needs dense gradients: give the module sparse=False, "
+                "or convert the gradient with .to_dense()"
             )
+        raise TypeError(
+            f"{gradient} is {dtype} on {device}, but {self._dtypes[i]} on {self._device} was expected, as the "
+            "parameter was when the optimizer was made: convert and move the model before you make the optimizer"
+        )
 
     def _finish_oldest(self) -> None:
-        # On the current stream, which is also where the memory of what is then let go will be used again.
+        # The current stream waits, on which the memory of the tensors that this frees will be used again.
         with self._membership.collective():
             self._under_way.popleft().wait()

@@ -1,6 +1,6 @@
 """Random training programs: what every rank does, as data, within the documented rules of ShardedLion.
 
-A *period* is what lies between two steps (or clippings). A pass *misses* a rank if it reaches no parameter there. A
+An *interval* is the time between two steps (or clippings). A pass *misses* a rank if it reaches no parameter there. A
 rank that a pass missed may only make further passes, clip or step next; so programs do nothing else then.
 """
 
@@ -98,7 +98,7 @@ class _Writer:
             random.choice([None, None, "bfloat16", "float32"]),
             groups,
         )
-        self.begin_period()
+        self.begin_interval()
         self.hook_anew()
 
     def write(self, *op: object) -> None:
@@ -124,7 +124,7 @@ class _Writer:
 
     # Books --------------------------------------------------------------------------------------
 
-    def begin_period(self) -> None:
+    def begin_interval(self) -> None:
         self.missed = False  # a pass reached some ranks only, and the others may not know of it
         self.rounds = self.dropped = False
 
@@ -132,7 +132,7 @@ class _Writer:
         """Shards are made: frozen parameters lose their hooks."""
         self.hooked = {i for i in self.adopted if self.trainable[i]}
 
-    def end_period(self) -> None:
+    def end_interval(self) -> None:
         """A step, or a clipping."""
         self.unseen_zeroing = False
         unfrozen = {i for i, trainable in enumerate(self.trainable) if trainable} | self.pending
@@ -141,7 +141,7 @@ class _Writer:
             self.hook_anew()
         self.hooked |= {i for i in self.adopted if self.trainable[i]}
         self.pending = set()
-        self.begin_period()
+        self.begin_interval()
 
     def usable(self) -> list[int]:
         return [i for i, t in enumerate(self.trainable) if t and self.uses.get(i, 0) < MOST_USES]
@@ -219,7 +219,7 @@ class _Writer:
             if len(self.trainable) > 12:
                 return
             self.write("add", self.group())
-            self.begin_period()
+            self.begin_interval()
             self.hook_anew()
         elif kind == "reload":
             if any(t and i not in self.adopted for i, t in enumerate(self.trainable)):
@@ -230,11 +230,11 @@ class _Writer:
             if how.endswith("Lion") and not self.adopted <= self.stepped:
                 return
             self.write("reload", how)
-            self.begin_period()
+            self.begin_interval()
             self.hook_anew()
         elif kind == "check":
             self.write("check")
-            self.begin_period()
+            self.begin_interval()
         elif kind == "error" and fresh and not self.dropped:
             hooked = sorted(self.hooked & set(self.usable()))
             if not hooked:
@@ -245,11 +245,11 @@ class _Writer:
             self.numbers += 1
             refused = random.choice(kinds)
             self.write("error", refused, self.numbers, self.draw_uses(hooked))
-            self.begin_period()
+            self.begin_interval()
             # Clipping has ended the round of the first backward, and a pass after it begins none.
             self.dropped = self.stage == 2 and refused != "pass after clip"
 
-    def period(self) -> None:
+    def interval(self) -> None:
         random = self.random
         for _ in range(random.choice([0, 1, 1, 1, 2, 2, 3, 4])):
             what = random.random()
@@ -269,7 +269,7 @@ class _Writer:
             self.write(
                 "clip", random.choice([0.5, 0.25, 2.0]) if self.dtypes != DTYPES[:1] else random.uniform(0.1, 1.5)
             )
-            self.end_period()
+            self.end_interval()
             what = random.random()
             if what < 0.2:  # clipped in vain
                 self.zero(random.choice(ZEROING[:2]))  # the others leave the clipping, of gradients that are gone
@@ -280,10 +280,10 @@ class _Writer:
                     self.missed = False  # nothing is under way: they wait
                 if self.pending:  # else the norm would be of what is clipped already
                     self.write("clip", 0.5)
-                self.end_period()
+                self.end_interval()
         self.write("step")
         self.stepped |= {i for i, trainable in enumerate(self.trainable) if trainable} | self.uses.keys()
-        self.end_period()
+        self.end_interval()
         if random.random() < 0.2:
             self.write("lr", random.randrange(len(self.program.groups)), random.choice([0.125, 0.02, 0.0]))
         full = any(n >= MOST_USES - 5 for n in self.uses.values())
@@ -292,10 +292,10 @@ class _Writer:
             self.other_call()
 
 
-def write_program(seed: int, world_size: int, periods: int = 8) -> Program:
+def write_program(seed: int, world_size: int, intervals: int = 8) -> Program:
     """The program of a seed."""
     writer = _Writer(seed, world_size)
-    for _ in range(periods):
-        writer.period()
+    for _ in range(intervals):
+        writer.interval()
     writer.write("step")
     return writer.program

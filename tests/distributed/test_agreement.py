@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import ShardedLion
-from lion_dist.sharding.collectives import Agreement
+from lion_dist.sharding.agreement import Agreement
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks, spawn_only
 
@@ -48,7 +48,7 @@ def body_constructor(rank: int, world_size: int) -> None:
         (good, {}),
         (other_shape, {}),
     )
-    check(r"alone has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
+    check(r"Only rank . has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
     check(r"parameter 2 .*strides \(1, 7\)", ValueError, ValueError, (good, {}), (transposed, {}))
     check(r"parameter 1 .*frozen", ValueError, ValueError, (good, {}), (frozen, {}))
     check(r"parameter 1 .* deux", ValueError, ValueError, (named, {}), (renamed, {}))
@@ -90,7 +90,7 @@ def body_permuted(rank: int, world_size: int) -> None:
     """Unnamed parameters of one shape, in another order on the last rank, as groups from a Python set have it."""
     device = device_of(rank, world_size)
     odd = rank == world_size - 1
-    says = rf"rank {world_size - 1} of the group has .*in another order: as its parameter {{}} what is parameter {{}} "
+    says = rf"rank {world_size - 1} of the group has .*another order: its parameter {{}} is parameter {{}} of the first"
 
     def refused(call: Callable[[list[nn.Parameter]], object], params: list[nn.Parameter], i: int, j: int) -> None:
         before = [p.detach().clone() for p in params]

@@ -137,7 +137,7 @@ def test_auto_says_what_it_chose(world_size: int, word: str, tmp_path: Path) -> 
 
 
 def body_bytes(rank: int, world_size: int) -> None:
-    """fp32, stage 2. A parameter's gradient takes 4 bytes, and then 4 or 1/4; beside them padding of the pack, a
+    """fp32, stage 2. A parameter's gradient takes 4 bytes, and then 4 or 1/4; beside them padding of the tails, a
     footer or a checksum a rank, and one flag a parameter."""
     device = device_of(rank, world_size)
     unit = 128 * world_size

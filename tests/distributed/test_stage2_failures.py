@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.pair import LR, SHORT, Exit, OwnError, Pair, fail_in_backward
@@ -29,7 +29,7 @@ def body_one_raises(rank: int, world_size: int, bucket_mb: float) -> float:
             fail_in_backward(pair, 2, OwnError)
         pair.sharded.zero_grad()  # as scripts do that catch an exception; it heals nothing
         for call in (pair.sharded.step, lambda: pair.backward(3)):
-            with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+            with pytest.raises(RuntimeError, match="can no longer be used: a backward raised"):
                 call()
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
@@ -64,7 +64,7 @@ def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):
             train()
-    with pytest.raises(RuntimeError, match="can go on no more"):
+    with pytest.raises(RuntimeError, match="can no longer be used"):
         optimizer.step()
     for p in params:
         assert bool((p == 1).all())
@@ -75,6 +75,24 @@ def body_one_raises_at_the_end(rank: int, world_size: int) -> float:
 def test_one_rank_raises_at_the_end_of_its_backward(tmp_path: Path) -> None:
     seconds = run_ranks(body_one_raises_at_the_end, 2, tmp_path, timeout=SHORT, on_cpu=True)
     assert max(seconds) < SHORT.total_seconds() + 2
+
+
+def body_refused_and_zeroed(rank: int, world_size: int) -> None:
+    table, weight = nn.Parameter(torch.ones(50, 7)), nn.Parameter(torch.ones(300))
+    optimizer = ShardedLion([weight, table], lr=0.25)
+    rows = torch.tensor([1, 2])
+    with pytest.raises(TypeError, match=r"parameter 1 .*[Ss]parse.*stage 2 needs dense"):
+        (nn.functional.embedding(rows, table, sparse=True).sum() + weight.sum()).backward()
+    optimizer.zero_grad()
+    (nn.functional.embedding(rows, table).sum() + weight.sum()).backward()
+    optimizer.step()
+    assert weight.tolist() == [0.75] * 300
+    assert table.sum() == 50 * 7 - 2 * 7 * 0.25
+
+
+def test_a_refused_gradient_can_be_zeroed(tmp_path: Path) -> None:
+    """On a single rank, where no other rank must hear of the failure."""
+    run_ranks(body_refused_and_zeroed, 1, tmp_path, on_cpu=True)
 
 
 def body_one_dies(rank: int, world_size: int) -> None:
@@ -135,7 +153,7 @@ def body_all_raise(rank: int, world_size: int) -> None:
     with pytest.raises((OwnError, RuntimeError), match=r"of this rank's own|a backward raised"):
         fail_in_backward(pair, 1, OwnError)
     for call in (pair.sharded.step, lambda: pair.sharded.clip_grad_norm_(1.0), lambda: pair.backward(2)):
-        with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+        with pytest.raises(RuntimeError, match="can no longer be used: a backward raised"):
             call()
     assert_unmoved(pair.params, weights)
 
@@ -161,7 +179,7 @@ def body_step_left_out(rank: int, world_size: int) -> None:
         pair.sharded.step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match=r"Did a rank leave out a step\(\)"):
             go_on()
     if rank == 1:
@@ -182,7 +200,7 @@ def body_zeroed_instead(rank: int, world_size: int, waits: bool) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+            patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         with pytest.raises(RuntimeError, match="were zeroed, but not those of every rank"):
             go_on()
 
@@ -213,7 +231,7 @@ def body_stale_word(rank: int, world_size: int) -> None:
     third = Pair(rank, world_size)
     third.train(0)
     for optimizer in (second, third.sharded):
-        failing = pytest.raises(RuntimeError, match="one may have ended, raised or left one out")
+        failing = pytest.raises(RuntimeError, match="one may have ended, raised an error or left out a call")
         with failing as failed, optimizer._membership.collective():
             raise RuntimeError("a collective that failed for a reason of its own")
         assert "backward raised" not in str(failed.value)

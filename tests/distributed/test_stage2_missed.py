@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import run_ranks, spawn_only
-from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, expect_uses, make_period, model_of
+from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, expect_uses, make_interval, model_of
 
-PERIODS: list[list[list[list[int]]]] = [
+INTERVALS: list[list[list[list[int]]]] = [
     [FULL, [[], ALL, ALL]],  # the second pass misses a rank,
     [[ALL, [], ALL], FULL],  # the first one,
     [FULL, [[], [], [3]]],  # all but one,
@@ -26,40 +26,40 @@ PERIODS: list[list[list[list[int]]]] = [
 ]
 
 
-def body_periods(rank: int, world_size: int) -> None:
+def body_intervals(rank: int, world_size: int) -> None:
     for param_sync in ("signs", "params"):
         pair = Pair(rank, world_size, param_sync=param_sync)
         pair.train(0, 1)
-        for step, period in enumerate(PERIODS * 2):
-            make_period(pair, step, period)
-            if step >= len(PERIODS):
+        for step, interval in enumerate(INTERVALS * 2):
+            make_interval(pair, step, interval)
+            if step >= len(INTERVALS):
                 clip_both(pair, 3.0)
-            pair.step(f"period {period}")
+            pair.step(f"interval {interval}")
         pair.finish()
-        # Without zeroing, gradients of all periods add up.
-        for step, period in enumerate(PERIODS):
-            make_period(pair, step, period)
+        # Without zeroing, gradients of all intervals add up.
+        for step, interval in enumerate(INTERVALS):
+            make_interval(pair, step, interval)
             pair.sharded.step()
             pair.lion.step()
-            pair.check(f"not zeroed, period {period}")
+            pair.check(f"not zeroed, interval {interval}")
 
 
-def body_periods_unwaited(rank: int, world_size: int) -> None:
+def body_intervals_unwaited(rank: int, world_size: int) -> None:
     """As on GPUs, where the ranks read of each other's late gradients only if they expect some: once several passes
-    have been made in one period."""
+    have been made in one interval."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         for first in ([FULL, FULL], [FULL, [[], ALL, ALL]]):
             pair = Pair(rank, world_size)
-            make_period(pair, 0, first)
+            make_interval(pair, 0, first)
             pair.step("several passes")
-            for step, period in enumerate(PERIODS, 1):
-                make_period(pair, step, period)
-                pair.step(f"period {period}")
+            for step, interval in enumerate(INTERVALS, 1):
+                make_interval(pair, step, interval)
+                pair.step(f"interval {interval}")
             pair.finish()
 
 
-@pytest.mark.parametrize("body", [body_periods, body_periods_unwaited])
+@pytest.mark.parametrize("body", [body_intervals, body_intervals_unwaited])
 def test_passes_that_miss_ranks(body: Callable[[int, int], None], tmp_path: Path) -> None:
     run_ranks(body, 3, tmp_path, on_cpu=True)
 
@@ -67,17 +67,17 @@ def test_passes_that_miss_ranks(body: Callable[[int, int], None], tmp_path: Path
 def body_unexpected(rank: int, world_size: int) -> None:
     """As on GPUs: a rank that made one pass does not wait to hear that others have made two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)
         pair.train(0, 1)
 
         def train() -> None:
-            make_period(pair, 2, [FULL, [[], ALL, ALL]])
+            make_interval(pair, 2, [FULL, [[], ALL, ALL]])
             pair.sharded.step()
 
         with pytest.raises(RuntimeError, match=r"while others made a single backward pass.*no_sync"):
             train()
-        with pytest.raises(RuntimeError, match="can go on no more"):
+        with pytest.raises(RuntimeError, match="can no longer be used"):
             pair.sharded.step()
 
 
@@ -100,11 +100,11 @@ def body_unfrozen(rank: int, world_size: int) -> None:
             pair.train(0, 1)
             for params in (pair.params, pair.copies):
                 params[5].requires_grad_(True)
-            make_period(pair, 2, [of_ranks, FULL] if number % 2 else [of_ranks])
+            make_interval(pair, 2, [of_ranks, FULL] if number % 2 else [of_ranks])
             if clip:
                 clip_both(pair, 3.0)
             pair.step(f"unfrozen, then {of_ranks}")
-            make_period(pair, 3, [of_ranks])
+            make_interval(pair, 3, [of_ranks])
             pair.step("once more")
             pair.train(4)
             pair.finish()
@@ -128,12 +128,12 @@ def body_other_calls(rank: int, world_size: int) -> None:
     ]  # fmt: skip
     for step, call in enumerate(calls * 2, 2):
         missed = [[], ALL, [1]] if step % 2 else [[2], [], []]
-        make_period(pair, 2 * step, [missed])
+        make_interval(pair, 2 * step, [missed])
         if step > len(calls) + 1:  # a second pass too, part of whose gradients wait in p.grad
-            make_period(pair, 2 * step + 1, [[[3], [], [0]]])
+            make_interval(pair, 2 * step + 1, [[[3], [], [0]]])
         call()
         if step % 3:
-            make_period(pair, 2 * step + 2, [[[0], [1], []]])
+            make_interval(pair, 2 * step + 2, [[[0], [1], []]])
         pair.step(f"call {step}")
     pair.finish()
 
@@ -151,20 +151,20 @@ def body_dropped(rank: int, world_size: int, dropped_by: str, next_call: str) ->
     weights = [p.detach().clone() for p in pair.params]
 
     def train() -> None:
-        make_period(pair, 2, [[[], ALL, ALL]])
+        make_interval(pair, 2, [[[], ALL, ALL]])
         if dropped_by == "model":
             model_of(pair).zero_grad()
         else:
             pair.sharded.zero_grad(set_to_none=dropped_by == "optimizer")
         if next_call == "pass":
-            make_period(pair, 3, [FULL])
+            make_interval(pair, 3, [FULL])
         if next_call == "group":
             add_group(pair, (50,))
         pair.sharded.step()
 
     with pytest.raises(RuntimeError, match="zeroed, but not those of every rank"):
         train()
-    with pytest.raises(RuntimeError, match="can go on no more"):
+    with pytest.raises(RuntimeError, match="can no longer be used"):
         pair.sharded.step()
     pair.params = pair.params[: len(weights)]
     assert_unmoved(pair.params, weights)
@@ -196,7 +196,7 @@ def body_dropped_by_all(rank: int, world_size: int) -> None:
                     (model_of(pair) if by_model else pair.sharded).zero_grad(set_to_none=set_to_none)
                     pair.lion.zero_grad(set_to_none=set_to_none)
                 if step != 5:
-                    make_period(pair, step, [FULL, [[1], [], ALL]][: 1 + step % 2])
+                    make_interval(pair, step, [FULL, [[1], [], ALL]][: 1 + step % 2])
                 pair.step(f"step {step}")
             pair.finish()
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import run_ranks, spawn_only
 from tests.scenarios.pair import ALL, SHORT, Fails, OwnError, Pair, expect_uses
@@ -81,7 +81,7 @@ def body_reentrant_alone(rank: int, world_size: int) -> None:
         pair.step(f"step {step}")
     pair.finish()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())  # as on GPUs
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())  # as on GPUs
         reentrant_alone_unread(Pair(rank, world_size))
 
 
@@ -134,7 +134,7 @@ def body_reentrant_raises(rank: int, world_size: int, where: str) -> None:
         with pytest.raises(OwnError, match="of this rank's own"):
             train()
         for call in (pair.sharded.step, partial(pair.backward, 2)):
-            with pytest.raises(RuntimeError, match="can go on no more: a backward raised"):
+            with pytest.raises(RuntimeError, match="can no longer be used: a backward raised"):
                 call()
     else:
         with pytest.raises(RuntimeError, match="rank 1 of the group: a backward raised"):

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lion_dist import ShardedLion
-from lion_dist.sharding import grad_reducer
+from lion_dist.sharding import flag_exchange
 from tests.asserts import assert_unmoved
 from tests.harness import run_ranks, spawn_only
-from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, make_period
+from tests.scenarios.pair import ALL, FULL, SHORT, Pair, add_group, clip_both, make_interval
 
 MISSED = [[], ALL, [0]]
 
@@ -24,18 +24,18 @@ def body_after_clipping(rank: int, world_size: int) -> None:
         pair = Pair(rank, world_size, param_sync=param_sync)
         pair.train(0, 1)
         # Another clipping takes in what came since, on every rank.
-        make_period(pair, 2, [FULL])
+        make_interval(pair, 2, [FULL])
         pair.sharded.clip_grad_norm_(0.01)
-        make_period(pair, 3, [MISSED])
+        make_interval(pair, 3, [MISSED])
         clip_both(pair, 0.5)
         pair.step("clipped anew")
 
         # A step does not.
         weights = [p.detach().clone() for p in pair.params]
         for uses in (MISSED, FULL):
-            make_period(pair, 4, [FULL])
+            make_interval(pair, 4, [FULL])
             pair.sharded.clip_grad_norm_(0.01)
-            make_period(pair, 5, [uses])
+            make_interval(pair, 5, [uses])
             changed = r"changed since clip_grad_norm_" if uses[rank] else r"ranks \[1, 2\] .*backward pass between clip"
             with pytest.raises(ValueError, match=changed):
                 pair.sharded.step()
@@ -43,13 +43,13 @@ def body_after_clipping(rank: int, world_size: int) -> None:
             pair.sharded.zero_grad()
             pair.lion.zero_grad()
         for number in range(2):  # zeroed after such a pass: nothing was under way
-            make_period(pair, 6, [FULL])
+            make_interval(pair, 6, [FULL])
             pair.sharded.clip_grad_norm_(0.01)
-            make_period(pair, 7, [MISSED])
+            make_interval(pair, 7, [MISSED])
             pair.sharded.zero_grad(set_to_none=bool(number))
             pair.lion.zero_grad()
         before = [p.detach().clone() for p in pair.params]
-        make_period(pair, 8, [MISSED])
+        make_interval(pair, 8, [MISSED])
         pair.sharded.step()
         assert not all(torch.equal(p, b) for p, b in zip(pair.params, before, strict=True))
         pair.sharded.check_replicas()
@@ -86,7 +86,7 @@ def body_unfrozen_unlike(rank: int, world_size: int) -> None:
             for params in (pair.params, pair.copies):
                 params[5].requires_grad_(not frozen)
             if not frozen:
-                make_period(pair, 1, [[[5, 0], ALL, [1]]])
+                make_interval(pair, 1, [[[5, 0], ALL, [1]]])
         if clip:
             clip_both(pair, 0.5)
         pair.step("frozen again")
@@ -96,7 +96,7 @@ def body_unfrozen_unlike(rank: int, world_size: int) -> None:
         add_group(pair, (50,), requires_grad=False)
         weights = [p.detach().clone() for p in pair.params]
         pair.params[6].requires_grad_(rank == 1)
-        make_period(pair, 2, [FULL])
+        make_interval(pair, 2, [FULL])
         call = (lambda pair=pair: pair.sharded.clip_grad_norm_(1.0)) if clip else pair.sharded.step
         with pytest.raises(ValueError, match=r"after unfreezing.*requires_grad"):
             call()
@@ -114,7 +114,7 @@ def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
         uses = [[5], ALL, [0]]
         pair.backward(1, uses[rank])
         pair.sharded.zero_grad(set_to_none)
-        make_period(pair, 2, [FULL])
+        make_interval(pair, 2, [FULL])
         if set_to_none:
             pair.step("zeroed before the first step")
             pair.finish()
@@ -126,7 +126,7 @@ def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
 def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
     """As on GPUs, where a rank that has nothing to ask about does not wait for the others' answers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_reducer, "WAITING_DEVICES", frozenset())
+        patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)
         add_group(pair, (77,), requires_grad=False)
         pair.train(0, 1)
@@ -134,7 +134,7 @@ def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
         weights = [p.detach().clone() for p in pair.params]
 
         def train() -> None:
-            make_period(pair, 2, [FULL])
+            make_interval(pair, 2, [FULL])
             pair.sharded.step()
 
         with pytest.raises(RuntimeError, match="unfrozen, or have a gradient though"):

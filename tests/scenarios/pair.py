@@ -175,13 +175,13 @@ def expect_uses(pair: Pair, step: int, uses: Sequence[Sequence[int]]) -> None:
             p.grad = g if p.grad is None else p.grad + g
 
 
-# Each a period: for each pass, the parameters that it reaches on each of three ranks.
+# Each an interval: for each pass, the parameters that it reaches on each of three ranks.
 FULL = [ALL, ALL, ALL]
 
 
-def make_period(pair: Pair, step: int, period: Sequence[Sequence[Sequence[int]]]) -> None:
-    """The backward passes of a period, and what Lion is to step by."""
-    for number, uses in enumerate(period):
+def make_interval(pair: Pair, step: int, interval: Sequence[Sequence[Sequence[int]]]) -> None:
+    """The backward passes of an interval, and what Lion is to step by."""
+    for number, uses in enumerate(interval):
         if uses[pair.rank]:
             pair.backward(10 * step + number, uses[pair.rank])
         expect_uses(pair, 10 * step + number, uses)

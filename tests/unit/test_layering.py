@@ -118,7 +118,18 @@ def test_maths_never_communicates(path: Path) -> None:
 def test_bytes_know_no_rule(path: Path) -> None:
     for name in closure(path):
         assert not within(name, "lion_dist.update"), name
-    rule = {"beta", "betas", "beta1", "beta2", "lr", "weight_decay", "maximize", "lion_rule", "momentum_dtype"}
+    rule = {
+        "beta",
+        "betas",
+        "beta1",
+        "beta2",
+        "lr",
+        "weight_decay",
+        "maximize",
+        "lion_rule",
+        "momentum_dtype",
+        "exp_avg",
+    }
     assert not names_in(parse(path)) & rule
 
 

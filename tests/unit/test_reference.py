@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.update.backends import compiled as compiled_backend
-from lion_dist.update.backends.cpu import step_chunk_
+from lion_dist.update.backends.chunks import Chunks
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import (
     NAN_BITS,
@@ -143,7 +143,7 @@ def test_against_lion_pytorch() -> None:
     peer.state[theirs]["exp_avg"] = torch.zeros(n)
     m, s = torch.zeros(n), scalars_of(HyperParameters(lr, wd, *betas, False))
     u = 2.0**-24
-    flipped = torch.zeros(n, dtype=torch.bool)
+    flipped, chunks = torch.zeros(n, dtype=torch.bool), Chunks()
     for _ in range(steps):
         g = torch.randn(n)
         their_m = peer.state[theirs]["exp_avg"]
@@ -153,7 +153,7 @@ def test_against_lion_pytorch() -> None:
         tie = (c1 + c2).abs() <= slack
         apart = (ours - theirs).abs()
         with torch.no_grad():
-            step_chunk_(ours.detach(), g, m, s)
+            chunks.lion_step_(ours.detach(), g, m, s)
         theirs.grad = g
         peer.step()
         began = ((ours - theirs).abs() - apart).abs() > 0.5 * lr  # a wrong sign moves them lr or 2 * lr apart

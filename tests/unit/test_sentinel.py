@@ -10,69 +10,96 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lion_dist.sharding.param_grads import GradState, ParamGrads
 from lion_dist.sharding.sentinel import Sentinel
 
 
-def make(*numels: int) -> tuple[Sentinel, list[nn.Parameter]]:
+class Watched(Sentinel):
+    """A sentinel, with the gradients that it stands for."""
+
+    def __init__(self, params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> None:
+        self.grads = ParamGrads(params)
+        super().__init__(self.grads, look)  # type: ignore[arg-type]
+
+    def watch_after(self, *left: int) -> None:
+        """Begins to watch after the gradients of these parameters have left, whatever p.grad holds now."""
+        for i in left:
+            p = self.grads.params[i]
+            if self.grads.states[i] is GradState.LOCAL:
+                held, p.grad = p.grad, torch.ones_like(p)
+                self.grads.take([i])
+                p.grad = held
+        self.watch()
+
+    def arrived(self) -> None:
+        """Autograd has added to the sentinel's gradient."""
+        self.grads.arrived(self.index)
+
+    def has_gradient(self) -> bool:
+        """Whether the sentinel's p.grad holds more than the placeholder."""
+        return self.grads.any_gradient()
+
+
+def make(*numels: int) -> tuple[Watched, list[nn.Parameter]]:
     params = [nn.Parameter(torch.ones(n)) for n in numels]
-    return Sentinel(params, lambda: None), params
+    return Watched(params), params
 
 
-def watching(params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> Sentinel:
+def watching(params: list[nn.Parameter], look: Callable[[], object] = lambda: None) -> Watched:
     """A sentinel of the smallest parameter."""
-    sentinel = Sentinel(params, look)  # type: ignore[arg-type]
-    sentinel.watch([1] * len(params))
+    sentinel = Watched(params, look)
+    sentinel.watch_after(*range(len(params)))
     return sentinel
 
 
 def test_is_the_first_of_the_smallest() -> None:
     for numels, left, index in [
-        ((5, 3, 4, 3), [1, 1, 1, 1], 1), ((5,), [1], 0), ((5, 0, 1), [1, 1, 1], 1),
+        ((5, 3, 4, 3), [0, 1, 2, 3], 1), ((5,), [0], 0), ((5, 0, 1), [0, 1, 2], 1),
         # Of those whose gradients have left, if any has.
-        ((5, 3, 4, 3), [1, 0, 1, 1], 3), ((5, 3, 4, 3), [1, 0, 0, 0], 0), ((5, 3, 4, 3), [0, 0, 0, 0], 1),
+        ((5, 3, 4, 3), [0, 2, 3], 3), ((5, 3, 4, 3), [0], 0), ((5, 3, 4, 3), [], 1),
     ]:  # fmt: skip
         sentinel, params = make(*numels)
-        sentinel.watch(left)
+        sentinel.watch_after(*left)
         assert sentinel.index == index
         assert [p.grad is not None for p in params] == [i == index for i in range(len(numels))]
 
 
 def test_stays_until_removed() -> None:
     sentinel, params = make(5, 3, 4)
-    sentinel.watch([1, 0, 0])
-    sentinel.watch([1, 1, 1])
+    sentinel.watch_after(0)
+    sentinel.watch_after(0, 1, 2)
     assert sentinel.index == 0
     sentinel.remove()
     assert [p.grad for p in params] == [None] * 3
-    sentinel.watch([1, 1, 1])
+    sentinel.watch_after(0, 1, 2)
     assert sentinel.index == 1
     assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
     sentinel.dismiss()
     assert [len(p._backward_hooks or {}) for p in params] == [0, 0, 0]
-    sentinel.watch([0, 1, 0])  # the same one once more
+    sentinel.watch_after(1)  # the same one once more
     assert [len(p._backward_hooks or {}) for p in params] == [0, 1, 0]
 
 
 def test_knows_nothing_until_it_watches() -> None:
     sentinel, (_, p) = make(5, 3)
     assert not sentinel.watches
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
     p.grad = torch.ones_like(p)
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
     sentinel.remove()
     assert p.grad is not None  # it is not the sentinel's
 
 
 def test_placeholder_is_no_gradient() -> None:
     sentinel, (other, p) = make(5, 3)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     assert sentinel.watches
     assert other.grad is None
     assert p.grad is not None
     assert not p.grad.any()
     assert not p.grad.requires_grad
-    assert sentinel.holds_none()
-    assert not sentinel.gone()
+    assert not sentinel.has_gradient()
+    assert not sentinel.noticed_zeroing()
     sentinel.remove()
     assert p.grad is None
     assert not sentinel.watches
@@ -81,10 +108,10 @@ def test_placeholder_is_no_gradient() -> None:
 def test_keeps_a_gradient_that_is_there() -> None:
     sentinel, (_, p) = make(5, 3)
     p.grad = grad = torch.full_like(p, 2.0)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     assert p.grad is grad
-    assert not sentinel.holds_none()
-    assert not sentinel.gone()
+    assert sentinel.has_gradient()
+    assert not sentinel.noticed_zeroing()
     sentinel.remove()
     assert p.grad is grad
 
@@ -131,13 +158,13 @@ def test_change_is_an_error(change: Callable[[nn.Parameter], None], numel: int, 
     sentinel, (_, p) = make(5, numel)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     change(p)
     for _ in range(2):  # asking does not make it forget
-        with pytest.raises(RuntimeError, match=r"changed after they had been reduced.*ShardedLion's own"):
-            sentinel.gone()
+        with pytest.raises(RuntimeError, match=r"changed after gradients had been reduced.*ShardedLion's own"):
+            sentinel.noticed_zeroing()
     sentinel.remove()
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
@@ -145,22 +172,22 @@ def test_gradients_set_to_none(with_gradient: bool) -> None:
     sentinel, (_, p) = make(5, 3)
     if with_gradient:
         p.grad = torch.ones_like(p)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     p.grad = None
-    assert sentinel.gone()
+    assert sentinel.noticed_zeroing()
     sentinel.remove()
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
     assert p.grad is None
 
 
 def test_autograd_adds_to_the_placeholder() -> None:
     sentinel, (_, p) = make(5, 3)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     for expected in (2.0, 4.0):
         (2 * p).sum().backward()
-        sentinel.saw()
-        assert not sentinel.gone()
-        assert not sentinel.holds_none()  # a gradient now, even if it were of zeros
+        sentinel.arrived()
+        assert not sentinel.noticed_zeroing()
+        assert sentinel.has_gradient()  # a gradient now, even if it were of zeros
         assert p.grad is not None
         assert torch.equal(p.grad, torch.full_like(p, expected))
     sentinel.remove()
@@ -169,9 +196,9 @@ def test_autograd_adds_to_the_placeholder() -> None:
 
 def test_zeros_that_autograd_added_are_a_gradient() -> None:
     sentinel, (_, p) = make(5, 3)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     (0 * p).sum().backward()
-    assert not sentinel.holds_none()
+    assert sentinel.has_gradient()
 
 
 def test_looks_before_autograd_adds() -> None:
@@ -182,7 +209,7 @@ def test_looks_before_autograd_adds() -> None:
 
         def look(seen: list[bool | str] = seen) -> None:
             try:
-                seen.append(sentinel.gone())  # noqa: B023  (made below, and called within this iteration)
+                seen.append(sentinel.noticed_zeroing())  # noqa: B023  (made below, and called within this iteration)
             except RuntimeError:
                 seen.append("changed")
 
@@ -191,7 +218,7 @@ def test_looks_before_autograd_adds() -> None:
             change(p)
         for _ in range(2):
             p.sum().backward()
-            sentinel.saw()
+            sentinel.arrived()
         assert seen == [outcome, False]
         sentinel.dismiss()
         p.sum().backward()
@@ -217,14 +244,14 @@ def test_recorded_additions_are_no_change() -> None:
     """With create_graph=True autograd adds out of place, so that the tensor is another one."""
     p = nn.Parameter(torch.ones(3))
     seen: list[bool] = []
-    sentinel = watching([p], lambda: seen.append(sentinel.gone()))
+    sentinel = watching([p], lambda: seen.append(sentinel.noticed_zeroing()))
     for _ in range(2):
         before = p.grad
         (p * p).sum().backward(create_graph=True)
         assert p.grad is not before
-        sentinel.saw()
+        sentinel.arrived()
     assert seen == [False, False]
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
     p.grad = None  # breaks the cycle of which torch warns
 
 
@@ -232,15 +259,15 @@ def test_recorded_additions_are_no_change() -> None:
 def test_placeholder_refuses_to_be_unscaled(with_late_gradient: bool) -> None:
     """torch's operator does it without a trace: not even the version of the tensor changes."""
     sentinel, params = make(5, 3)
-    sentinel.watch([1, 1])
+    sentinel.watch_after(0, 1)
     if with_late_gradient:
         params[1].sum().backward()
-        sentinel.saw()
+        sentinel.arrived()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(params[0].sum()).backward()
     with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(\) .* use stage=1"):
         scaler.unscale_(torch.optim.SGD(params))
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
 
 
 def test_placeholder_refuses_data() -> None:
@@ -262,7 +289,7 @@ def test_placeholder_is_copied_and_saved_as_a_plain_tensor() -> None:
         assert saved.tolist() == [0.0, 0.0, 0.0]
 
 
-def watching_one() -> tuple[Sentinel, nn.Parameter]:
+def watching_one() -> tuple[Watched, nn.Parameter]:
     p = nn.Parameter(torch.ones(3))
     return watching([p]), p
 
@@ -270,15 +297,15 @@ def watching_one() -> tuple[Sentinel, nn.Parameter]:
 def test_placeholder_is_a_tensor_like_others() -> None:
     """In the hands of torch.compile, Module.to(), copy.deepcopy() and arithmetic."""
     model = nn.Linear(3, 1)
-    sentinel = Sentinel(list(model.parameters()), lambda: None)
-    sentinel.watch([1, 1])
+    sentinel = Watched(list(model.parameters()))
+    sentinel.watch_after(0, 1)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(torch.ones(2, 3)).sum().backward()
-    sentinel.saw()
+    sentinel.arrived()
     assert model.bias.grad is not None
     assert model.bias.grad.tolist() == [2.0]
     assert type(model.bias.grad + 1) is Tensor
-    assert not sentinel.gone()
+    assert not sentinel.noticed_zeroing()
     model.to(torch.float64)
     assert model.bias.grad.dtype == torch.float64
     assert copy.deepcopy(model).bias.dtype == torch.float64

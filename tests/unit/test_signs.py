@@ -129,7 +129,7 @@ class Ranks:
 
 
 # Around four to a byte, an alignment of 128 elements, a block of 1024, a tile of 8192; for 1 to 4 ranks: heads
-# without tails (3072) and tails without heads, of which some end up in two ranks' parts of the pack.
+# without tails (3072) and tails without heads, of which some end up in two ranks' parts of the tail buffer.
 SIZES = (0, 1, 3072, 127, 129, 2, 1023, 3, 4100, 700)
 # The interpreter takes a second for what torch does in milliseconds.
 FEW_SIZES = (0, 3072, 127, 1030, 3)

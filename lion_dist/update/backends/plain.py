@@ -15,7 +15,7 @@ from ..segments import Segment, StepTensors
 from ..state import EXP_AVG
 from .batch import SIGNS, Prepared
 
-CHUNK = 32768  # elements; what torch computes of so many stays in the cache of one core
+CHUNK = 32768  # elements that sums of squares add up at a time; the sums of other chunks would have other bits
 
 
 class PlainBatch:
@@ -51,7 +51,8 @@ class PlainBatch:
         for i, s in enumerate(self.segments):
             g = grads[s.entry]
             if g is not None:
-                yield i, self._run(g, s.grad_start, s.length)
+                # `flat` takes twice as long. Here a view does no harm.
+                yield i, g.as_strided((s.length,), (1,), g.storage_offset() + s.grad_start) if self.linear else g
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         for i, g in self.with_gradient(prepared):

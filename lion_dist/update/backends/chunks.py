@@ -1,0 +1,109 @@
+"""The rule on chunks of CPU tensors, in plain torch, with few passes over memory.
+
+[Note: Finite numbers] The methods here make the operations of reference.py in place, without its selections, which
+would take three times as long. As long as c, the momentum and the parameter are finite, the bits are the same. A sum
+tells: it is finite only where all of its terms are. (It may overflow over finite terms, which costs time alone.) Where
+it is not finite, the functions of reference.py decide.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import Scalars
+
+F32 = torch.float32
+
+
+class Chunks:
+    """Steps chunks, 1-D tensors that fit into the cache. Keeps its scratch memory, as large as the largest chunk was.
+
+    The methods are those of reference.py that have the same names, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(4, 0)
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # by length
+
+    def _scratch(self, length: int) -> tuple[Tensor, ...]:
+        """Four float32 tensors of a length."""
+        rows = self._rows.get(length)
+        if rows is None:
+            if length > self._memory.shape[1] or len(self._rows) == 64:
+                self._memory = torch.empty(4, max(length, self._memory.shape[1]))
+                self._rows = {}
+            rows = self._rows[length] = self._memory[:, :length].unbind()
+        return rows
+
+    def _blend_(self, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Writes the new momentum. See [Note: Finite numbers].
+
+        Returns:
+            c; the new momentum before rounding; scratch memory, all float32; and whether all of c and of the stored
+            momentum are finite.
+        """
+        c, t, g32, m32 = self._scratch(m.numel())
+        if s.grad_scale.item() != 1:
+            g = torch.mul(g.float(), s.grad_scale, out=g32)
+        elif g.dtype != F32:
+            g = g32.copy_(g)
+        new_m = m if m.dtype == F32 else m32.copy_(m)
+        torch.mul(new_m, s.beta1, out=c)
+        torch.mul(g, s.one_minus_beta1, out=t)
+        c.add_(t)
+        torch.mul(g, s.one_minus_beta2, out=t)
+        new_m.mul_(s.beta2).add_(t)
+        if new_m is m:
+            total = m.sum()
+        else:
+            total = m.copy_(new_m).sum(dtype=F32)
+        return c, new_m, t, math.isfinite(total) and math.isfinite(c.sum())
+
+    @staticmethod
+    def _move_(p: Tensor, sign: Tensor, s: Scalars, scratch: Tensor) -> None:
+        """Writes the new parameter, by signs of which none is NaN. See [Note: Finite numbers]."""
+        lr = s.lr.item()
+        if lr == 0:
+            return
+        new_p = p if p.dtype == F32 else scratch.copy_(p)
+        # The product of lr and a sign is exact, so a fused multiply-add rounds once, as the rule's difference does.
+        new_p.mul_(s.decay).add_(sign, alpha=-lr)
+        if not math.isfinite(new_p.sum()):
+            p.copy_(reference.stored(new_p, new_p == new_p, p.dtype))
+        elif new_p is not p:
+            p.copy_(new_p)
+
+    def lion_step_(self, p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
+        c, new_m, scratch, finite = self._blend_(g, m, s)
+        if finite:
+            self._move_(p, c.sign_(), s, scratch)
+        else:
+            sign, stored_m = reference.judge(c, new_m, m.dtype)
+            m.copy_(stored_m)
+            p.copy_(reference.parameter_rule(p, sign, s))
+
+    def sign_step_(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
+        c, new_m, scratch, finite = self._blend_(g, m, s)
+        if finite:
+            sign = c.sign_()
+            # 0, 1 and -1 become ZERO, PLUS and MINUS.
+            code = torch.mul(sign, 1.5, out=scratch).sub_(0.5).mul_(sign)
+            packed.copy_(reference.pack_codes(code.to(torch.uint8)))
+        else:
+            sign, stored_m = reference.judge(c, new_m, m.dtype)
+            m.copy_(stored_m)
+            packed.copy_(reference.pack_signs(sign))
+
+    def apply_signs_(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
+        if (packed & packed >> 1 & 0x55).any():  # both bits of a code are set, so one is NOT_A_NUMBER
+            reference.apply_signs_(p, packed, s)
+            return
+        code, sign, scratch, _ = self._scratch(p.numel())
+        code.copy_(reference.unpack_codes(packed, p.numel()))
+        # ZERO, PLUS and MINUS become 0, 1 and -1.
+        torch.mul(code, -1.5, out=sign).add_(2.5).mul_(code)
+        self._move_(p, sign, s, scratch)
