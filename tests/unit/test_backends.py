@@ -162,8 +162,8 @@ def test_what_is_compiled(lengths: list[int], expected: list[int], monkeypatch: 
     """Long runs, if together they have enough elements."""
     sizes: list[int] = []
     monkeypatch.setattr(compiled, "step_", lambda p, g, m, scalars: (sizes.append(p.numel()), True)[1])
-    columns = StepTensors(*([torch.zeros(n) for n in lengths] for _ in range(2)), {}, [0] * len(lengths))
-    columns.state[EXP_AVG] = [torch.zeros(n) for n in lengths]
+    params, grads, momenta = ([torch.zeros(n) for n in lengths] for _ in range(3))
+    columns = StepTensors(params, list(grads), {EXP_AVG: momenta}, [0] * len(lengths))
     step_by(LionUpdate(False), columns, HYPERS)
     assert sizes == expected
 

@@ -48,7 +48,8 @@ def within(name: str, package: str) -> bool:
 def closure(path: Path) -> set[str]:
     """What a file imports, and what the files of lion_dist that it imports import in their turn."""
     by_name = {module_name(p): p for p in FILES if p != PACKAGE / "__init__.py"}
-    found, todo = set(), [path]
+    found: set[str] = set()
+    todo = [path]
     while todo:
         new = imports(todo.pop()) - found
         found |= new
