@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, bits
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, bits, momentum_parts
 from tests.harness import device_of, run_ranks
 from tests.scenarios.replicas import LR, Trained
 from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy
@@ -115,7 +115,7 @@ def body_load_refuses(rank: int, world_size: int) -> None:
     trained.step()
     optimizer.param_groups[0]["lr"] = 0.125
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    momenta = [shard.buffers["exp_avg"].clone() for shard in optimizer._shards]
+    momenta = [part.clone() for part in momentum_parts(optimizer)]
     if rank == 1:
         flip(trained.params[0], 3)
     before = [bits(p) for p in trained.params]
@@ -123,8 +123,8 @@ def body_load_refuses(rank: int, world_size: int) -> None:
         optimizer.load_state_dict(state)
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert [p for group in optimizer.param_groups for p in group["params"]] == trained.params
-    for shard, m in zip(optimizer._shards, momenta, strict=True):
-        assert_same_bits(shard.buffers["exp_avg"], m, "momentum")
+    for part, m in zip(momentum_parts(optimizer), momenta, strict=True):
+        assert_same_bits(part, m, "momentum")
     for p, b in zip(trained.params, before, strict=True):
         assert torch.equal(bits(p), b)
     optimizer.resync()

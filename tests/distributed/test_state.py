@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, momentum_parts
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
 
@@ -101,7 +101,7 @@ def test_takes_a_lion_state(tmp_path: Path) -> None:
 
 
 def snapshot(model: Toy, optimizer: ShardedLion) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()] + [s.buffers["exp_avg"].clone() for s in optimizer._shards]
+    return [p.detach().clone() for p in model.parameters()] + [part.clone() for part in momentum_parts(optimizer)]
 
 
 def body_foreign_state(rank: int, world_size: int) -> None:
