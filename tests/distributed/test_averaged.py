@@ -151,7 +151,7 @@ def body_came_later(rank: int, world_size: int) -> None:
 
 
 def body_no_false_alarm(rank: int, world_size: int) -> None:
-    """However DistributedDataParallel averages, ranks have the same bits."""
+    """Every way in which DistributedDataParallel averages gives ranks the same bits."""
     device = device_of(rank, world_size)
     ways: list[dict[str, Any]] = [
         {}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"hook": fp16_compress_hook},

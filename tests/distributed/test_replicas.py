@@ -44,7 +44,7 @@ def body_check_and_resync(rank: int, world_size: int) -> None:
         optimizer.check_replicas()
         if 0 not in strayed:
             assert_same_bits(params[number[name]], good[number[name]], "the first rank's is what counts")
-    # Several at once, more than are told, and a sign of zero that no comparison of values would see.
+    # Several at once, more than the error names, and a sign of zero that no comparison of values would see.
     with torch.no_grad():
         model.one.zero_()
         if rank == 1:
@@ -102,7 +102,7 @@ def training_goes_on(rank: int, world_size: int, heal: str) -> None:
     assert_same_momentum(optimizer.full_state_dict(), lion)
 
 
-def test_training_goes_on(tmp_path: Path) -> None:
+def test_training_continues_on_diverged_replicas(tmp_path: Path) -> None:
     run_ranks(body_training_goes_on, 2, tmp_path)
 
 
@@ -168,7 +168,7 @@ def healed(rank: int, world_size: int, sync: str) -> list[bool]:
     return [bool(everywhere[0, i] == everywhere[1, i]) for _, i in spoilt]
 
 
-def test_parameters_heal_what_their_owner_has_whole(tmp_path: Path) -> None:
+def test_gathered_parameters_repair_replicas(tmp_path: Path) -> None:
     run_ranks(body_params_heal, 2, tmp_path)
 
 

@@ -183,7 +183,8 @@ def body_closure_and_versions(rank: int, world_size: int) -> float:
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 1000
+    loss: Any = optimizer.step(closure)
+    assert loss.item() == 1000
     assert p[0].item() == 0.5
     loss = (p * p).sum()  # saves p
     p.grad = torch.ones_like(p)
@@ -227,7 +228,7 @@ def body_no_gradient(rank: int, world_size: int) -> None:
         assert [train(clip=stage == 1), train(clip=True), train()] == [1, 0, 0]
         for p, b in zip(kept, before, strict=True):
             assert_same_bits(p, b, "not stepped")
-    # A rank without a gradient where another has one; then none has, of one optimizer's second epoch.
+    # A rank without a gradient where another has one; then none has, in the optimizer's second accumulation.
     p, q = (nn.Parameter(torch.ones(300, device=device)) for _ in range(2))
     optimizer = ShardedLion([p, q], lr=0.25)
     for _ in range(3):

@@ -113,7 +113,7 @@ def test_one_rank(tmp_path: Path) -> None:
 
 
 def body_auto(rank: int, world_size: int) -> list[str]:
-    """What is logged, and whether signs are sent."""
+    """Returns what is logged; and checks whether signs are sent."""
     logger, said = logging.getLogger("lion_dist"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")

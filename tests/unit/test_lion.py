@@ -31,7 +31,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # -- A drop-in for lion_pytorch.Lion
 
 
-def test_arguments_stand_where_lion_pytorch_has_them() -> None:
+def test_arguments_are_in_the_order_of_lion_pytorch() -> None:
     ours, theirs = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (Lion, lion_pytorch.Lion))
     assert [p.name for p in ours[: len(theirs)]] == [p.name for p in theirs]
     for a, b in zip(ours, theirs, strict=False):
@@ -114,7 +114,7 @@ def test_a_saved_initial_lr_of_a_group_still_counts() -> None:
     assert_same_bits(p.detach(), torch.full((4,), 768.0))
 
 
-def test_goes_on_from_a_state_dict_of_lion_pytorch() -> None:
+def test_resumes_from_a_state_dict_of_lion_pytorch() -> None:
     theirs = params_of()
     peer = lion_pytorch.Lion(theirs, lr=2.0**-6, weight_decay=0.1, betas=(0.95, 0.98))
     run(peer, theirs, range(5))
