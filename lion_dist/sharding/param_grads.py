@@ -16,7 +16,7 @@ Whether a gradient has left must be known for three reasons. A parameter whose g
 even though its ``p.grad`` is None. A later part is added to the shard and does not replace it. And nothing but autograd
 may put a gradient into ``p.grad`` from then on: a gradient that DistributedDataParallel or the user writes there would
 be a second copy of one that has already been counted. So what autograd leaves in ``p.grad`` is recorded, as tensor and
-version, and whatever differs from the record is reported.
+version, and any difference from the record is reported.
 """
 
 from __future__ import annotations
