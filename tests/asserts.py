@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from lion_dist import Lion
+from lion_dist import Lion, ShardedLion
 from lion_dist.hyper_values import to_dtype
 from lion_dist.update.reference import NAN_BITS
 from lion_dist.update.segments import StepTensors
@@ -80,6 +80,12 @@ def assert_unmoved(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
     for name, p in expected.named_parameters():
         assert_same_bits(got.get_parameter(name), p, name)
+
+
+def momentum_parts(optimizer: ShardedLion) -> list[Tensor]:
+    """This rank's parts of the momenta, which are views of them."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    return [part for p in params for part in optimizer.state[p]["exp_avg"].parts]
 
 
 def assert_same_momentum(got: dict, expected: Lion) -> None:

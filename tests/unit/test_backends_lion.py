@@ -190,7 +190,7 @@ def specials(dtype: torch.dtype) -> list[float]:
         ],
     ],
 )
-def test_what_is_not_finite(use_triton: bool, mix: Mix) -> None:
+def test_values_that_are_not_finite(use_triton: bool, mix: Mix) -> None:
     """Every pair of special gradient and momentum, in a whole block and a masked one, under each group's
     hyper-parameters (maximize, lr = 0, betas of 0) and several clipping coefficients."""
     pairs = torch.cartesian_prod(torch.tensor(specials(mix[1])), torch.tensor(specials(mix[2])))

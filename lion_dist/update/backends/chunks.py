@@ -57,10 +57,7 @@ class Chunks:
         c.add_(t)
         torch.mul(g, s.one_minus_beta2, out=t)
         new_m.mul_(s.beta2).add_(t)
-        if new_m is m:
-            total = m.sum()
-        else:
-            total = m.copy_(new_m).sum(dtype=F32)
+        total = m.sum() if new_m is m else m.copy_(new_m).sum(dtype=F32)
         return c, new_m, t, math.isfinite(total) and math.isfinite(c.sum())
 
     @staticmethod
