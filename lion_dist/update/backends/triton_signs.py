@@ -1,12 +1,12 @@
 """The two halves of a step as Triton launches, with 2-bit signs between them: `sign_step_` and `apply_signs_` of
 reference.py, bit for bit.
 
-The first half reads gradient and momentum and writes the momentum and the packed signs; it does not touch the parameter.
-The second half reads the signs and writes the parameter. Both read a segment table, as triton_step.py does. In the table
-of the second half the state column is the packed signs: bytes, PER_BYTE elements each.
+The first half reads gradient and momentum, and writes the momentum and the packed signs. It does not touch the
+parameter. The second half reads the signs and writes the parameter; if its ``agree`` flag is 0 it writes nothing. Both
+read a segment table, as triton_step.py does. In the table of the second half the state column is the packed signs:
+bytes, PER_BYTE elements each.
 
-Checksum: `reference.hyper_checksum`, which the first half writes. The second half writes nothing if its ``agree`` flag is
-0.
+The first half also writes a checksum, `reference.hyper_checksum`.
 """
 
 from __future__ import annotations
