@@ -262,19 +262,12 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class _Registration:
-    """The changes that `register` has made to DeepSpeed, and what is needed to undo them.
+    """The changes that `register` has made to DeepSpeed, kept so that they can be undone."""
 
-    Attributes:
-        engine: DeepSpeedEngine.
-        supported: the list of optimizers that ZeRO accepts.
-        originals: the methods that have been replaced, by name.
-        replacements: the functions that have replaced them.
-    """
-
-    engine: type
-    supported: list[type]
-    originals: dict[str, Callable[..., Any]]
-    replacements: dict[str, Callable[..., Any]]
+    engine: type  # DeepSpeedEngine
+    supported: list[type]  # optimizers that ZeRO accepts
+    originals: dict[str, Callable[..., Any]]  # the methods that have been replaced, by name
+    replacements: dict[str, Callable[..., Any]]  # the functions that have replaced them
 
 
 _lock = threading.RLock()

@@ -136,7 +136,7 @@ class SegmentTable:
     it was given.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs of one device and one mix of dtypes.
         device: the device of all tensors.
 
