@@ -30,7 +30,7 @@ def is_dtensor(t: Tensor) -> bool:
     """Whether t is a DTensor."""
     if not is_traceable_wrapper_subclass(t):
         return False
-    from torch.distributed.tensor import DTensor  # takes half a second, unless somebody has made a DTensor already
+    from torch.distributed.tensor import DTensor  # takes half a second if no DTensor has been made yet
 
     return isinstance(t, DTensor)
 

@@ -112,7 +112,7 @@ class LocalGrads:
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._several = dist.get_world_size(membership.group) > 1
-        # Nothing else would notice that nobody averages the gradients.
+        # Nothing else would notice that gradients are not averaged.
         self._averaged = AveragedGradients(membership.group)
         self._shards: list[Shard] = []
         self._present: list[bytes] = []  # for each shard, 1 where a parameter had a gradient when `of` was called

@@ -78,7 +78,7 @@ class Members:
 
 @dataclass
 class _Kept:
-    """What is kept between the steps of one set of parameters."""
+    """Objects that are kept between the steps of one set of parameters."""
 
     update: LionUpdate
     members: Members | None = None
@@ -87,38 +87,39 @@ class _Kept:
 class Lion(Optimizer):
     """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
 
-    Elementwise, so it is right wherever each rank steps the elements it holds: one device, DDP, FSDP1, FSDP2,
-    tensor parallelism (where DTensor leaves a gradient in other placements than its parameter, the step brings it into
-    these by a collective). State: ``exp_avg`` a parameter, in the parameter's shape and sharding, made at the
-    first step for every parameter that requires a gradient, whether this rank holds any of it or not. What a wrapper
-    keeps beside it in ``state``, or under keys that are no parameters, stays there, and is saved and loaded. The
-    rule is in lion_dist/update/reference.py.
+    The rule is elementwise, so it is correct wherever each rank steps the elements it holds: on one device, and under
+    DDP, FSDP1, FSDP2 and tensor parallelism. (If DTensor leaves a gradient in other placements than its parameter's,
+    the step redistributes it, which is a collective.) lion_dist/update/reference.py defines the rule.
+
+    State: each parameter has an ``exp_avg`` in its own shape and sharding. The first step makes it for every parameter
+    that requires a gradient, even if this rank holds no element of it. Entries that wrappers add to ``state``, also
+    under keys that are not parameters, are kept, saved and loaded.
 
     ``torch.compile`` of a function that calls step() breaks the graph there; ``fullgraph=True`` raises, as it does for
-    torch's own optimizers. There is nothing to compile: a step is one kernel launch, or compiles itself on the CPU.
+    torch's own optimizers. Nothing is lost: a step is one kernel launch, and on the CPU it compiles itself.
 
-    Under FSDP1 with use_orig_params=False a wrapped module is one parameter, which groups cannot split: its
-    gains and biases decay with its matrices.
+    Under FSDP1 with use_orig_params=False a wrapped module is one parameter, which groups cannot split, so its gains
+    and biases decay like its matrices.
 
     Args:
-        params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen ones without a
-            gradient may be anything, such as a quantised base under adapters; they are judged once they are unfrozen.
+        params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen parameters without
+            a gradient may have any layout and dtype (a quantised base under adapters), until they are unfrozen.
         lr: learning rate >= 0, 3 to 10 times smaller than AdamW's; a number or a one-element tensor,
             which is read on its device.
-        betas: two numbers in [0, 1), in whatever holds two. (0.95, 0.98) for language models or unstable training.
+        betas: two numbers in [0, 1), as any iterable. (0.95, 0.98) for language models or unstable training.
         weight_decay: decoupled from the gradient and multiplied by lr; 3 to 10 times AdamW's.
         use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
             The results are the same bits.
         decoupled_weight_decay: divides weight_decay by the constructor's lr, in every group, as lion-pytorch does:
-            at that lr the decay does not depend on it. Groups keep that lr as ``init_lr``; a state_dict brings along
-            the one that it was saved with.
+            at that lr the decay does not depend on it. Groups keep that lr as ``init_lr``, and a load takes the one of
+            the state_dict.
         momentum_dtype: dtype of exp_avg, or its name ("bfloat16"); None: the parameter's (float32 for float16
             parameters). Under FSDP1 the same in all groups.
         maximize: ascend instead of descend.
 
     Raises:
-        ValueError, TypeError: for hyper-parameters or parameters that cannot be used; from step(),
-            for gradients that cannot, before anything is changed.
+        ValueError, TypeError: a hyper-parameter or parameter cannot be used. step() raises them if a gradient cannot be
+            used, before it changes anything.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
     """
@@ -146,8 +147,8 @@ class Lion(Optimizer):
     swaps_params = False
 
     def adopt_state(self) -> None:
-        """Called before a step reads groups and state. A subclass may bring here into Lion's form what others have put
-        into them. Does nothing in `Lion`."""
+        """Called before a step reads groups and state. A subclass may convert entries that other code has put there to
+        the form that Lion steps. `Lion` does nothing here."""
 
     # --------------------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Lion(Optimizer):
     def _kept_for_params(self) -> _Kept:
         if not self.swaps_params:
             return self._kept[()]
-        # Nobody else gets these ids: what is kept holds the parameters.
+        # No other parameters can get these ids, since `_Kept` holds the parameters.
         ids = tuple(id(p) for group in self.param_groups for p in group["params"])
         if ids not in self._kept:
             self._kept[ids] = _Kept(LionUpdate(self._use_triton))
@@ -306,18 +307,18 @@ class Lion(Optimizer):
         for entry in self.state.values():
             unwrap(entry)
         self._start(self._use_triton)
-        self._rounding = warnings or self._rounding  # once an optimizer, however often it loads
+        self._rounding = warnings or self._rounding  # each warning once for an optimizer, even if it loads again
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32").
+        """Returns the state_dict that every torch optimizer has. A group's ``momentum_dtype`` is its name ("float32").
 
-        Of parameters that FSDP or tensor parallelism shards it makes the state that is missing (see `init_state`):
-        what is shown of a new optimizer is what torch's checkpoints then load, and no more. So it does for parameters
-        of which a wrapper keeps something: `load_state_dict` takes none of those without its ``exp_avg``.
+        For parameters that FSDP or tensor parallelism shards, it first makes missing state (see `init_state`), because
+        torch's checkpoints load only the entries that the optimizer's state_dict already shows. It does the same for
+        parameters for which a wrapper keeps entries, because `load_state_dict` refuses those without an ``exp_avg``.
 
-        Under FSDP1 the state_dict has one more key, ``params_in_order_of_names``, by which `load_state_dict` tells it
-        from one that has come through torch's own doors, where names may be in the order of another optimizer. Without
-        it parameters under FSDP1 are matched by position.
+        Under FSDP1 the state_dict has one more key, ``params_in_order_of_names``. It is missing from state_dicts that
+        torch's own functions have converted, in which names may be in the order of another optimizer. Without the key
+        `load_state_dict` matches parameters under FSDP1 by position.
         """
         if any(self._shows_state(p, group) for group in self.param_groups for p in group["params"]):
             self.init_state()
@@ -338,18 +339,18 @@ class Lion(Optimizer):
         """Loads a state_dict of `Lion`, of ``lion_pytorch.Lion`` or of
         ``ShardedLion.full_state_dict()``, copying its tensors.
 
-        Parameters are matched by name where both sides have names (``model.named_parameters()``), in whatever order
-        layers and groups come; what wrappers such as DistributedDataParallel put into names does not count. Where
-        either side has no names (``param_names`` that are not as many strings as parameters are none) they are matched
-        by position, as in every torch optimizer, and so are those that torch's own doors hand over, which have put
-        them in order. A state_dict whose ``param_names`` are damaged is refused where this optimizer has names.
+        Parameters are matched by name if both sides have names (``model.named_parameters()``), whatever the order of
+        layers and groups. Parts of a name that wrappers such as DistributedDataParallel add are ignored. If either side
+        has no names, parameters are matched by position, as in every torch optimizer. (``param_names`` count as none
+        unless they are as many strings as there are parameters.) State_dicts that torch's own functions have converted
+        are matched by position too, since those functions have put the parameters in order. A state_dict whose
+        ``param_names`` are damaged is refused if this optimizer has names.
 
-        Each momentum keeps the dtype it was saved in, unless the group it lands in names a
-        ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over
-        (``set_optimizer_state_dict``, ``FSDP.optim_state_dict_to_load``), sharded alike. Groups take the saved
-        hyper-parameters, as in every torch optimizer. Whatever else is in the state is loaded as torch's optimizers
-        load it: floating-point parameters' tensors in the dtype of the parameter. A frozen parameter may have become
-        anything since its last step; a momentum that does not fit it is kept as it is.
+        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Momenta of sharded
+        parameters must be sharded like these, as torch's own functions return them (``set_optimizer_state_dict``,
+        ``FSDP.optim_state_dict_to_load``). Groups take the saved hyper-parameters, as in every torch optimizer. Other
+        entries of the state are loaded as torch's optimizers load them: tensors of a floating-point parameter in its
+        dtype. A momentum that does not fit a frozen parameter, which may have changed, is kept unchanged.
 
         Raises:
             ValueError, TypeError: the state_dict does not fit this optimizer; nothing has been changed.

@@ -169,8 +169,8 @@ def _lr_if(agreed: Tensor, lr: float | Tensor) -> Tensor:
 class GatherSigns:
     """An all-gather of signs, and an update of every replica by all of them.
 
-    Costs a quarter of a byte a parameter. A number of each rank's step travels with its signs; where the numbers
-    differ, no signs are applied.
+    Each rank receives a quarter of a byte for each element. Each rank sends a checksum of its hyper-parameters with its
+    signs. If the checksums differ, no signs are applied.
     """
 
     def __init__(self, membership: Membership, deferred: DeferredCheck) -> None:
@@ -236,7 +236,7 @@ class _SignsOfPart:
         self._present: tuple[bytes, Tensor | None] = (b"", None)
 
     def present(self, grads: Sequence[Tensor | None]) -> Tensor | None:
-        """Which gradients are not None, for other ranks' slices: uint8, one a parameter; None if none is missing."""
+        """Which gradients are not None, for other ranks' slices: uint8, shape (parameters,); None if all are there."""
         if not _lacks_some(grads):
             return None
         present = bytes(g is not None for g in grads)

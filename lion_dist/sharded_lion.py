@@ -331,7 +331,7 @@ class ShardedLion(Optimizer):
         """The whole state as `Lion.state_dict` would give it; a collective call.
 
         State is gathered and copied to the CPU one parameter at a time, as plain contiguous tensors. `Lion` and
-        `ShardedLion`, of any world size, load it. What others keep in ``state`` is this rank's, copied to the CPU.
+        `ShardedLion`, of any world size, load it. Other code's entries of ``state`` are this rank's, on the CPU.
 
         Args:
             rank0_only: only the group's first rank keeps it in memory; the others get {}.

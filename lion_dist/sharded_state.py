@@ -80,7 +80,7 @@ class ShardEntry(MutableMapping[str, Any]):
 def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> None:
     """Puts an entry for every sharded parameter into ``state``, first and in the order of the shards.
 
-    What others keep in ``state`` stays.
+    Entries that other code keeps in ``state`` stay.
     """
     before = dict(state)
     state.clear()
@@ -107,8 +107,8 @@ def whole(
     """`ordered`, with whole state in place of this rank's part of it.
 
     Args:
-        gathered: as `gather_whole` returned it. What others keep beside it is this rank's own; its tensors are copied
-            to the CPU.
+        gathered: as `gather_whole` returned it. Entries that other code keeps beside it are this rank's own; their
+            tensors are copied to the CPU.
     """
     state = ordered(packed)
     for i, p in enumerate(p for group in groups for p in group["params"]):

@@ -57,11 +57,11 @@ class Stepper:
         self._parts: list[Part] = []
         self._clipping: Clipping | None = None
         self._warned_of_no_gradient = False
-        self._ids: list[list[int]] = []  # of the parameters of each group, when _groups was made
+        self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
         self._groups: list[list[int]] = []
 
     def set_shards(self, shards: list[Shard]) -> None:
-        """Takes other shards. What is kept between steps for shards that stay is not lost."""
+        """Takes other shards. Shards that stay keep the objects that are kept between their steps."""
         self._grads.set_shards(shards)
         kept = {id(part.shard): part for part in self._parts}
         self.shards, self._parts = shards, [kept.get(id(shard)) or self._part(shard) for shard in shards]
@@ -184,7 +184,7 @@ class Stepper:
         return norm
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> list[Tensor]:
-        """The sums over this rank's part of the gradients, of each shard of which it has any: float64, shape ()."""
+        """For each shard, the sum of squares of this rank's part of the gradients, if any: float64, shape ()."""
         sums = []
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)

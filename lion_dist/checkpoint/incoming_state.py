@@ -50,7 +50,7 @@ class IncomingState:
         saved_count: number of groups in the checkpoint.
 
     Raises:
-        ValueError, TypeError: what the checkpoint holds does not fit.
+        ValueError, TypeError: the contents of the checkpoint do not fit.
     """
 
     def __init__(

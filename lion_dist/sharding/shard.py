@@ -1,7 +1,7 @@
 """A shard: parameters where they lie, and one rank's flat buffers of the state that belongs to them.
 
 Column: one kind of state, described by its name, dtype and block. A shard has one flat buffer for each column, in which
-    `ShardLayout.slices` says where each parameter's runs lie. What the columns mean is not known here.
+    `ShardLayout.slices` says where each parameter's runs lie. This file does not know what the columns mean.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Shard:
 
         Args:
             state: by ``id`` of the parameter and by column name: whole tensors, or `BoxTensor`s that `boxes` made of
-                this shard or of one with the same layout. What is missing becomes zeros.
+                this shard or of one with the same layout. Missing state becomes zeros.
             rank: this rank.
         """
         for i, p in enumerate(self.params):

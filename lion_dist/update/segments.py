@@ -52,9 +52,9 @@ class StepTensors:
         segments: the runs to step. With None every entry is stepped whole, and its tensors have one shape, with any
             strides that do not overlap. Otherwise params are dense, and state and grads may also be flat buffers, 1-D
             and contiguous, which the segments' starts index.
-        active: uint8, on the tensors' device, shape (at least the number of entries,); only the first are read. An
-            entry whose flag is 0 takes no part either. Other ranks may decide that: a kernel reads the flags, and the
-            host need not wait for them. May be set after `LionUpdate.prepare`.
+        active: uint8, on the tensors' device, shape (at least the number of entries,). Flag i belongs to entry i; flags
+            behind the last entry are not read. An entry whose flag is 0 takes no part in the step either. On a GPU the
+            kernels read the flags, so the host does not wait for them. May be set after `LionUpdate.prepare`.
         numbers: parameter indices for error messages; default: position in the list.
         blocks: for each state column whose elements are shared, by its name: the number of the parameter's elements
             that share one (`StateColumn.block`). Columns that are not listed have one element for each.
@@ -136,7 +136,7 @@ class SegmentTable:
     it was given.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs of one device and one mix of dtypes.
         device: the device of all tensors.
 

@@ -59,7 +59,7 @@ def make_batches(
     """Divides segments by device, mix of dtypes and backend.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs; empty ones are left out.
         grad_dtypes: dtype of each entry's gradient.
         use_triton: None: wherever Triton can be had on a GPU. True: everywhere. False: nowhere.

@@ -18,7 +18,7 @@ class TritonBatch:
     """Steps the segments of a table.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs of 1-D memory.
         device: the device of their tensors.
         mix: the dtypes of their tensors.

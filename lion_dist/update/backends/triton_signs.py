@@ -1,13 +1,12 @@
 """The two halves of a step as Triton launches, with 2-bit signs between them: `sign_step_` and `apply_signs_` of
 reference.py, bit for bit.
 
-The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch the
-parameter. Every rank that holds the parameter, the owner included, applies the signs to it. Both halves read a segment
-table, as triton_step.py does. In the table of the second half the state column is the packed signs: bytes, PER_BYTE
-elements each.
+The first half reads gradient and momentum, and writes the momentum and the packed signs. It does not touch the
+parameter. The second half reads the signs and writes the parameter; if its ``agree`` flag is 0 it writes nothing. Both
+read a segment table, as triton_step.py does. In the table of the second half the state column is the packed signs:
+bytes, PER_BYTE elements each.
 
-Checksum: `reference.hyper_checksum`, which the owner sends with its signs. Signs are applied only where all ranks sent
-the same one: the replicas of ranks with different learning rates would drift apart silently.
+The first half also writes a checksum, `reference.hyper_checksum`.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def pack_signs(
     table: SegmentTable, grad_dtype: torch.dtype, hypers: Tensor, grad_scale: Tensor | None, active: Tensor | None,
     exp_avg: Tensor, packed: Tensor, checksum: Tensor, salt: int,
 ) -> None:  # fmt: skip
-    """The owner's half for every active segment of the table, and the checksum, in one launch.
+    """The first half for every active segment of the table, and the checksum, in one launch.
 
     Args:
         table, hypers, grad_scale, active: as for `triton_step.lion_step`.
@@ -180,7 +179,7 @@ def pack_signs(
 def apply_signs(
     table: SegmentTable, param_dtype: torch.dtype, hypers: Tensor, active: Tensor | None, agree: Tensor
 ) -> None:
-    """The other half for every active segment of the table, in one launch.
+    """The second half for every active segment of the table, in one launch.
 
     Args:
         table: its first state column is the packed signs, uint8.
