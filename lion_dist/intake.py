@@ -73,9 +73,9 @@ def complete_new_group(groups: Sequence[Group], defaults: Group, process_group: 
 
 
 def describe_new(groups: Sequence[Group], first: int, group: dist.ProcessGroup) -> list[str]:
-    """What must be the same on all ranks about the parameter groups from number ``first`` on.
+    """Lines about the parameter groups from number ``first`` on that must be the same on all ranks.
 
-    That includes which frozen parameters are broadcast and compared, since a rank that leaves one out makes other
+    They say which frozen parameters are broadcast and compared, since a rank that left one out would make other
     collectives than the rest.
     """
     params = [p for of in groups[first:] for p in of["params"]]

@@ -168,8 +168,7 @@ class ShardedLion(Optimizer):
     def init_state(self) -> None:
         """Makes the state that the next step() would make; a collective call.
 
-        That is a momentum of zeros for every parameter that was unfrozen since the optimizer or its group was made.
-        All other trainable parameters have theirs already.
+        That is a momentum of zeros for each parameter that was unfrozen since the optimizer or its group was made.
 
         Raises:
             ValueError: on every rank, where the ranks unfroze different parameters; nothing has been changed.
@@ -180,9 +179,9 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Overwrites tensors that are no parameters (``model.buffers()``) with those of the group's first rank, once.
+        """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call.
 
-        A collective call. The optimizer never synchronises them by itself.
+        The optimizer never synchronises them by itself.
         """
         given = list(buffers)
         with Agreement(self._group, "ShardedLion.broadcast_buffers()") as agreement:
@@ -258,7 +257,7 @@ class ShardedLion(Optimizer):
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
             process_groups: groups whose ranks hold other parameters of the same model, such as those of tensor or
-                pipeline parallelism: the norm is over theirs too. (A parameter that several ranks of such a group hold
+                pipeline parallelism: the norm includes those. (A parameter that several ranks of such a group hold
                 counts once for each.)
 
         Returns:
@@ -272,9 +271,9 @@ class ShardedLion(Optimizer):
         """Drops the gradients, and clipping that no step() has used.
 
         In stage 2, gradients that no step() or clip_grad_norm_() has used are dropped on every rank or on none, and
-        their backward must have reached a parameter on every rank; otherwise the next step() raises on every rank.
-        (Where it reached a rank only by parameters that were unfrozen since the last step, call this and not
-        model.zero_grad().) Until that step(), gradients of further backwards stay in ``p.grad``, at full size.
+        their backward must have reached a parameter on every rank, or the next step() raises on every rank. (Where it
+        reached a rank only by parameters that were unfrozen since the last step, do not call model.zero_grad().) Until
+        that step(), gradients of further backwards stay in ``p.grad``, at full size.
         """
         with self._grads.zeroing(set_to_none, self._frozen.params):
             super().zero_grad(set_to_none)
@@ -323,7 +322,7 @@ class ShardedLion(Optimizer):
         return {**packed, "state": ordered(packed["state"])}
 
     def _check_last_steps(self) -> None:
-        """Raises ValueError on every rank if hyper-parameters differed in one of the last steps. The host waits."""
+        """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
         self._deferred.check(all=True)
         self._stepper.check_groups(self.param_groups)
 
@@ -331,9 +330,8 @@ class ShardedLion(Optimizer):
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """The whole state as `Lion.state_dict` would give it; a collective call.
 
-        State is gathered and copied to the CPU one parameter at a time, as plain contiguous tensors in the parameters'
-        shapes. `Lion` and `ShardedLion`, of any world size, load it. What others keep in ``state`` is each rank's own,
-        its tensors copied to the CPU.
+        State is gathered and copied to the CPU one parameter at a time, as plain contiguous tensors. `Lion` and
+        `ShardedLion`, of any world size, load it. What others keep in ``state`` is this rank's, copied to the CPU.
 
         Args:
             rank0_only: only the group's first rank keeps it in memory; the others get {}.
@@ -343,8 +341,7 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
-            self._deferred.check(all=True)
-            self._stepper.check_groups(self.param_groups)
+            self._check_last_steps()
             agreement.says([f"rank0_only={rank0_only}"])
         self._grads.settle()
         keep = not rank0_only or self._rank == 0
@@ -360,8 +357,7 @@ class ShardedLion(Optimizer):
 
         Momenta keep the dtype they were saved in, unless their group names a ``momentum_dtype``. Parameters are matched
         by name where both sides have names, and what others keep in the state is loaded, as by `Lion.load_state_dict`.
-        Post hooks (``register_load_state_dict_post_hook``) run once the state is loaded on every rank, momenta and all,
-        and not if it is refused on any; what they write stays.
+        Post hooks run once the state is loaded on every rank, and not if it is refused on any; what they write stays.
 
         Args:
             state_dict: a whole state, of `full_state_dict` or of `Lion`, the same on every rank; or one of

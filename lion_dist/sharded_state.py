@@ -154,10 +154,10 @@ class IncomingState:
 
     @contextmanager
     def receiving(self, optimizer: Optimizer) -> Iterator[None]:
-        """Around torch's load_state_dict, whose last pre-hook keeps Lion's state back.
+        """Context manager around torch's load_state_dict, from which a last pre-hook keeps Lion's state back.
 
-        After an error the optimizer's groups and state are what they were. The optimizer has no post hooks within,
-        because torch would run them before Lion's state is loaded.
+        After an error, the optimizer has its old groups and state. Within, it has no post hooks, because torch would
+        run them before Lion's state is loaded.
         """
         previous = optimizer.param_groups, optimizer.state
         handle = optimizer.register_load_state_dict_pre_hook(self._take)
@@ -253,7 +253,7 @@ class IncomingState:
             hook(optimizer)
 
     def describe(self, groups: Sequence[Group]) -> list[str]:
-        """What must be the same on all ranks about the groups as they were loaded, and about the state."""
+        """Lines about the loaded groups and the state that must be the same on all ranks."""
 
         def kind(t: Tensor) -> str:
             return f"boxes of {t.dtype}" if isinstance(t, BoxTensor) else str(t.dtype)

@@ -58,8 +58,9 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor], wha
 def full_states(model: nn.Module, optimizer: Lion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(parameters, momenta) whole, on every rank, by plain name: what torch's state dicts make of them."""
     options = StateDictOptions(full_state_dict=True)
-    momenta = get_optimizer_state_dict(model, optimizer, options=options)["state"]
-    return get_model_state_dict(model, options=options), {name: entry["exp_avg"] for name, entry in momenta.items()}
+    weights: Any = get_model_state_dict(model, options=options)
+    momenta: Any = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    return weights, {name: entry["exp_avg"] for name, entry in momenta.items()}
 
 
 def assert_same_as(twin: Twin, model: nn.Module, optimizer: Lion, what: str) -> None:

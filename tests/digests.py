@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 EXPECTED = Path(__file__).with_name("digests.json")
 STEPS = 20
@@ -52,8 +53,8 @@ SMALL: dict[str, tuple[int, ...]] = {
     "one": (1,),
 }
 # Above 2^20 elements, where the CPU backend compiles the step, on one rank and on each of two ranks.
-LARGE = {"large": (2_200_007,), "million": (1_000_003,), "bias": (127,)}
-SHAPES = {"small": SMALL, "large": LARGE}
+LARGE: dict[str, tuple[int, ...]] = {"large": (2_200_007,), "million": (1_000_003,), "bias": (127,)}
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {"small": SMALL, "large": LARGE}
 # Storage dtype of the parameters, momentum_dtype.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp32": (torch.float32, None),
@@ -243,7 +244,7 @@ def lion(scenario: Scenario, here: Rank) -> State:
             p.grad = None if grad is None else grad.to(p.device, p.dtype)
         optimizer.step()
         scheduler.step()
-    params = dict(toy.named_parameters())
+    params: dict[str, Tensor] = dict(toy.named_parameters())
     return params, {name: optimizer.state[p]["exp_avg"] for name, p in params.items()}
 
 
@@ -306,7 +307,7 @@ def fsdp2(scenario: Scenario, here: Rank) -> State:
     from torch.distributed.fsdp import fully_shard
 
     toy = scenario.toy(here.device)
-    fully_shard(toy, mesh=dist.init_device_mesh(here.device.type, (here.world_size,)))
+    fully_shard(toy, mesh=init_device_mesh(here.device.type, (here.world_size,)))
     return train_fsdp(scenario, here, toy)
 
 
@@ -314,7 +315,7 @@ def hsdp(scenario: Scenario, here: Rank) -> State:
     from torch.distributed.fsdp import fully_shard
 
     toy = scenario.toy(here.device)
-    fully_shard(toy, mesh=dist.init_device_mesh(here.device.type, (2, 2), mesh_dim_names=("replicas", "shards")))
+    fully_shard(toy, mesh=init_device_mesh(here.device.type, (2, 2), mesh_dim_names=("replicas", "shards")))
     return train_fsdp(scenario, here, toy)
 
 
@@ -338,8 +339,8 @@ def train_fsdp(scenario: Scenario, here: Rank, model: nn.Module) -> State:
     optimizer = Lion(groups, **scenario.arguments())
     train(scenario, here, model, optimizer)
     options = StateDictOptions(full_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)["state"]
-    weights = get_model_state_dict(model, options=options)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    weights: Any = get_model_state_dict(model, options=options)
     return weights, {name: state[name]["exp_avg"] for name in weights}
 
 
@@ -349,7 +350,7 @@ def tp(scenario: Scenario, here: Rank) -> State:
 
     from lion_dist import Lion
 
-    mesh = dist.init_device_mesh(here.device.type, (here.world_size,))
+    mesh = init_device_mesh(here.device.type, (here.world_size,))
     toy = scenario.toy(here.device)
     placements = {name: [Shard(len(shape) - 1 if i % 2 else 0)] for i, (name, shape) in enumerate(toy.shapes.items())}
     for name in toy.shapes:

@@ -1,4 +1,4 @@
-"""What the ranks of a group send each other in one message a step: bytes, and a number on which they must agree."""
+"""The message that every rank of a group sends in a step: bytes, and a number on which the ranks must agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ExchangeBuffer:
         return rank * self._row + offset
 
     def refuse(self) -> None:
-        """Has this rank's number say that the rank does not make the step."""
+        """Sets this rank's number to the one of a rank that does not make the step."""
         self.own_number.fill_(REFUSED)
 
     def start_gather(self, group: dist.ProcessGroup) -> Any:

@@ -1,4 +1,4 @@
-"""The life of a gradient in stage 2: from autograd's hands to the owner's shard.
+"""The life of a gradient in stage 2: from autograd to the owner's shard.
 
 Arrival: autograd has added a gradient into ``p.grad``, and a hook says so. Under `no_sync` the gradient stays there.
     Otherwise it leaves with its bucket (rounds.py), and ``p.grad`` is None from then on.
@@ -74,7 +74,7 @@ class GradReducer:
         self._firsts: list[int] = []  # for each shard, the index of its first parameter among those of all shards
         self._local = ParamGrads([])
         self._hooks = GradHooks([], self._arrived, self._taken_over)
-        self._sentinel = Sentinel(self._local, self._make_look())
+        self._sentinel = Sentinel(self._local, self._make_look())  # see [Note: Sentinel]
         self._rounds = Rounds([], [], self._local, membership, bucket_bytes)
         self._flags = FlagExchange(membership)
 
@@ -117,7 +117,8 @@ class GradReducer:
             self._sentinel.watch()
 
     def _make_look(self) -> Callable[[], None]:
-        """What the sentinel calls before autograd adds to its gradient. It does not keep this object alive."""
+        """A function for the sentinel to call before autograd adds to its gradient. It does not keep this object alive,
+        see [Note: Callbacks keep nothing alive]."""
         self_ref = weakref.ref(self)
 
         @disable_dynamo
@@ -263,8 +264,8 @@ class GradReducer:
 
     def _exchange(self, unfrozen: bool) -> tuple[bool, bool]:
         """Whether any rank has late gradients, and whether any has unfrozen parameters."""
-        passes = len(self._passes)
         late = self.has_local()
+        passes = len(self._passes)
         self._flags.expects_late = self._flags.expects_late or passes > 1
         return self._flags.exchange(
             self._local.have_left(),

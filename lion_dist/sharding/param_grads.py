@@ -16,7 +16,7 @@ Whether a gradient has left must be known for three reasons. A parameter whose g
 even though its ``p.grad`` is None. A later part is added to the shard and does not replace it. And nothing but autograd
 may put a gradient into ``p.grad`` from then on: a gradient that DistributedDataParallel or the user writes there would
 be a second copy of one that has already been counted. So what autograd leaves in ``p.grad`` is recorded, as tensor and
-version, and whatever differs from the record is reported.
+version, and any difference from the record is reported.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ class GradState(Enum):
 
 
 class ParamGrads:
-    """The gradients of some parameters in ``p.grad``, with their states. Parameters are given by index.
+    """The gradients of some parameters in ``p.grad``, with their states. See [Note: States of a gradient].
+
+    Methods take indices of parameters.
 
     Args:
         params: the parameters.
 
     Attributes:
         states: state of each parameter's gradient.
-        stand_in: index of the parameter whose ``p.grad`` is never left None (see `keep_filled`), or -1.
+        stand_in: index of the parameter whose ``p.grad`` is kept filled for the sentinel (see `keep_filled`), or -1.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -75,11 +77,6 @@ class ParamGrads:
     def _is_placeholder(self, grad: Tensor) -> bool:
         """Whether a tensor is the placeholder, to which nothing has been added."""
         return grad is self._placeholder and version_of(grad) == 0
-
-    def has_gradient(self, i: int) -> bool:
-        """Whether ``p.grad`` holds a gradient."""
-        grad = self.params[i].grad
-        return grad is not None and not self._is_placeholder(grad)
 
     def any_gradient(self) -> bool:
         """Whether any ``p.grad`` holds a gradient."""
@@ -164,7 +161,8 @@ class ParamGrads:
     # The stand-in -------------------------------------------------------------------------------
 
     def keep_filled(self, i: int) -> None:
-        """Makes a parameter the stand-in: wherever its ``p.grad`` would be None, it holds a placeholder of zeros."""
+        """Makes a parameter the stand-in: where its ``p.grad`` would be None, now and after each launch, it holds a
+        placeholder of zeros. See [Note: Sentinel]."""
         self.stand_in = i
         grad = self.params[i].grad
         if grad is None:
@@ -195,7 +193,7 @@ class ParamGrads:
         self._placeholder = self.params[i].grad = Placeholder.of(self.params[i])
         self._records[i] = self._placeholder, 0
 
-    # Zeroing and other parameters; there is no stand-in meanwhile -----------------------------------
+    # Zeroing, and other parameters. There is no stand-in meanwhile --------------------------------
 
     def forget(self) -> None:
         """Follows a zeroing: gradients accumulate anew, from what lies in ``p.grad`` now."""

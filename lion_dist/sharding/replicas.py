@@ -131,7 +131,8 @@ def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
 
 
 def describe_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[str]:
-    """What must be the same on all ranks for `broadcast_dense`. Raises ValueError where the group cannot send one."""
+    """Lines that must be the same on all ranks before `broadcast_dense`. Raises ValueError where the group cannot send
+    a tensor."""
     for t in tensors:
         check_device(t.device, group)
     return [f"buffer {i}: shape {tuple(t.shape)}, {t.dtype}" for i, t in enumerate(tensors)]

@@ -9,7 +9,7 @@ another tensor, or the same one with another version.
 - The sentinel is a parameter whose gradient has left, if there is one. All others keep ``p.grad is None``, so that the
   user can still give those a gradient by hand.
 - Autograd adds to the placeholder as to any gradient. A tensor hook on the sentinel runs just before that, and asks for
-  traces; afterwards they could not be told from autograd's own work. `ParamGrads` records what autograd has left.
+  traces, which would look like autograd's own work afterwards. `ParamGrads` records what autograd has left.
 - A frozen parameter takes no such hook. If it is unfrozen while it is the sentinel, a zeroing before the next addition
   shows as another tensor in ``p.grad`` than the recorded one (see `Sentinel.replaced`).
 """

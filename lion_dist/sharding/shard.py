@@ -7,6 +7,7 @@ Column: one kind of state, described by its name, dtype and block. A shard has o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,8 @@ from .layout import ALIGN, Run, ShardLayout
 SHARD_NUMEL = 1 << 29
 
 _BITS = {2: torch.int16, 4: torch.int32}  # by element size
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")  # called in C loops, for every parameter of every step
 
 
 class Column(Protocol):
@@ -124,19 +127,20 @@ class Shard:
         """The device of the buffers."""
         return self.tail_buffer.device
 
-    def _describe(self) -> list[tuple[Any, ...]]:
-        return [(p.dtype, p.shape, p.stride()) for p in self.params]
+    def _describe(self) -> list[list[Any]]:
+        return [list(map(of_param, self.params)) for of_param in (_DTYPE, _SHAPE, Tensor.stride)]
 
     def refresh(self) -> None:
         """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
         described = self._describe()
         if described != self._described:
-            i = next(i for i, (a, b) in enumerate(zip(described, self._described, strict=True)) if a != b)
+            pairs = zip(zip(*self._described, strict=True), zip(*described, strict=True), strict=True)
+            i, before, now = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
             raise ValueError(
-                f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {self._described[i]} to "
-                f"{described[i]} after ShardedLion was made: convert the model before making the optimizer"
+                f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {before} to {now} after ShardedLion "
+                "was made: convert the model before making the optimizer"
             )
-        addresses = [p.data_ptr() for p in self.params]
+        addresses = list(map(Tensor.data_ptr, self.params))
         if addresses == self._addresses:
             return
         layout = self.layout

@@ -85,7 +85,7 @@ class Model(Toy):
         names = super().used(1 if self.steady else step)  # step 1 uses it
         return [name for name in names if name not in ("scalar", "empty")]
 
-    def forward(self, step: int) -> Tensor:
+    def forward(self, step: int) -> Tensor:  # type: ignore[override]
         if self.average:
             losses = [super(Model, self).forward(step, r, self.world_size) for r in range(self.world_size)]
             return torch.stack(losses).mean()

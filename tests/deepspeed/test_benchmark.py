@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def body_modes(rank: int, world_size: int) -> dict[str, list[float]]:
         torch.manual_seed(0)
         model = LanguageModel(sizes).to(device)
         trainer = MODES[mode].make(model, Namespace(sequences=2, clip=False))
-        engine = trainer.forward
+        engine: Any = trainer.forward
         assert type(engine.basic_optimizer).__name__ == "DeepSpeedLion", mode
         assert engine.gradient_clipping() == max_norm, mode
         tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(rank)).to(device)

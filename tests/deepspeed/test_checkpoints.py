@@ -23,7 +23,9 @@ skip_module_without("deepspeed")
 
 RANKS = 2  # that save
 BEFORE, AFTER = 6, 5
-PARAMS = {"optimizer": {"type": "Lion", "params": {"lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.2}}}
+PARAMS: dict[str, Any] = {
+    "optimizer": {"type": "Lion", "params": {"lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.2}}
+}
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 3000}}
 ACCUMULATE_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lion_dist import Lion
 from lion_dist.deepspeed import DeepSpeedLion, arguments
 from lion_dist.update import prepare
+from lion_dist.update.backends import make_batches
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
@@ -105,7 +106,8 @@ def test_what_others_keep_in_the_state_is_kept() -> None:
     optimizer = stepped(DeepSpeedLion)
     (entry,) = optimizer.state.values()
     entry["slow"] = torch.arange(5.0)
-    optimizer.state["count"] = 3
+    state: Any = optimizer.state
+    state["count"] = 3
     saved = optimizer.state_dict()
     assert list(saved["state"][0]) == ["step", "exp_avg", "exp_avg_sq", "slow"]
     fresh = DeepSpeedLion([torch.nn.Parameter(torch.zeros(5))], lr=0.3)
@@ -114,7 +116,8 @@ def test_what_others_keep_in_the_state_is_kept() -> None:
     loaded = fresh.state[fresh.param_groups[0]["params"][0]]
     assert list(loaded) == ["exp_avg", "slow"]
     assert_same_bits(loaded["slow"], torch.arange(5.0))
-    assert fresh.state["count"] == 3
+    state = fresh.state
+    assert state["count"] == 3
 
 
 def test_adams_states_are_refused_unchanged() -> None:
@@ -134,7 +137,6 @@ def test_adams_states_are_refused_unchanged() -> None:
 def test_partitions_in_turn_are_each_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO steps one group after another, with ``param_groups`` swapped or with the other groups' params left out."""
     built: list[Tensor] = []  # the parameter of each set of batches
-    make_batches = prepare.make_batches
     monkeypatch.setattr(
         prepare, "make_batches", lambda tensors, *a: (built.append(tensors.params[0]), make_batches(tensors, *a))[1]
     )

@@ -218,7 +218,7 @@ def body_engines(rank: int, world_size: int) -> None:
         initialize(model=Model(rank, world_size), config=bad)
 
     # The step of zero gradients that the wrapper's constructor makes.
-    decay = {"optimizer": {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.5}}}
+    decay: dict[str, Any] = {"optimizer": {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.5}}}
     for dtype in ("bf16", "fp16"):
         model = Model(rank, world_size)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}

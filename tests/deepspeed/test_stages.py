@@ -34,7 +34,7 @@ from .common import (
 skip_module_without("deepspeed")
 
 STEPS = 10
-DEFAULTS = {"lr": 1e-2, "betas": (0.9, 0.99)}
+DEFAULTS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99)}
 
 
 @dataclass
@@ -77,13 +77,14 @@ class Case:
 def check_training(deepspeed: Any, rank: int, world_size: int, case: Case) -> None:
     """Trains the engine and, beside it, the rule on one process; with the lr and betas that the engine has then."""
     steady = case.keeps_gradients and (case.accumulation > 1 or case.dtype == "fp16")
-    model, last = Model(rank, world_size, steady=steady), {} if case.keeps_gradients else None
+    model = Model(rank, world_size, steady=steady)
+    last: dict[str, Any] | None = {} if case.keeps_gradients else None
     config = case.config()
     defaults = {**DEFAULTS, "weight_decay": config["optimizer"]["params"].get("weight_decay", 0.0)}
     plain = PlainLion(model, DTYPES[case.dtype], defaults, case.groups(model))
     lion = Lion(case.groups(model), **defaults) if case.dtype == "fp32" and not case.max_norm else None
     trained = Model(rank, world_size, steady=steady, infinite=case.overflow)
-    empty = [{"params": []}] if case.alone else []  # DeepSpeed leaves it out
+    empty: list[dict[str, Any]] = [{"params": []}] if case.alone else []  # DeepSpeed leaves it out
     with engine_of(deepspeed, trained, config, [*case.groups(trained), *empty]) as engine:
         assert type(engine.basic_optimizer) is lion_dist.deepspeed.DeepSpeedLion, case
         for step in range(case.steps):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def body_constructor(rank: int, world_size: int) -> None:
     device = device_of(rank, world_size)
     odd = rank == world_size - 1  # the rank that is unlike the others
 
-    def check(message: str, odd_error: type[Exception], error: type[Exception], *make: object) -> None:
-        group, kwargs = make[odd]  # type: ignore[misc]
+    def check(message: str, odd_error: type[Exception], error: type[Exception], *make: tuple[Any, Any]) -> None:
+        group, kwargs = make[odd]
         with pytest.raises(odd_error if odd else error, match=message):
             ShardedLion(group, **{"stage": 1, **kwargs})
 
@@ -47,7 +48,7 @@ def body_constructor(rank: int, world_size: int) -> None:
         (good, {}),
         (other_shape, {}),
     )
-    check(r"alone has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
+    check(r"Only rank . has: parameter 3 of group 0", ValueError, ValueError, (good, {}), (extra, {}))
     check(r"parameter 2 .*strides \(1, 7\)", ValueError, ValueError, (good, {}), (transposed, {}))
     check(r"parameter 1 .*frozen", ValueError, ValueError, (good, {}), (frozen, {}))
     check(r"parameter 1 .* deux", ValueError, ValueError, (named, {}), (renamed, {}))
@@ -99,7 +100,8 @@ def body_permuted(rank: int, world_size: int) -> None:
             assert_same_bits(p, b, "changed by a call that was refused")
 
     def make(params: list[nn.Parameter]) -> ShardedLion:
-        return ShardedLion([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}])
+        groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
+        return ShardedLion(groups)
 
     def ordered(params: list[nn.Parameter], *order: int) -> list[nn.Parameter]:
         return [params[i] for i in order] if odd else params
@@ -150,14 +152,15 @@ def test_unnamed_parameters_in_another_order(world_size: int, tmp_path: Path) ->
 def body_bad_input(rank: int, world_size: int) -> None:
     """Refused on every rank alike, by step() too, and nothing has been changed."""
     device = device_of(rank, world_size)
-    for kwargs, message in [
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"lr": -1.0}, "lr must be"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"param_sync": "bits"}, "param_sync"),
         ({"stage": 3}, "stage must be 1 or 2"),
         ({"bucket_mb": 0}, "bucket_mb must be > 0"),
-    ]:
+    ]
+    for kwargs, message in bad:
         with pytest.raises(ValueError, match=message):
             ShardedLion(params(device, (5,)), **{"stage": 1, **kwargs})
     gaps = nn.Parameter(torch.ones(10, 10, device=device)[:, :5])
@@ -167,9 +170,10 @@ def body_bad_input(rank: int, world_size: int) -> None:
         ShardedLion([nn.Parameter(torch.ones(5, device=device).expand(4, 5))], stage=1)
 
     first, second = params(device, (300, 3), (200,))
-    optimizer = ShardedLion([{"params": [first], "weight_decay": 0.5}, {"params": [second]}], lr=0.1, stage=1)
+    groups: list[dict[str, Any]] = [{"params": [first], "weight_decay": 0.5}, {"params": [second]}]
+    optimizer = ShardedLion(groups, lr=0.1, stage=1)
     first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
-    second.grad = torch.sparse_coo_tensor([[1]], [1.0], (200,), device=device)
+    second.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (200,), device=device)
     with pytest.raises(TypeError, match="sparse"):
         optimizer.step()
     second.grad = torch.ones_like(second)
@@ -221,12 +225,14 @@ def test_absent_rank_is_named_on_every_other(tmp_path: Path) -> None:
 
 
 def body_different_calls(rank: int, world_size: int) -> None:
+    group = dist.group.WORLD
+    assert group is not None
     with (
         pytest.raises(ValueError, match=r"Rank 0: step.*Rank 1: save"),
-        Agreement(dist.group.WORLD, "save" if rank == 1 else "step"),
+        Agreement(group, "save" if rank == 1 else "step"),
     ):
         pass
-    with Agreement(dist.group.WORLD, "again") as agreement:  # in step with each other after all of it
+    with Agreement(group, "again") as agreement:  # in step with each other after all of it
         agreement.says(["the same"])
 
 

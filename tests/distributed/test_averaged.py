@@ -153,7 +153,10 @@ def body_came_later(rank: int, world_size: int) -> None:
 def body_no_false_alarm(rank: int, world_size: int) -> None:
     """However DistributedDataParallel averages, ranks have the same bits."""
     device = device_of(rank, world_size)
-    for kwargs in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"hook": fp16_compress_hook}):
+    ways: list[dict[str, Any]] = [
+        {}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"hook": fp16_compress_hook},
+    ]  # fmt: skip
+    for kwargs in ways:
         hook = kwargs.pop("hook", None)
         model = net(device)
         wrapped = DistributedDataParallel(model, bucket_cap_mb=0.001, **kwargs)

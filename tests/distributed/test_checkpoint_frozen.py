@@ -20,7 +20,7 @@ from tests.harness import run_ranks
 def body_frozen(rank: int, world_size: int, folder: Path) -> None:
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
 
-    def build(kind: type, frozen: bool, seed: int = 0) -> tuple[nn.Module, Any, dist.ProcessGroup | None]:
+    def build(kind: type, frozen: bool, seed: int = 0) -> tuple[Any, Any, dist.ProcessGroup | None]:
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
         model[0].requires_grad_(not frozen)

@@ -213,10 +213,10 @@ def body_sharded_stages(rank: int, world_size: int, folder: Path) -> None:
             checkpoint.load(folder / source, model, optimizer)
             for p, entry in optimizer.state.items():
                 assert_same_bits(local(entry["exp_avg"]), local(p).detach() * 2, f"{source} -> {kind}")
-            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-            for name, p in weights.items():
+            weights: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            for name, weight in weights.items():
                 if name in expected:
-                    assert_same_bits(p, expected[name].detach(), f"{source} -> {kind}: {name}")
+                    assert_same_bits(weight, expected[name].detach(), f"{source} -> {kind}: {name}")
         whole = stage(range(LAYERS), 1)
         one = Lion(whole.parameters())
         checkpoint.load(folder / kind, whole, one, process_group=alone)
@@ -225,9 +225,10 @@ def body_sharded_stages(rank: int, world_size: int, folder: Path) -> None:
             assert_same_bits(one.state[p]["exp_avg"], p.detach() * 2, name)
     # Stages whose layers have the same names, so that their parts would be taken for replicas of each other.
     torch.manual_seed(rank // 2)
-    model = fully_shard(nn.Linear(6, 6), mesh=mesh)
+    same_names = nn.Linear(6, 6)
+    fully_shard(same_names, mesh=mesh)
     with pytest.raises(ValueError, match=r"model\.\w+ has other values on rank 2 than on rank 0"):
-        checkpoint.save(folder / "never", model)
+        checkpoint.save(folder / "never", same_names)
     dist.barrier()
 
 

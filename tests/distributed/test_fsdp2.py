@@ -173,6 +173,7 @@ def body_corners(rank: int, world_size: int) -> None:
             continue
         m = optimizer.state[p]["exp_avg"]
         assert isinstance(m, DTensor)
+        assert isinstance(p, DTensor)
         assert (m.shape, m.stride(), m.placements, m.device_mesh) == (p.shape, p.stride(), p.placements, p.device_mesh)
         assert local(m).shape == local(p).shape
     with pytest.raises(TypeError, match=r"is a DTensor \(FSDP2.*Use lion_dist\.Lion\(model\.parameters\(\)"):
@@ -183,7 +184,7 @@ def body_corners(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="set_optimizer_state_dict"):
         optimizer.load_state_dict(state)
     replicated = {
-        i: {"exp_avg": distribute_tensor(e["exp_avg"], p.device_mesh, [Replicate()])} for i, e in state["state"].items()
+        i: {"exp_avg": distribute_tensor(e["exp_avg"], m.device_mesh, [Replicate()])} for i, e in state["state"].items()
     }
     with pytest.raises(ValueError, match="is placed as"):
         optimizer.load_state_dict({**state, "state": replicated})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def body_fsdp2(rank: int, world_size: int) -> None:
     device = device_of(rank, world_size)
     mesh = init_device_mesh(device.type, (world_size,))
 
-    def made(order: str, dtype: torch.dtype, base: torch.dtype, lr: float) -> tuple[nn.Module, Lion]:
+    def made(order: str, dtype: torch.dtype, base: torch.dtype, lr: float) -> tuple[Any, Any]:
         torch.manual_seed(0)
         model = Adapted(order, dtype, base).to(device)
         fully_shard(model, mesh=mesh)

@@ -172,8 +172,8 @@ def body_doors(rank: int, world_size: int) -> None:
     state = FSDP.optim_state_dict(model, optimizer)
     other = way.make(model)
     other.load_state_dict(FSDP.optim_state_dict_to_load(model, other, state))
-    for p, entry in optimizer.state.items():
-        assert_same_bits(other.state[p]["exp_avg"], entry["exp_avg"])
+    for owner, entry in optimizer.state.items():
+        assert_same_bits(other.state[owner]["exp_avg"], entry["exp_avg"])
     buffers = [{m["exp_avg"].untyped_storage().data_ptr() for m in o.state.values()} for o in (optimizer, other)]
     assert len(buffers[0]) == len(buffers[1])  # adopted into flat buffers again
     train(way, place, range(3, 5), model, other, twin)

@@ -86,7 +86,7 @@ def training_goes_on(rank: int, world_size: int, heal: str) -> None:
     assert_same_model(model, expected)
     if rank == 1:
         with torch.no_grad():
-            model.square += 1.0
+            model.square.add_(1.0)
     train(2, 3)
     with pytest.raises(RuntimeError, match=r"on ranks \[1\]"):
         optimizer.check_replicas()

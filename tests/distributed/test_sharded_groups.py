@@ -149,7 +149,8 @@ def check_entries_of_others(rank: int, world_size: int, device: torch.device) ->
     optimizer.step()
     optimizer.state[first]["lookahead_slow_buff"] = first.detach().clone()
     optimizer.state[first]["words"] = ["a word", {"ema": torch.full((3,), 0.5, device=device)}]
-    optimizer.state["lookahead_step"] = 6
+    state: Any = optimizer.state
+    state["lookahead_step"] = 6
     expected = first.detach().cpu().clone()
 
     def check(optimizer: ShardedLion | Lion, p: Tensor) -> None:
@@ -157,7 +158,8 @@ def check_entries_of_others(rank: int, world_size: int, device: torch.device) ->
         word, nest = optimizer.state[p]["words"]
         assert word == "a word"
         assert nest["ema"].tolist() == [0.5] * 3
-        assert optimizer.state["lookahead_step"] == 6
+        state: Any = optimizer.state
+        assert state["lookahead_step"] == 6
         assert set(optimizer.state[p]) == {"exp_avg", "lookahead_slow_buff", "words"}
 
     momentum = optimizer.full_state_dict()["state"][0]["exp_avg"]
@@ -216,11 +218,12 @@ def check_entries_of_others(rank: int, world_size: int, device: torch.device) ->
 
 def check_hyper_parameters(world_size: int, device: torch.device) -> None:
     p, q = (nn.Parameter(torch.full((4,), 1024.0, device=device)) for _ in range(2))
+    groups: list[dict[str, Any]] = [{"params": [p]}, {"params": [q], "lr": 0.0, "weight_deacy": 1}]
+    decay: Any = Decimal("0.5")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer = ShardedLion(
-            [{"params": [p]}, {"params": [q], "lr": 0.0, "weight_deacy": 1}],
-            lr=np.float32(0.125), betas=np.array([0.5, 0.75]), weight_decay=Decimal("0.5"), stage=1,
+            groups, lr=np.float32(0.125), betas=np.array([0.5, 0.75]), weight_decay=decay, stage=1,
             decoupled_weight_decay=True, momentum_dtype="bfloat16",
         )  # fmt: skip
     assert ["weight_decay" in str(w.message) and w.filename == __file__ for w in caught] == [True]
@@ -261,7 +264,8 @@ def check_damaged(seeds: range, world_size: int, device: torch.device) -> tuple[
         feed(params.values(), world_size)
         optimizer.step()
         optimizer.state[params["scale"]]["slow"] = torch.ones(())
-        optimizer.state["count"] = 3
+        state: Any = optimizer.state
+        state["count"] = 3
         damaged = mutated(optimizer.full_state_dict(), seed)
         before = snapshot(optimizer)
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
@@ -60,8 +61,8 @@ def body_clip_mixed(rank: int, world_size: int) -> None:
         for n, p in expected.named_parameters()
     }
     for step in range(5):
-        grads = {n: expected.average_gradient(n, step, world_size) for n in SHAPES}
-        grads = {n: g for n, g in grads.items() if g is not None}
+        averages = {n: expected.average_gradient(n, step, world_size) for n in SHAPES}
+        grads = {n: g for n, g in averages.items() if g is not None}
         for n in SHAPES:
             getattr(model, n).grad = grads.get(n)
         norm = optimizer.clip_grad_norm_(MAX_NORM)
@@ -165,13 +166,13 @@ def body_closure_and_versions(rank: int, world_size: int) -> float:
     p = nn.Parameter(torch.ones(1000, device=device))
     optimizer = ShardedLion([p], lr=0.5, stage=1)
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = (p * p).sum()
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 1000
+    assert float(optimizer.step(closure)) == 1000
     assert p[0].item() == 0.5
     loss = (p * p).sum()  # saves p
     p.grad = torch.ones_like(p)

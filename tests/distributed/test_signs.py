@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.param_sync import GatherSigns
@@ -19,6 +17,7 @@ from tests.asserts import assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
 from tests.scenarios.hostile import equals, hostile_averages, hostile_backward
 from tests.scenarios.toy import BF16, FP32, MAX_NORM, MIXED, SHAPES, Toy
+from tests.scenarios.wire import Counter
 
 LR = 0.25
 EACH_ONCE = {(2, "fp32"), (2, "mixed"), (3, "bf16"), (4, "mixed")}
@@ -118,7 +117,7 @@ def body_auto(rank: int, world_size: int) -> list[str]:
     """What is logged, and whether signs are sent."""
     logger, said = logging.getLogger("lion_dist"), []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")
     logger.addHandler(handler)
     p = nn.Parameter(torch.zeros(300, device=device_of(rank, world_size)))
     ShardedLion([p], stage=1)
@@ -137,33 +136,8 @@ def test_auto_says_what_it_chose(world_size: int, word: str, tmp_path: Path) -> 
         assert line.startswith(f"DEBUG: param_sync: {word}")
 
 
-# By the beginning of an operator's name: what kind of collective it is, and which of its arguments is counted.
-KINDS = {
-    "allgather": ("gather", 0),
-    "reduce_scatter": ("scatter", 1),
-    "allreduce": ("reduce", 0),
-    "broadcast": ("broadcast", 0),
-}
-
-
-class Counter(TorchDispatchMode):
-    """Bytes of the tensors that torch's collectives are given, by kind; those of a gather are what it completes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, list[int]] = {kind: [] for kind, _ in KINDS.values()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func.__name__.lstrip("_")
-            kind, position = next(found for start, found in KINDS.items() if name.startswith(start))
-            tensors = args[position] if isinstance(args[position], list) else [args[position]]
-            self.bytes[kind].append(sum(t.numel() * t.element_size() for t in tensors))
-        return func(*args, **(kwargs or {}))
-
-
 def body_bytes(rank: int, world_size: int) -> None:
-    """fp32, stage 2. A parameter's gradient takes 4 bytes, and then 4 or 1/4; beside them padding of the pack, a
+    """fp32, stage 2. A parameter's gradient takes 4 bytes, and then 4 or 1/4; beside them padding of the tails, a
     footer or a checksum a rank, and one flag a parameter."""
     device = device_of(rank, world_size)
     unit = 128 * world_size

@@ -226,7 +226,7 @@ def body_fails_alone(rank: int, world_size: int) -> None:
     p = nn.Parameter(torch.ones(300, device=device))
     optimizer = ShardedLion([p], lr=LR, stage=1, param_sync="signs")
     if rank == 1:
-        p.grad = torch.sparse_coo_tensor([[1]], [1.0], (300,), device=device)
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (300,), device=device)
         with pytest.raises(TypeError, match="sparse"):
             optimizer.step()
     p.grad = torch.ones_like(p)
@@ -274,6 +274,7 @@ def body_judged_before_they_count(
 
     def compare_late(self: DeferredCheck, *args: Any) -> torch.Tensor:
         agree = compare(self, *args)
+        event: Any
         event, numbers, message = self._pending.pop()
         if event is None:
             event, numbers = Late(), numbers.clone()

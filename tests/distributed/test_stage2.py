@@ -118,6 +118,7 @@ def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, 
     two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb)
     one = ShardedLion(models[1].groups(), lr=0.01, stage=1, param_sync="params")
     lion = Lion(models[2].groups(), lr=0.01)
+    optimizers: tuple[torch.optim.Optimizer, ...] = (two, one, lion)
     for step in range(steps):
         mine = scenario(step, rank)
         for number, a_pass in enumerate(mine.abandoned):
@@ -134,11 +135,11 @@ def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, 
                 p = getattr(model, name)
                 g = expected.get(name)
                 p.grad = g if g is not None else p.grad
-        for optimizer in (two, one, lion):
+        for optimizer in optimizers:
             optimizer.step()
         assert_same_model(models[0], models[1])
         assert_same_model(models[0], models[2])
-        for i, optimizer in enumerate((two, one, lion)):
+        for i, optimizer in enumerate(optimizers):
             zeroes = optimizer if mine.zeroed_by == "optimizer" else models[i]
             zeroes.zero_grad(set_to_none=mine.set_to_none)
     assert_same_momentum(two.full_state_dict(), lion)

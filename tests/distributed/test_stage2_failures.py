@@ -77,6 +77,24 @@ def test_one_rank_raises_at_the_end_of_its_backward(tmp_path: Path) -> None:
     assert max(seconds) < SHORT.total_seconds() + 2
 
 
+def body_refused_and_zeroed(rank: int, world_size: int) -> None:
+    table, weight = nn.Parameter(torch.ones(50, 7)), nn.Parameter(torch.ones(300))
+    optimizer = ShardedLion([weight, table], lr=0.25)
+    rows = torch.tensor([1, 2])
+    with pytest.raises(TypeError, match=r"parameter 1 .*[Ss]parse.*stage 2 needs dense"):
+        (nn.functional.embedding(rows, table, sparse=True).sum() + weight.sum()).backward()
+    optimizer.zero_grad()
+    (nn.functional.embedding(rows, table).sum() + weight.sum()).backward()
+    optimizer.step()
+    assert weight.tolist() == [0.75] * 300
+    assert table.sum() == 50 * 7 - 2 * 7 * 0.25
+
+
+def test_a_refused_gradient_can_be_zeroed(tmp_path: Path) -> None:
+    """On a single rank, where no other rank must hear of the failure."""
+    run_ranks(body_refused_and_zeroed, 1, tmp_path, on_cpu=True)
+
+
 def body_one_dies(rank: int, world_size: int) -> None:
     pair = Pair(rank, world_size)
     pair.train(0, 1)
@@ -213,7 +231,7 @@ def body_stale_word(rank: int, world_size: int) -> None:
     third = Pair(rank, world_size)
     third.train(0)
     for optimizer in (second, third.sharded):
-        failing = pytest.raises(RuntimeError, match="one may have ended, raised or left one out")
+        failing = pytest.raises(RuntimeError, match="one may have ended, raised an error or left out a call")
         with failing as failed, optimizer._membership.collective():
             raise RuntimeError("a collective that failed for a reason of its own")
         assert "backward raised" not in str(failed.value)

@@ -27,6 +27,8 @@ def subsets(step: int, world_size: int) -> list[list[int]]:
 
 def body_own_collectives(rank: int, world_size: int) -> None:
     """A reduce-scatter as long as a bucket's would take that one's place on another rank, without an error."""
+    group = dist.group.WORLD
+    assert group is not None
     pair = Pair(rank, world_size)
     pair.train(0)  # the order is learned: the sentinel first, and the first parameter last
     for step in range(1, 8):
@@ -40,7 +42,7 @@ def body_own_collectives(rank: int, world_size: int) -> None:
         for length in (128, 640, 3):
             given = torch.full((length * world_size,), 5.0 * rank, device=pair.device)
             mean = torch.empty(length, device=pair.device)
-            reduce_scatter_mean([mean], [given], dist.group.WORLD).wait()
+            reduce_scatter_mean([mean], [given], group).wait()
             assert_same_bits(mean, torch.full_like(mean, 5.0 * (world_size - 1) / 2), f"own mean, step {step}")
         pair.step(f"step {step}")
     pair.finish()

@@ -20,8 +20,8 @@ MISSED = [[], ALL, [0]]
 
 
 def body_after_clipping(rank: int, world_size: int) -> None:
-    for kwargs in ({}, {"param_sync": "params"}):
-        pair = Pair(rank, world_size, **kwargs)
+    for param_sync in ("signs", "params"):
+        pair = Pair(rank, world_size, param_sync=param_sync)
         pair.train(0, 1)
         # Another clipping takes in what came since, on every rank.
         make_interval(pair, 2, [FULL])

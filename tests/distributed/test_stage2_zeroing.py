@@ -35,8 +35,8 @@ def body_zeroed_in_place(rank: int, world_size: int) -> None:
         pair = Pair(rank, world_size, bucket_mb=bucket_mb)
         pair.train(0)
         calls: tuple[Callable[[], object], ...] = (
-            lambda pair=pair: pair.backward(2, WITNESS_FIRST),
-            lambda pair=pair: pair.backward(2, WITNESS_LAST),
+            partial(pair.backward, 2, WITNESS_FIRST),
+            partial(pair.backward, 2, WITNESS_LAST),
             pair.sharded.step,
             partial(pair.sharded.clip_grad_norm_, 1.0),
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +168,7 @@ def body_hooks(rank: int, world_size: int) -> None:
         log.append("pre")
         return {**state, "param_groups": [{**g, "lr": g["lr"] / 2} for g in state["param_groups"]]}
 
-    def post(loaded: ShardedLion) -> None:
+    def post(loaded: Any) -> None:
         log.append("post")
         seen.append(loaded.full_state_dict())  # a collective call
         for entry in loaded.state.values():
@@ -214,10 +216,11 @@ def body_hooks(rank: int, world_size: int) -> None:
             raise KeyError("of this rank's own")
 
     before = other.full_state_dict()
-    for register, loaded in [
+    cases: list[tuple[Callable[..., Any], Any]] = [
         (other.register_load_state_dict_pre_hook, before),
         (other.register_load_state_dict_post_hook, good),
-    ]:
+    ]
+    for register, loaded in cases:
         handle = register(fails)
         with pytest.raises(KeyError if rank == 1 else RuntimeError, match="of this rank's own"):
             other.load_state_dict(good)

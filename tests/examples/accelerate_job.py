@@ -33,7 +33,7 @@ def main() -> None:
     lion = optimizer.optimizer
     assert accelerator.distributed_type == DistributedType.FSDP
     version = 2 if accelerator.is_fsdp2 else 1
-    params = list(model.parameters())
+    params: list[Any] = list(model.parameters())
     assert params
     assert all(isinstance(p, DTensor) if version == 2 else p._fsdp_flattened for p in params)
     assert {id(p) for group in lion.param_groups for p in group["params"]} == set(map(id, params))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from lion_dist import checkpoint
 from lion_dist.checkpoint import Reader
@@ -37,14 +37,14 @@ def arguments(out: Path, *options: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in TINY.items()), "--out", str(out), *options]
 
 
-def begin(ranks: int, out: Path, *options: str, restarts: Sequence[int] = ()) -> tuple[list[Any], dist.TCPStore]:
+def begin(ranks: int, out: Path, *options: str, restarts: Sequence[int] = ()) -> tuple[list[Any], TCPStore]:
     """Starts a run: its ranks, and the store that they meet in, which must live as long as they do.
 
     The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
     torch already. ``ranks`` is 0 for a process of its own, without torchrun. ``restarts``: how many each rank's agent
     has counted; () is none.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
     counts = restarts or [0] * max(ranks, 1)
     given = (ranks, store.port, arguments(out, *options), out)
     return processes(_main, [(rank, *given, count) for rank, count in enumerate(counts)]), store

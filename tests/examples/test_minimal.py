@@ -6,7 +6,7 @@ import os
 import runpy
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from lion_dist.checkpoint import Reader, checkpoints, read_extra
 from tests.harness import DEADLINE_S, processes
@@ -28,7 +28,7 @@ def _rank(rank: int, ports: list[int], folder: Path) -> None:
 
 def test_trains_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
     # As torchrun's agent keeps one; a process group needs one that no other has used.
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(3)]
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(3)]
     ranks = processes(_rank, [(rank, [store.port for store in stores], tmp_path) for rank in range(2)])
     for process in ranks:
         process.join(DEADLINE_S)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lion_dist import checkpoint
 from tests.examples.runs import (
@@ -86,6 +86,7 @@ def body_hsdp(rank: int, world_size: int, out: Path) -> None:
     whole = {name: p.numel() for name, p in model.named_parameters()}
     strategy = STRATEGIES["hsdp"](model, parameter_groups(model, 0.1), config)
     for name, p in strategy.model.named_parameters():
+        assert isinstance(p, DTensor), name
         assert tuple(p.device_mesh.shape) == (2, 2), name
         assert p.placements == (Replicate(), Shard(0)), name
         assert p.to_local().numel() == whole[name] // 2, name

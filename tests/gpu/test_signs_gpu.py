@@ -6,7 +6,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,7 +160,7 @@ def calls_until_told(slow: bool) -> int:
         try:
             if slow:
                 torch.cuda._sleep(50_000_000)
-            agree = comparison.compare(numbers, lambda call=call: f"call {call}")
+            agree = comparison.compare(numbers, partial("call {}".format, call))
             if not slow:
                 torch.cuda.synchronize()
             comparison.check()
@@ -227,6 +229,7 @@ class Life:
         for model, optimizer, left_out in zip(self.models, self.optimizers, self.left_out, strict=True):
             optimizer.param_groups[0]["lr"] *= 0.999
             x = self.x
+            layer: Any
             for i, layer in enumerate(model):
                 if i not in left_out:
                     x = layer(x.to(layer[0].weight.dtype))

@@ -15,7 +15,7 @@ from lion_dist.checkpoint.unfinished import Unfinished
 from tests.asserts import assert_same_bits
 
 
-def filled(value: float = 1.0) -> tuple[nn.Module, Lion]:
+def filled(value: float = 1.0) -> tuple[nn.Linear, Lion]:
     model = nn.Linear(7, 5)
     for p in model.parameters():
         p.data.fill_(value)
@@ -43,7 +43,7 @@ def assert_holds(path: Path, value: float) -> None:
 PARAMS = ("weight", "bias")
 
 
-def trained(value: float, lr: float = 0.25) -> tuple[nn.Module, Lion]:
+def trained(value: float, lr: float = 0.25) -> tuple[nn.Linear, Lion]:
     """Weights and momenta of one value."""
     model = nn.Linear(70, 50)
     optimizer = Lion(
@@ -93,7 +93,8 @@ class Kept(nn.Linear):
 
     def __init__(self, refuses: bool = False) -> None:
         super().__init__(2, 2)
-        self.kept, self.refuses = {"calls": [1]}, refuses
+        self.kept: Any = {"calls": [1]}
+        self.refuses = refuses
 
     def get_extra_state(self) -> Any:
         return self.kept
@@ -105,6 +106,6 @@ class Kept(nn.Linear):
         self.kept = state
 
 
-def toy() -> tuple[nn.Module, Lion]:
+def toy() -> tuple[nn.Linear, Lion]:
     model = nn.Linear(7, 5)
     return model, Lion(model.parameters(), lr=0.5)

@@ -11,6 +11,7 @@ which a rank holds nothing; a bfloat16 unit, a frozen parameter, tied names, a b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Unit(nn.Module):
             setattr(self, name, nn.Parameter(value, requires_grad=name != "frozen"))
 
     def forward(self, loss: Tensor, prefix: str, step: int, rank: int, world_size: int) -> Tensor:
+        p: Tensor
         for name, p in self.named_parameters(recurse=False):
             if name not in ("frozen", "tied"):
                 c = part(prefix + name, p, step, rank, world_size).to(p.device, p.dtype)
@@ -67,6 +69,10 @@ class Unit(nn.Module):
 
 
 class CheckpointToy(Unit):
+    gain: nn.Parameter
+    low: Unit
+    block: Unit
+
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         values = {n: torch.randn(shape, generator=generator).to(dtype) for n, (shape, dtype) in SHAPES.items()}
@@ -122,8 +128,8 @@ def tensor_parallel(model: CheckpointToy, mesh: DeviceMesh) -> None:
             placement = placements.get(f"{prefix}.{name}", Replicate())
             unit.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
 
-    for unit in ("low", "block"):
-        distribute_module(getattr(model, unit), mesh, lambda _, module, __, unit=unit: cut(unit, module))
+    for name in ("low", "block"):
+        distribute_module(getattr(model, name), mesh, partial(lambda name, _, module, __: cut(name, module), name))
 
 
 class Run:
@@ -181,8 +187,8 @@ class Run:
         """Weights, buffers and momenta by name ("w" and "m"), whole, through torch's own doors; a collective call."""
         if self.strategy in ("fsdp1", "fsdp2", *OVER_TWO_DIMENSIONS):
             options = StateDictOptions(full_state_dict=True)
-            weights = get_model_state_dict(self.wrapped, options=options)
-            state = get_optimizer_state_dict(self.wrapped, self.optimizer, options=options)["state"]
+            weights: dict[str, Any] = get_model_state_dict(self.wrapped, options=options)
+            state: Any = get_optimizer_state_dict(self.wrapped, self.optimizer, options=options)["state"]
             momenta = {n: entry["exp_avg"] for n, entry in state.items()}
         else:
             weights = self.model.state_dict()

@@ -50,6 +50,9 @@ class FsdpToy(nn.Module):
         tied: whether the embedding has a second name.
     """
 
+    embedding: nn.Parameter
+    scale: nn.Parameter
+
     def __init__(
         self,
         dtypes: tuple[torch.dtype, ...] = (torch.float32,),

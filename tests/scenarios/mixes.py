@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -27,7 +26,7 @@ from tests.marks import needs_interpreter
 CPU = torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Mix = tuple[torch.dtype, torch.dtype, torch.dtype]
-MIXES: list[Mix] = list(itertools.product(STORAGE_DTYPES, repeat=3))
+MIXES: list[Mix] = [(p, g, m) for p in STORAGE_DTYPES for g in STORAGE_DTYPES for m in STORAGE_DTYPES]
 INTERPRETED = [mix for mix in MIXES if BF16 not in (mix[0], mix[2])]
 HYPERS = [
     HyperParameters(0.25, 0.1, 0.9, 0.99, False),
@@ -59,7 +58,7 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 def tensors(mix: Mix, shapes: list[tuple[int, ...]], seed: int = 0) -> StepTensors:
     generator = torch.Generator().manual_seed(seed)
     params, grads, exp_avgs = [[awkward(shape, dtype, generator) for shape in shapes] for dtype in mix]
-    return StepTensors(params, grads, {EXP_AVG: exp_avgs}, [i % len(HYPERS) for i in range(len(shapes))])
+    return StepTensors(params, list(grads), {EXP_AVG: exp_avgs}, [i % len(HYPERS) for i in range(len(shapes))])
 
 
 def copy_of(columns: StepTensors) -> StepTensors:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from tests.asserts import bits
@@ -37,7 +37,7 @@ class Trained:
         shapes = [((700,), torch.float32), ((3, 129), torch.float32), ((40, 20), torch.bfloat16), ((5,), torch.float32)]
         self.stage, self.param_sync = stage, param_sync
         self.params = [nn.Parameter(torch.ones(s, dtype=d, device=self.device)) for s, d in shapes]
-        groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.5}]
+        groups: list[dict[str, Any]] = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.5}]
         self.optimizer = ShardedLion(groups, lr=LR, weight_decay=0.5, stage=stage, param_sync=param_sync, **kwargs)
         self.number = 0
         self.max_norm: float | None = None
@@ -62,7 +62,7 @@ class Trained:
 
     def refused(self) -> str:
         """Makes a step that must be refused on this rank, with no weight moved; returns what was said."""
-        unchanged = list(self.params)
+        unchanged: list[Tensor] = list(self.params)
         if self.param_sync == "params" and self.device.type == "cpu":  # refused before the momenta change too
             unchanged += [shard.buffers["exp_avg"] for shard in self.optimizer._shards]
         before = [bits(t) for t in unchanged]

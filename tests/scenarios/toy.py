@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from lion_dist import Lion
+from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
 
 FP32 = (torch.float32,)
@@ -43,6 +43,12 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 class Toy(nn.Module):
+    embedding: nn.Parameter
+    square: nn.Parameter
+    kernel: nn.Parameter
+    frozen: nn.Parameter
+    one: nn.Parameter
+
     def __init__(self, seed: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -120,7 +126,7 @@ def train(model: Toy, ddp: nn.Module, optimizer: Any, scheduler: Any, steps: ran
 
 
 def expect(
-    model: Toy, optimizer: Lion, scheduler: Any, steps: range, world_size: int, clip: bool = False
+    model: Toy, optimizer: Lion | ShardedLion, scheduler: Any, steps: range, world_size: int, clip: bool = False
 ) -> list[Tensor]:
     """The same training on one process: Lion over the averaged gradient, clipped by the reference's coefficient."""
     norms = []

@@ -124,7 +124,8 @@ def test_one_launch_a_mix_of_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda t, mix, *a: (launches.append((mix.param, len(t.rows))), launch(t, mix, *a))[1],
     )
     params = [nn.Parameter(torch.randn(n).to(d)) for n, d in [(5, F32), (300, F16), (77, F32), (9, F16), (8193, F32)]]
-    opt = Lion([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], use_triton=True)
+    groups: list[dict[str, Any]] = [{"params": params[:2], "lr": 0.1}, {"params": params[2:]}]
+    opt = Lion(groups, use_triton=True)
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
@@ -239,7 +240,7 @@ def test_strides(use_triton: bool, make_p: Callable[[], Tensor], make_g: Callabl
     strides = p.stride()
     for _ in range(3):
         p.grad, plain_neighbour.grad = make_g(), torch.randn(130)
-        grads = [q.grad.clone() for q in params]
+        grads: list[Any] = [None if q.grad is None else q.grad.clone() for q in params]
         opt.step()
         reference_step(
             StepTensors(expected, grads, {EXP_AVG: momenta}, [0, 0]), [HyperParameters(0.25, 0.1, 0.9, 0.99, False)]
@@ -248,6 +249,7 @@ def test_strides(use_triton: bool, make_p: Callable[[], Tensor], make_g: Callabl
         assert_same_bits(q.detach(), e)
         assert_same_bits(opt.state[q]["exp_avg"], m)
     assert p.stride() == strides
+    assert p.grad is not None
     assert_same_bits(p.grad, grads[0], "the gradient is only read")
     own = torch.zeros(len(storage), dtype=torch.bool)
     own.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)

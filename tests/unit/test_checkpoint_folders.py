@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import Reader, Writer, unfinished, writer
+from lion_dist.checkpoint import Reader, Writer, writer
 from lion_dist.checkpoint.__main__ import main
 from tests.asserts import assert_same_bits
 from tests.scenarios.checkpoint_linear import filled, names_in
@@ -122,7 +122,7 @@ def test_what_a_crash_left_is_swept_by_the_run_that_goes_on(tmp_path: Path, monk
         with pytest.raises(BaseException, match="dies"):
             checkpoint.save(tmp_path / "step-17", model, optimizer)
         patch.undo()
-        patch.setattr(unfinished.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
         checkpoint.save(tmp_path / "step-20", model, optimizer, keep_last=1)
     assert [n.rpartition("-")[0][:8] for n in sorted(names_in(tmp_path))[:2]] == [".step-1.", ".step-17"]
     stranger = filled()
@@ -179,6 +179,7 @@ def test_torchs_asynchronous_saves_overlap(tmp_path: Path, monkeypatch: pytest.M
         dcp.async_save(state, storage_writer=Writer(tmp_path / f"step-{k}", keep_last=3, run="r"), no_dist=True)
         for k in range(3)
     ]
+    future: Any
     for future in pending:
         future.result()
     assert names_in(tmp_path) == {"step-0", "step-1", "step-2"}

@@ -67,7 +67,8 @@ def test_entries_of_others_are_kept(tmp_path: Path) -> None:
 def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a sparse file would fill the memory."""
     model, optimizer = trained(1.0)
-    optimizer.state["large"] = torch.zeros(1 << 20)
+    entries: Any = optimizer.state
+    entries["large"] = torch.zeros(1 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(optimizer_state, "max_entry_bytes", lambda shape: 1 << 30)
         checkpoint.save(tmp_path / "step-1", model, optimizer)

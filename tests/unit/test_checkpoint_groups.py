@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +50,31 @@ def test_groups_of_a_manifest_are_whole_or_refused(key: str, value: Any, tmp_pat
 def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
     """Whatever puts a checkpoint's strings into it: a name in one group or in two, or users' code."""
     red, lists = "\x1b[31mred", "optim.param_groups.{}.params"
-    model, optimizer = trained(1.0)
-    model = nn.Sequential(model, Kept())
+    layer, optimizer = trained(1.0)
+    model = nn.Sequential(layer, Kept())
     checkpoint.save(tmp_path / "good", model, optimizer)
     edits: list[Callable[[dict[str, Any]], Any]] = [
         lambda objects: objects[lists.format(0)].append(red),
         lambda objects: [objects[lists.format(i)].append(red) for i in (0, 1)],
         lambda objects: objects.update({"model.1._extra_state": red}),
     ]
+
+    def edit_objects(edit: Callable[[dict[str, Any]], Any], raw: dict[str, Any]) -> None:
+        edit(raw["objects"])
+
     for i, edit in enumerate(edits):
         path = tmp_path / f"bad-{i}"
         shutil.copytree(tmp_path / "good", path)
-        rewrite(path, lambda raw, edit=edit: edit(raw["objects"]))
+        rewrite(path, partial(edit_objects, edit))
 
         class Telling(Kept):
             def set_extra_state(self, state: Any) -> None:
                 if state == red:
                     raise ValueError(f"no {state}")
 
-        model, optimizer = trained(-1.0)
+        layer, optimizer = trained(-1.0)
         with pytest.raises(ValueError, match="x1b") as caught:
-            checkpoint.load(path, nn.Sequential(model, Telling()), optimizer)
+            checkpoint.load(path, nn.Sequential(layer, Telling()), optimizer)
         assert str(caught.value).isprintable()
         assert r"\x1b[31mred" in str(caught.value)
 
@@ -101,7 +106,7 @@ def test_tensors_without_elements_in_memory_are_refused_by_name(tmp_path: Path) 
         model = nn.Sequential(nn.Linear(2, 2))
         model[0].weight = nn.Parameter(value, requires_grad=False)
         with pytest.raises(TypeError, match=r"model\.0\.weight is o.*; a checkpoint holds dense tensors"):
-            checkpoint.save(tmp_path / "step-1", model, Lion([model[0].bias]))
+            checkpoint.save(tmp_path / "step-1", model, Lion([model.get_parameter("0.bias")]))
     assert not any(tmp_path.iterdir())
 
 

@@ -152,7 +152,7 @@ def test_where_there_are_no_locks_age_decides(tmp_path: Path, monkeypatch: pytes
     def no_lock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", no_lock)
+    monkeypatch.setattr("fcntl.flock", no_lock)
     for no_fcntl in (False, True):
         if no_fcntl:
             monkeypatch.setattr(locks, "fcntl", None)

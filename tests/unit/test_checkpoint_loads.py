@@ -208,7 +208,7 @@ def test_a_scheduler_whose_state_cannot_be_copied_is_loaded(tmp_path: Path) -> N
 
 
 def test_a_module_that_refuses_its_extra_state_changes_nothing(tmp_path: Path) -> None:
-    def make(refuses: bool) -> tuple[nn.Module, Lion]:
+    def make(refuses: bool) -> tuple[Any, Lion]:
         model = nn.Sequential(Kept(), nn.Sequential(Kept(refuses)))
         return model, Lion(model.parameters())
 
@@ -235,12 +235,12 @@ def test_a_module_that_refuses_its_extra_state_changes_nothing(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"the checkpoint has 1 tensors .* has not: model\.0\._extra_state"):
         checkpoint.load(tmp_path / "step-1", plain)
     plain = nn.Sequential(Kept(), nn.Sequential(Kept()), nn.Identity())
-    plain[2].get_extra_state = None  # of an object, not of its class: not one that torch would call
+    vars(plain[2])["get_extra_state"] = None  # of an object, not of its class: not one that torch would call
     checkpoint.load(tmp_path / "step-1", plain)
 
 
 def test_an_extra_state_that_cannot_be_saved_is_refused_by_name(tmp_path: Path) -> None:
-    model = nn.Sequential(Kept())
+    model: Any = nn.Sequential(Kept())
     for state in ({"calls": object()}, torch.zeros(3 << 20)):
         model[0].kept = state
         with pytest.raises(TypeError, match=r"model\.0\._extra_state"):

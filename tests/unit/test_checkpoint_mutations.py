@@ -55,7 +55,8 @@ class Run:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), Stateful().bfloat16())
         params = list(self.model.parameters())
-        self.optimizer = Lion([{"params": params[:1], "weight_decay": 0.5}, {"params": params[1:]}], lr=seed + 0.5)
+        groups: list[dict[str, Any]] = [{"params": params[:1], "weight_decay": 0.5}, {"params": params[1:]}]
+        self.optimizer = Lion(groups, lr=seed + 0.5)
         warmup = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.scheduler = SequentialLR(self.optimizer, [warmup, LambdaLR(self.optimizer, lambda step: 0.5)], [2])
         self.optimizer.init_state()
@@ -249,7 +250,7 @@ def seal(path: Path, text: bytes) -> None:
     (path / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
 
 
-WAYS: list[Callable[[Path, random.Random], None]] = [edit_manifest] * 6 + [edit_text] * 2 + [edit_data]
+WAYS: list[Callable[[Path, random.Random], None]] = [*[edit_manifest] * 6, *[edit_text] * 2, edit_data]
 
 
 # What is expected -----------------------------------------------------------------------------------

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim.lr_scheduler import LinearLR, MultiStepLR, SequentialLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import Reader, Writer, blocks, folders, writer
 from lion_dist.checkpoint.__main__ import main
+from lion_dist.sharding.boxes import Box
 from tests.asserts import assert_same_bits
 from tests.scenarios.checkpoint_linear import toy
 from tests.scenarios.tampering import data, flip
@@ -49,7 +51,11 @@ def tensors() -> dict[str, Tensor]:
 def test_tensors_come_back(small_blocks: None, tmp_path: Path) -> None:
     saved = {"deep": {"er": tensors()}, "lr": 0.1, "betas": (0.9, 0.99)}
     dcp.save(saved, storage_writer=Writer(tmp_path / "c"))
-    loaded = {"deep": {"er": {n: torch.zeros_like(t) for n, t in tensors().items()}}, "lr": 0.0, "betas": None}
+    loaded: dict[str, Any] = {
+        "deep": {"er": {n: torch.zeros_like(t) for n, t in tensors().items()}},
+        "lr": 0.0,
+        "betas": None,
+    }
     dcp.load(loaded, storage_reader=Reader(tmp_path / "c"))
     for name, t in tensors().items():
         assert_same_bits(loaded["deep"]["er"][name], t, name)
@@ -69,9 +75,9 @@ def test_blocks_of_any_layout_and_part(small_blocks: None) -> None:
         blocks.copy_out(t, start, part)
     assert torch.equal(torch.frombuffer(buffer, dtype=torch.int16).view(t.shape), t)
     for wanted in (
-        blocks.Box((1, 0, 2), (4, 3, 2)),
-        blocks.Box((5, 3, 4), (1, 1, 1)),
-        blocks.Box((0, 0, 0), (6, 4, 5)),
+        Box((1, 0, 2), (4, 3, 2)),
+        Box((5, 3, 4), (1, 1, 1)),
+        Box((0, 0, 0), (6, 4, 5)),
     ):
         target = torch.full(wanted.sizes, -1, dtype=torch.int16)
         for start in range(0, t.numel(), 32):
@@ -149,7 +155,8 @@ def test_an_lr_tensor_stays_one(tmp_path: Path) -> None:
 
 
 def schedulers(optimizer: Lion, *, warmups: int = 1) -> SequentialLR:
-    parts = [LinearLR(optimizer, 0.1, total_iters=4) for _ in range(warmups)] + [MultiStepLR(optimizer, [3, 5])]
+    parts: list[LRScheduler] = [LinearLR(optimizer, 0.1, total_iters=4) for _ in range(warmups)]
+    parts.append(MultiStepLR(optimizer, [3, 5]))
     return SequentialLR(optimizer, parts, [4 * (i + 1) for i in range(warmups)])
 
 

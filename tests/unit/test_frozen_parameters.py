@@ -18,7 +18,7 @@ from tests.asserts import assert_same_bits
 
 
 def sparse() -> Tensor:
-    return torch.sparse_coo_tensor([[1]], [1.0], (3,))
+    return torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (3,))
 
 
 def sharing() -> Iterator[Tensor]:
@@ -42,7 +42,7 @@ STRANGE: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def frozen_of_every_kind() -> list[nn.Parameter]:
+def frozen_of_every_kind() -> list[Tensor]:
     strange = [make() for make in STRANGE.values()] + list(sharing())
     frozen = [nn.Parameter(t, requires_grad=False) for t in strange]
     freed = nn.Parameter(torch.zeros(5), requires_grad=False)

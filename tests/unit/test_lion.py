@@ -67,7 +67,7 @@ def test_decoupled_decay_is_by_the_constructors_lr() -> None:
     """In every group, one with an lr of 0 among them; a state_dict brings that lr along."""
     start = torch.full((4,), 1024.0)
 
-    def made(cls: type[torch.optim.Optimizer]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    def made(cls: Callable[..., Any]) -> tuple[list[nn.Parameter], Any]:
         params = [nn.Parameter(start.clone()) for _ in range(3)]
         lrs: list[dict[str, Any]] = [{}, {"lr": 2.0**-4}, {"lr": 0.0}]
         groups = [{"params": [p], **lr} for p, lr in zip(params, lrs, strict=True)]
@@ -139,7 +139,7 @@ def test_a_closure_runs_with_gradients_and_its_value_is_returned() -> None:
     opt = Lion([p], lr=0.25)
     called = []
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         called.append(torch.is_grad_enabled())
         opt.zero_grad()
         loss = p.square().sum()
@@ -147,9 +147,9 @@ def test_a_closure_runs_with_gradients_and_its_value_is_returned() -> None:
         return loss
 
     with torch.no_grad():
-        loss = opt.step(closure)
+        loss: Any = opt.step(closure)
     assert called == [True]
-    assert loss.item() == 18.0  # type: ignore[union-attr]
+    assert float(loss) == 18.0
     assert p.tolist() == [2.75, -2.75]
     assert opt.step() is None
 
@@ -210,7 +210,7 @@ SCHEDULERS = {
 def test_schedulers(make: Callable[[Lion], Any]) -> None:
     """OneCycleLR writes betas too. A tensor lr is float32 and taken as exact, so the number that it is compared
     with is rounded to float32 each step."""
-    runs = {}
+    runs: dict[Any, Any] = {}
     for kind in ("number", "tensor", "by hand"):
         params = params_of()
         opt = Lion(params, lr=torch.tensor(0.25) if kind == "tensor" else 0.25, weight_decay=0.1)

@@ -30,10 +30,10 @@ def test_state_is_made_at_the_first_step_for_all_that_can_learn() -> None:
         p.grad = torch.ones_like(p)
     opt.step()
     assert list(opt.state) == [learning, without_grad, empty, scalar]
-    for p in opt.state:
-        assert opt.state[p].keys() == {"exp_avg"}
-        assert opt.state[p]["exp_avg"].shape == p.shape
-        assert not opt.state[p]["exp_avg"].requires_grad
+    for owner, entry in opt.state.items():
+        assert entry.keys() == {"exp_avg"}
+        assert entry["exp_avg"].shape == owner.shape
+        assert not entry["exp_avg"].requires_grad
     assert_same_bits(without_grad.detach(), torch.ones(5))
     assert_same_bits(opt.state[without_grad]["exp_avg"], torch.zeros(5))
     assert_same_bits(frozen.detach(), torch.ones(5))
@@ -165,7 +165,7 @@ def test_a_pickle_of_an_older_version() -> None:
     })  # fmt: skip
     expected = params_of()
     run(Lion(expected, lr=0.25), expected, range(1))
-    opt.state = {p: {"exp_avg": torch.zeros_like(p)} for p in params}
+    opt.state.update({p: {"exp_avg": torch.zeros_like(p)} for p in params})
     run(opt, params, range(1))
     assert_same_params(params, expected)
 
@@ -245,7 +245,11 @@ def test_parameters_that_move(use_triton: bool) -> None:
 def test_groups_swapped_between_steps(use_triton: bool) -> None:
     """As DeepSpeed's ZeRO does: step() once for each group, each time with one group of one flat partition
     (stages 1, 2), or with the other groups emptied (stage 3)."""
-    hypers = [{"lr": 0.25, "weight_decay": 0.5}, {"lr": 0.5, "betas": (0.95, 0.98)}, {"lr": 0.125, "maximize": True}]
+    hypers: list[dict[str, Any]] = [
+        {"lr": 0.25, "weight_decay": 0.5},
+        {"lr": 0.5, "betas": (0.95, 0.98)},
+        {"lr": 0.125, "maximize": True},
+    ]
 
     def made() -> tuple[list[nn.Parameter], Lion]:
         generator = torch.Generator().manual_seed(3)

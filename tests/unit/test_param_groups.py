@@ -147,8 +147,8 @@ def test_a_scheduler_may_write_a_tensor_into_betas() -> None:
     with pytest.raises(ValueError, match="betas must be two numbers"):
         opt.step()
     for make in (
-        lambda opt: CyclicLR(opt, base_lr=0.1, max_lr=0.5, base_momentum=torch.tensor(0.5), max_momentum=0.75),
-        lambda opt: OneCycleLR(opt, max_lr=torch.tensor(0.5), total_steps=5, base_momentum=torch.tensor(0.5)),
+        lambda opt: CyclicLR(opt, base_lr=0.1, max_lr=0.5, base_momentum=torch.tensor(0.5), max_momentum=0.75),  # type: ignore[arg-type]
+        lambda opt: OneCycleLR(opt, torch.tensor(0.5), total_steps=5, base_momentum=torch.tensor(0.5)),  # type: ignore[arg-type]
     ):
         p, opt = one_weight(lr=0.25)
         scheduler = make(opt)
@@ -171,7 +171,7 @@ def test_a_key_that_nobody_knows_is_named_once_and_kept() -> None:
         warnings.simplefilter("always")
         params = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
         opt = Lion([{"params": [params[0]], "weight_deacy": 0.1}, {"params": [params[1]], "weight_deacy": 0.2}])
-        opt.add_param_group({"params": [params[2]], "Betas": (0.5, 0.5), "lr_mult": 2.0, "_own": 1, 7: 8})
+        opt.add_param_group({"params": [params[2]], "Betas": (0.5, 0.5), "lr_mult": 2.0, "_own": 1, 7: 8})  # type: ignore[dict-item]
         saved = opt.state_dict()
         opt.load_state_dict(saved)
         opt.step()

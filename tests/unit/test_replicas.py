@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_several_comparisons_before_a_check() -> None:
     """The first that failed is told of; what followed from it is forgotten."""
     comparison = DeferredCheck()
     for number, numbers in enumerate([[1, 1], [1, 2], [3, 4], [5, 5]]):
-        comparison.compare(torch.tensor(numbers), lambda number=number: f"step {number}")
+        comparison.compare(torch.tensor(numbers), partial("step {}".format, number))
     with pytest.raises(ValueError, match="step 1"):
         comparison.check()
     assert not comparison._pending

@@ -154,7 +154,8 @@ def test_by_the_lr_of_each_group_and_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         few, many, late = (nn.Parameter(torch.full((n,), 0.02, dtype=BF16)) for n in (10, 1000, 100))
-        opt = Lion([{"params": [few], "lr": 1e-7}, {"params": [many]}], lr=1e-2)
+        groups: list[dict[str, Any]] = [{"params": [few], "lr": 1e-7}, {"params": [many]}]
+        opt = Lion(groups, lr=1e-2)
         opt.step()
         assert not caught
         for _ in range(2):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_is_dense_says_what_enumeration_says() -> None:
 
 
 def test_may_overlap_never_misses_an_overlap() -> None:
-    missed, refused = [], Counter()
+    missed: list[Any] = []
+    refused: Counter[Any] = Counter()
     for shape, strides in ALL_STRIDED:
         addresses = offsets(shape, strides)
         overlaps = len(set(addresses)) < len(addresses)

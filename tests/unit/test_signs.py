@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +103,8 @@ class Ranks:
         for replica, old in zip(self.replicas, before, strict=True):
             for p, b in zip(replica, old, strict=True):
                 assert torch.equal(bits(p), b), "pack wrote a parameter"
-        for a, b in itertools.permutations(range(self.world_size), 2):
-            self.updates[b].rows[a] = self.updates[a].rows[a]
+        for source, target in itertools.permutations(range(self.world_size), 2):
+            self.updates[target].rows[source] = self.updates[source].rows[source]
         sums = {int(c) for update in self.updates for c in update.numbers}
         assert sums == {int(reference.hyper_checksum(hyper_table(hypers, CPU), SALT, grad_scale))}
         if agree:
@@ -128,7 +129,7 @@ class Ranks:
 
 
 # Around four to a byte, an alignment of 128 elements, a block of 1024, a tile of 8192; for 1 to 4 ranks: heads
-# without tails (3072) and tails without heads, of which some end up in two ranks' parts of the pack.
+# without tails (3072) and tails without heads, of which some end up in two ranks' parts of the tail buffer.
 SIZES = (0, 1, 3072, 127, 129, 2, 1023, 3, 4100, 700)
 # The interpreter takes a second for what torch does in milliseconds.
 FEW_SIZES = (0, 3072, 127, 1030, 3)
@@ -289,7 +290,9 @@ class OnADevice(Tensor):
     )  # fmt: skip
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         assert func not in cls.READS, f"the host reads a value: {func.__name__}"
         return super().__torch_function__(func, types, args, kwargs or {})
 

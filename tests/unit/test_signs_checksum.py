@@ -88,7 +88,10 @@ CHANGES: dict[str, Callable[[list[HyperParameters], int], tuple[list[HyperParame
     "beta1": lambda h, s: ([h[0]._replace(beta1=0.95), *h[1:]], s),
     "beta2": lambda h, s: ([h[0]._replace(beta2=0.98), *h[1:]], s),
     "betas swapped": lambda h, s: ([h[0]._replace(beta1=h[0].beta2, beta2=h[0].beta1), *h[1:]], s),
-    "lr and decay swapped": lambda h, s: ([h[0]._replace(lr=h[0].weight_decay, weight_decay=h[0].lr), *h[1:]], s),
+    "lr and decay swapped": lambda h, s: (
+        [h[0]._replace(lr=h[0].weight_decay, weight_decay=float(h[0].lr)), *h[1:]],
+        s,
+    ),
     "maximize": lambda h, s: ([h[0]._replace(maximize=True), *h[1:]], s),
     "order of groups": lambda h, s: (h[::-1], s),
     "a group more": lambda h, s: ([*h, h[0]], s),

@@ -32,7 +32,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "state_columns", with_count)
 
 
-def trained(value: int) -> tuple[nn.Module, Lion]:
+def trained(value: int) -> tuple[nn.Linear, Lion]:
     model = nn.Linear(3, 2)
     opt = Lion(model.parameters(), lr=0.5)
     for p in model.parameters():

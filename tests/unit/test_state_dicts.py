@@ -185,7 +185,8 @@ def test_torchs_door_for_sharded_models_has_matched_names_already() -> None:
     here, other = model("ba")
     set_optimizer_state_dict(here, other, get_optimizer_state_dict(there, opt))
     for name in "ab":
-        assert_same_bits(other.state[here[name].weight]["exp_avg"], opt.state[there[name].weight]["exp_avg"], name)
+        p, q = (layers.get_parameter(f"{name}.weight") for layers in (here, there))
+        assert_same_bits(other.state[p]["exp_avg"], opt.state[q]["exp_avg"], name)
     assert other.param_groups[0]["param_names"] == ["b.weight", "a.weight"]
 
 
@@ -203,7 +204,8 @@ def of_every_kind(named: bool) -> Lion:
     feed(opt)
     opt.step()
     opt.state[params["a.bias"]]["slow"] = torch.ones(3)
-    opt.state["count"] = 3
+    state: Any = opt.state
+    state["count"] = 3
     return opt
 
 

@@ -28,8 +28,9 @@ def with_foreign_entries() -> tuple[list[nn.Parameter], Lion]:
         opt.state[p]["lookahead_slow_buff"] = p.detach().clone()
         opt.state[p]["step"] = torch.tensor(5.0)
     opt.state[params[0]]["words"] = ["a word", {"name": "another", "ema": torch.full((3,), 0.5)}, ("x", 1, None)]
-    opt.state["lookahead_step"] = 6
-    opt.state["ema"] = {"decay": 0.9, "of": torch.ones(2), "exp_avg": torch.ones(1)}
+    state: Any = opt.state
+    state["lookahead_step"] = 6
+    state["ema"] = {"decay": 0.9, "of": torch.ones(2), "exp_avg": torch.ones(1)}
     return [*params, frozen], opt
 
 
@@ -40,10 +41,11 @@ def assert_foreign_entries(opt: Lion, params: list[nn.Parameter], slow: list[Ten
     first, second, third = opt.state[params[0]]["words"]
     assert (first, second["name"], third) == ("a word", "another", ("x", 1, None))
     assert second["ema"].tolist() == [0.5] * 3
-    assert opt.state["lookahead_step"] == 6
-    assert opt.state["ema"]["decay"] == 0.9
-    assert opt.state["ema"]["of"].tolist() == [1.0, 1.0]
-    assert opt.state["ema"]["exp_avg"].tolist() == [1.0]
+    state: Any = opt.state
+    assert state["lookahead_step"] == 6
+    assert state["ema"]["decay"] == 0.9
+    assert state["ema"]["of"].tolist() == [1.0, 1.0]
+    assert state["ema"]["exp_avg"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("door", ["state_dict", "deepcopy", "pickle", "step"])

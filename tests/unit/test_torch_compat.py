@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -223,7 +223,7 @@ def test_wrapper_subclass() -> None:
         seen: ClassVar[list[object]] = []
 
         @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
             cls.seen.append(func)
             return torch.zeros(2)
 
@@ -248,7 +248,7 @@ def test_modules() -> None:
     assert compat.non_persistent_buffers(module) == {"fleeting"}
     assert compat.EXTRA_STATE in module.state_dict()
 
-    wrapped = torch.compile(nn.Sequential(checkpoint_wrapper(module)))
+    wrapped: Any = torch.compile(nn.Sequential(checkpoint_wrapper(module)))
     for name, _ in wrapped.named_parameters():
         assert next(part for part in name.split(".") if part not in compat.WRAPPER_PREFIXES) == "0"
         assert compat.WRAPPER_PREFIXES & set(name.split("."))
