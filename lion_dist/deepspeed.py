@@ -105,10 +105,11 @@ class DeepSpeedLion(Lion):
 
 
 def _like_adams(entry: Any) -> Any:
-    if not isinstance(entry, dict) or "exp_avg" not in entry:
+    if not isinstance(entry, dict) or EXP_AVG not in entry:
         return entry  # somebody else's
-    placeholder = torch.zeros((), dtype=entry["exp_avg"].dtype).expand(entry["exp_avg"].shape)
-    return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder} | {
+    momentum = entry[EXP_AVG]
+    placeholder = torch.zeros((), dtype=momentum.dtype).expand(momentum.shape)
+    return {"step": 0, EXP_AVG: momentum, "exp_avg_sq": placeholder} | {
         key: value for key, value in entry.items() if key not in NOT_LIONS
     }
 

@@ -21,7 +21,6 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     normalize_group,
-    required_dtype,
     state_columns,
     warn_of_unknown_keys,
 )
@@ -380,7 +379,7 @@ class Lion(Optimizer):
                         continue
                     if given is not None:
                         t = given.value
-                        dtype = required_dtype(column, group) or t.dtype
+                        dtype = column.loaded_dtype(t.dtype)
                         own = self.state.get(p, {}).get(column.name)
                         if t is own and t.dtype == dtype and local(t).device == local(p).device:
                             continue  # loaded in place, as lion_dist.checkpoint does

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 COUNT = "count"
 
 
+def add_column(monkeypatch: pytest.MonkeyPatch, make: Callable[[Tensor, dict[str, Any]], StateColumn | None]) -> None:
+    monkeypatch.setattr(param_groups, "COLUMNS", [*param_groups.COLUMNS, make])
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter's state has a column of int32, in the shape of the parameter."""
-    columns = param_groups.state_columns
-
-    def with_count(p: Tensor, group: dict[str, Any]) -> tuple[StateColumn, ...]:
-        return *columns(p, group), StateColumn(COUNT, torch.int32)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lion_dist.") and hasattr(module, "state_columns"):
-            monkeypatch.setattr(module, "state_columns", with_count)
+    add_column(monkeypatch, lambda p, group: StateColumn(COUNT, torch.int32))
 
 
 def trained(value: int) -> tuple[nn.Linear, Lion]:
