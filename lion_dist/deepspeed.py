@@ -70,9 +70,9 @@ class DeepSpeedLion(Lion):
             group.setdefault("step", 0)
 
     # Each partition would throw away what was prepared for the one before, an index of its tiles among it.
-    swaps_params = True
+    _swaps_params = True
 
-    def adopt_state(self) -> None:
+    def _adopt_state(self) -> None:
         """Brings a universal checkpoint into Lion's form. DeepSpeed loads it into the groups, as they were saved, and
         into the state, in float32; it keeps references to the state that exists after the first step."""
         for group in self.param_groups:

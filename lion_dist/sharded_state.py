@@ -269,8 +269,6 @@ class IncomingState:
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
     """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=column.loaded_dtype(given[column.name].dtype))
-        if column.name in given
-        else column
+        replace(column, dtype=column.loaded_dtype(given[column.name].dtype)) if column.name in given else column
         for column in state_columns(p, group)
     )

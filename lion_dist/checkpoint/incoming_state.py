@@ -206,7 +206,7 @@ class IncomingState:
         self._new: dict[str, dict[str, Tensor]] = {}
         for name, dtypes in self._like_param.items():
             p = self._params[name]
-            self._new[name] = {entry: new_state([p], [dtype])[0] for entry, dtype in dtypes.items()}
+            self._new[name] = {entry: new_state([p], [StateColumn(entry, dtype)])[0] for entry, dtype in dtypes.items()}
             for entry, t in self._new[name].items():
                 tensors[self._keys[name][entry]] = self._logical(p, t)
         for name, p in self._params.items():
@@ -231,14 +231,14 @@ class IncomingState:
                 columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
                 optimizer._shard([self._params[name] for name in lacking], columns_of)
             return
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
         for name, columns in lacking.items():
             p = self._params[name]
             for column in columns:
                 if column.name not in (optimizer.state.get(p) or {}):
-                    missing.setdefault(column.name, []).append((p, column.dtype))
+                    missing.setdefault(column.name, []).append((p, column))
         for entry, pairs in missing.items():
-            made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
+            made = new_state([p for p, _ in pairs], [column for _, column in pairs])
             for (p, _), t in zip(pairs, made, strict=True):
                 optimizer.state[p] = {**optimizer.state.get(p, {}), entry: t}
 

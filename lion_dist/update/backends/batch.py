@@ -16,11 +16,12 @@ SIGNS = "signs"  # name of packed signs as the state of the segments that `Batch
 
 
 class Mix(NamedTuple):
-    """Storage dtypes of the tensors of a batch; of the state in the order of its columns."""
+    """Storage dtypes of the tensors of a batch, and the names of its state columns, in the order of ``state``."""
 
     param: torch.dtype
     grad: torch.dtype
     state: tuple[torch.dtype, ...]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)

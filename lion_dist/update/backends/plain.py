@@ -33,11 +33,11 @@ class PlainBatch:
         self.linear = linear
         self.params = [self._run(tensors.params[s.entry].detach(), s.param_start, s.length) for s in segments]
         self.state: dict[str, list[Tensor]] = {}
-        for name, of_entry in tensors.state.items():
-            block = tensors.blocks.get(name, 1)
-            self.state[name] = [
-                self._run(of_entry[s.entry], s.state_start // block, -(-s.length // block)) for s in segments
-            ]
+        for s in segments:
+            for name, t in tensors.state_of(s.entry).items():
+                block = tensors.blocks.get(name, 1)
+                run = self._run(t, s.state_start // block, -(-s.length // block))
+                self.state.setdefault(name, []).append(run)
 
     def _run(self, t: Tensor, start: int, length: int) -> Tensor:
         return flat(t, start, length) if self.linear else t
