@@ -48,8 +48,7 @@ class PlainBatch:
         self._linear = linear
         self.runs: list[Run] = []
         for s in segments:
-            p = tensors.params[s.entry].detach()
-            state = {name: of_entry[s.entry] for name, of_entry in tensors.state.items()}
+            p, state = tensors.params[s.entry].detach(), tensors.state_of(s.entry)
             if linear:
                 p = flat(p, s.param_start, s.length)
                 for name, t in state.items():
