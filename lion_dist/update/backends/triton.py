@@ -11,7 +11,7 @@ from ..hypers import StepHypers
 from ..segments import Segment, SegmentTable, StepTensors
 from ..state import EXP_AVG
 from . import triton_norm, triton_signs, triton_step
-from .batch import Mix, Prepared
+from .batch import SIGNS, Mix, Prepared
 
 
 class TritonBatch:
@@ -25,6 +25,8 @@ class TritonBatch:
     """
 
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, mix: Mix) -> None:
+        # Kernels know the columns by their places in a row.
+        assert mix.columns[0] in (EXP_AVG, SIGNS), f"the first state column must be {EXP_AVG}, got {mix.columns}"
         self._table = SegmentTable(tensors, segments, device)
         self._mix = mix
 
