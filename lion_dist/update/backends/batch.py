@@ -76,6 +76,6 @@ class Batch(Protocol):
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:
-    """Raises the parameters' version counters. Autograd does not see that kernels write to an address, and must fail if a
-    graph has saved a weight that has changed since."""
+    """Raises the parameters' version counters. Autograd does not see that kernels write to an address, and must fail if
+    a graph has saved a weight that has changed since."""
     torch.autograd.graph.increment_version(params)
