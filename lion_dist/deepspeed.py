@@ -71,9 +71,9 @@ class DeepSpeedLion(Lion):
             group.setdefault("step", 0)
 
     # Without this each partition would discard the tables that were prepared for the one before.
-    swaps_params = True
+    _swaps_params = True
 
-    def adopt_state(self) -> None:
+    def _adopt_state(self) -> None:
         """Converts a universal checkpoint that DeepSpeed has loaded into the form that Lion steps.
 
         DeepSpeed loads the groups as they were saved, and the state in float32. It keeps references to the state that
@@ -112,10 +112,11 @@ class DeepSpeedLion(Lion):
 
 
 def _like_adams(entry: Any) -> Any:
-    if not isinstance(entry, dict) or "exp_avg" not in entry:
+    if not isinstance(entry, dict) or EXP_AVG not in entry:
         return entry  # other code put it there
-    placeholder = torch.zeros((), dtype=entry["exp_avg"].dtype).expand(entry["exp_avg"].shape)
-    return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder} | {
+    momentum = entry[EXP_AVG]
+    placeholder = torch.zeros((), dtype=momentum.dtype).expand(momentum.shape)
+    return {"step": 0, EXP_AVG: momentum, "exp_avg_sq": placeholder} | {
         key: value for key, value in entry.items() if key not in NOT_LIONS
     }
 

@@ -30,12 +30,6 @@ from .upload import upload
 logger = logging.getLogger("lion_dist")
 
 
-def check_param_sync(param_sync: str) -> None:
-    """Raises ValueError for an argument that no `ParamSync` can be made from."""
-    if param_sync not in ("auto", "params", "signs"):
-        raise ValueError(f'param_sync must be "auto", "params" or "signs", got {param_sync!r}')
-
-
 @dataclass(frozen=True)
 class Part:
     """A shard, and the object that steps it.
@@ -99,20 +93,6 @@ class ParamSync(Protocol):
 
     def check_load(self, params: Sequence[Tensor]) -> None:
         """Raises RuntimeError, on every rank, where the next steps would not make replicas equal; a collective call."""
-
-
-def make_param_sync(param_sync: str, membership: Membership, deferred: DeferredCheck) -> ParamSync:
-    """The synchronisation for an argument ``param_sync``.
-
-    Args:
-        deferred: takes the comparisons of steps.
-    """
-    several = dist.get_world_size(membership.group) > 1
-    signs = param_sync == "signs" or (param_sync == "auto" and several)
-    if param_sync == "auto":
-        reason = "signs, exact as every replica holds whole weights"
-        logger.debug("param_sync: %s", reason if signs else "params, as there is one rank and nothing to send")
-    return GatherSigns(membership, deferred) if signs else GatherParams(membership, deferred)
 
 
 class GatherParams:
@@ -267,3 +247,31 @@ class _SignsOfPart:
 
 def _lacks_some(grads: Sequence[Tensor | None]) -> bool:
     return type(None) in map(type, grads)  # a loop in C: it runs over every parameter in each step
+
+
+# A new way to synchronise parameters is a class and an entry here. A class that changes what it gathers must itself
+# leave the parameters alone where the ranks do not agree: `GatherParams` relies on a gather of unchanged parameters.
+_SYNCS: dict[str, Callable[[Membership, DeferredCheck], ParamSync]] = {"params": GatherParams, "signs": GatherSigns}
+
+
+def check_param_sync(param_sync: str) -> None:
+    """Raises ValueError for an argument that no `ParamSync` can be made from."""
+    if param_sync not in ("auto", *_SYNCS):
+        known = " or ".join(f'"{name}"' for name in _SYNCS)
+        raise ValueError(f'param_sync must be "auto", {known}, got {param_sync!r}')
+
+
+def make_param_sync(param_sync: str, membership: Membership, deferred: DeferredCheck) -> ParamSync:
+    """The synchronisation for an argument ``param_sync``.
+
+    Args:
+        deferred: takes the comparisons of steps.
+    """
+    if param_sync == "auto":
+        param_sync = "signs" if dist.get_world_size(membership.group) > 1 else "params"
+        reason = {
+            "signs": "exact as every replica holds whole weights",
+            "params": "as there is one rank and nothing to send",
+        }
+        logger.debug("param_sync: %s, %s", param_sync, reason[param_sync])
+    return _SYNCS[param_sync](membership, deferred)

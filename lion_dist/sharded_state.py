@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
-from .param_groups import Group, describe_groups, required_dtype, state_columns
+from .param_groups import Group, describe_groups, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
@@ -269,8 +269,6 @@ class IncomingState:
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
     """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=required_dtype(column, group) or given[column.name].dtype)
-        if column.name in given
-        else column
+        replace(column, dtype=column.loaded_dtype(given[column.name].dtype)) if column.name in given else column
         for column in state_columns(p, group)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from lion_dist import Lion
+from lion_dist import Lion, ShardedLion
 from lion_dist.hyper_values import to_dtype
 from lion_dist.update.reference import NAN_BITS
 from lion_dist.update.segments import StepTensors
@@ -82,6 +82,12 @@ def assert_same_model(got: nn.Module, expected: nn.Module) -> None:
         assert_same_bits(got.get_parameter(name), p, name)
 
 
+def momentum_parts(optimizer: ShardedLion) -> list[Tensor]:
+    """This rank's parts of the momenta, which are views of them."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    return [part for p in params for part in optimizer.state[p]["exp_avg"].parts]
+
+
 def assert_same_momentum(got: dict, expected: Lion) -> None:
     params = [p for group in expected.param_groups for p in group["params"]]
     for i, p in enumerate(params):
@@ -122,11 +128,9 @@ def assert_loaded(optimizer: torch.optim.Optimizer, given: Any, momentum_of: Cal
 
 
 def assert_same_step(got: StepTensors, expected: StepTensors) -> None:
-    for i, pairs in enumerate(
-        zip(got.params, expected.params, got.state[EXP_AVG], expected.state[EXP_AVG], strict=True)
-    ):
-        assert_same_bits(*pairs[:2], f"parameter {i}")
-        assert_same_bits(*pairs[2:], f"momentum {i}")
+    for i, (p, other) in enumerate(zip(got.params, expected.params, strict=True)):
+        assert_same_bits(p, other, f"parameter {i}")
+        assert_same_bits(got.state_of(i)[EXP_AVG], expected.state_of(i)[EXP_AVG], f"momentum {i}")
 
 
 def assert_same_params(got: list[nn.Parameter], expected: list[nn.Parameter]) -> None:

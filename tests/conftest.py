@@ -1,4 +1,4 @@
-"""What every test needs. TRITON_INTERPRET must be set before anything imports triton, and pytest imports this
+"""Set-up of every test. TRITON_INTERPRET must be set before anything imports triton, and pytest imports this
 file first: without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
 import logging

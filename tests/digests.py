@@ -419,7 +419,7 @@ STRATEGIES: dict[str, Callable[[Scenario, Rank], State]] = {
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bits."""
+    """A sha256 of names, dtypes, shapes and bits."""
     h = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

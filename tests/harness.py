@@ -106,7 +106,7 @@ def run_ranks(
     on_cpu: bool = False,
     share_gpus: bool = False,
 ) -> list[Any]:
-    """What ``body(rank, world_size, *args)`` returned, by rank (picklable; no GPU tensors).
+    """Returns what ``body(rank, world_size, *args)`` returned on each rank (picklable; no GPU tensors).
 
     Args:
         body: a module-level function.

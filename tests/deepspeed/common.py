@@ -133,7 +133,7 @@ def weights(deepspeed: Any, engine: Any) -> dict[str, Tensor]:
 
 
 def momentum_norm(engine: Any) -> float:
-    """Of all momenta, which lie on the ranks in DeepSpeed's order. It tells how large gradients were."""
+    """The norm of all momenta, which are on the ranks in DeepSpeed's order; it depends on the size of gradients."""
     squares = [entry["exp_avg"].double().square().sum().cpu() for entry in engine.basic_optimizer.state.values()]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
     if engine.zero_optimization_stage():

@@ -141,7 +141,7 @@ def universal_of(folder: Path, rank: int) -> None:
 
 
 def body_momentum_in_16_bits(rank: int, world_size: int, folder: Path) -> None:
-    """And Adam's universal checkpoint: DeepSpeed puts either into the optimizer without asking it."""
+    """Adam's universal checkpoint too: DeepSpeed puts either into the optimizer without asking it."""
     deepspeed = start_deepspeed(rank, world_size)
     lion_dist.deepspeed.register()
     for stage in (2, 3):

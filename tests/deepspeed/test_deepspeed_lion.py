@@ -37,7 +37,7 @@ def test_arguments_of_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", ["eps", "torch_adam", "fused", "foreach", "bias_correction", "set_grad_none"])
-def test_what_means_nothing_to_lion_is_named(name: str) -> None:
+def test_ignored_arguments_are_named(name: str) -> None:
     with pytest.warns(UserWarning, match=f"without meaning for Lion: {name}"):
         assert arguments({name: 1, "lr": 0.1}) == {"lr": 0.1}
 
@@ -62,7 +62,7 @@ def test_adams_betas_are_named() -> None:
         ({"momentum_dtype": "int8"}, "momentum_dtype must be None, float32, bfloat16 or float16, got 'int8'"),
     ],
 )
-def test_what_lion_cannot_do_is_refused_by_name(params: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         arguments(params)
 
@@ -88,7 +88,7 @@ def test_state_dicts_look_like_adams_and_take_no_memory() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"step": 7}, {"step": 7, "exp_avg_sq": torch.zeros(5)}])
-def test_states_of_deepspeeds_own_lions_are_taken(extra: dict[str, Any]) -> None:
+def test_states_of_deepspeeds_own_lions_are_loaded(extra: dict[str, Any]) -> None:
     saved = stepped(Lion).state_dict()
     saved["state"][0].update(extra)
     fresh = DeepSpeedLion([torch.nn.Parameter(torch.zeros(5))], lr=0.3)
@@ -101,8 +101,8 @@ def test_states_of_deepspeeds_own_lions_are_taken(extra: dict[str, Any]) -> None
     assert_same_bits(next(iter(again.state.values()))["exp_avg"], entry["exp_avg"])
 
 
-def test_what_others_keep_in_the_state_is_kept() -> None:
-    """Beside the entries that look like Adam's; and keys that are no parameters."""
+def test_entries_of_other_code_are_kept() -> None:
+    """They stand beside the entries that look like Adam's; some have keys that are no parameters."""
     optimizer = stepped(DeepSpeedLion)
     (entry,) = optimizer.state.values()
     entry["slow"] = torch.arange(5.0)
@@ -163,7 +163,7 @@ def test_partitions_in_turn_are_each_prepared_once(monkeypatch: pytest.MonkeyPat
 
 @needs_interpreter
 def test_momenta_that_are_replaced_between_steps_are_freed() -> None:
-    """As offload_states() does, to have their memory."""
+    """offload_states() replaces them so, to free their memory."""
     optimizer = DeepSpeedLion([torch.nn.Parameter(torch.ones(5))], lr=0.1, use_triton=True)
     optimizer.param_groups[0]["params"][0].grad = torch.linspace(-1, 1, 5)
     optimizer.step()
@@ -176,7 +176,7 @@ def test_momenta_that_are_replaced_between_steps_are_freed() -> None:
 
 
 def test_a_loaded_second_moment_goes_before_the_step() -> None:
-    """As a universal checkpoint leaves it: put into the state itself."""
+    """A universal checkpoint puts it into the state itself."""
     optimizer, plain = stepped(DeepSpeedLion), stepped(Lion)
     (entry,) = optimizer.state.values()
     entry.update(step=3, exp_avg_sq=torch.zeros(5))

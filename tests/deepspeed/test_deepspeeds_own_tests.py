@@ -1,4 +1,4 @@
-"""What DeepSpeed's own tests/unit/ops/lion check, of our class; and how little that is.
+"""Our class in the checks of DeepSpeed's own tests/unit/ops/lion; and how little these find.
 
 test_lion.py makes an engine of fp16 at stage 2, with and without offload, and asks for the class of its optimizer. It
 takes no step.
@@ -134,5 +134,5 @@ def body_classes(rank: int, world_size: int) -> None:
             assert engine.zero_cpu_offload() == offload
 
 
-def test_an_engines_class(tmp_path: Path) -> None:
+def test_the_engine_builds_our_class(tmp_path: Path) -> None:
     run_ranks(body_classes, 1, tmp_path)

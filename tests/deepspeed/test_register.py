@@ -28,7 +28,7 @@ REPLACED = ("_configure_basic_optimizer", "_configure_fp16_optimizer")
 
 
 def insides() -> tuple[Any, ...]:
-    """What register() changes."""
+    """The attributes that register() changes."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -185,7 +185,7 @@ def test_unregister_under_somebody_elses_patch_changes_nothing(
         assert insides()[2] == (*stock[2], DeepSpeedLion)
 
 
-def test_other_optimizers_are_built_as_ever(stock: tuple[Any, ...]) -> None:
+def test_other_optimizers_are_built_as_before(stock: tuple[Any, ...]) -> None:
     register()
     from deepspeed.runtime.engine import DeepSpeedEngine
 

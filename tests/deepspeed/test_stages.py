@@ -54,7 +54,7 @@ class Case:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Of parameters that a step does not use; see `averaged`."""
+        """Whether parameters that a step does not use keep their gradients; see `averaged`."""
         return self.offload or self.stage == 3
 
     def groups(self, model: Model) -> list[dict[str, Any]]:

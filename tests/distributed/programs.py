@@ -272,7 +272,7 @@ class _Writer:
             self.end_interval()
             what = random.random()
             if what < 0.2:  # clipped in vain
-                self.zero(random.choice(ZEROING[:2]))  # the others leave the clipping, of gradients that are gone
+                self.zero(random.choice(ZEROING[:2]))  # the others leave the clipping, of gradients that were dropped
                 return
             if what < 0.4 and self.stage == 2:  # clipped, more gradients on some ranks, and clipped anew
                 for _ in range(random.randint(1, 2)):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.averaged import AveragedGradients
-from tests.asserts import assert_same_bits
+from tests.asserts import assert_same_bits, momentum_parts
 from tests.harness import device_of, run_ranks
 
 NOT_AVERAGED = r"on ranks \[1\] .*gradients must be averaged.*DistributedDataParallel.*stage=2"
@@ -44,7 +44,7 @@ class Untouched:
 
     def tensors(self) -> list[Tensor]:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return params + [shard.buffers["exp_avg"] for shard in self.optimizer._shards]
+        return params + momentum_parts(self.optimizer)
 
     def by(self, call: Callable[[], Any], message: str = NOT_AVERAGED) -> None:
         with pytest.raises(ValueError, match=message):
@@ -151,7 +151,7 @@ def body_came_later(rank: int, world_size: int) -> None:
 
 
 def body_no_false_alarm(rank: int, world_size: int) -> None:
-    """However DistributedDataParallel averages, ranks have the same bits."""
+    """Every way in which DistributedDataParallel averages gives ranks the same bits."""
     device = device_of(rank, world_size)
     ways: list[dict[str, Any]] = [
         {}, {"gradient_as_bucket_view": True}, {"static_graph": True}, {"hook": fp16_compress_hook},

@@ -156,7 +156,7 @@ def test_channels_last(tmp_path: Path) -> None:
 
 
 def tutorial_state(run: Run) -> dict[str, Any]:
-    """As torch's tutorials have it, in user code."""
+    """The state of user code, as in torch's tutorials."""
     return {
         "model": get_model_state_dict(run.wrapped),
         "optim": get_optimizer_state_dict(run.wrapped, run.optimizer),
@@ -229,5 +229,5 @@ def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
         assert_same_tensors(momenta, expected, f"{target} -> {source} by dcp.load")
 
 
-def test_torchs_own_doors(tmp_path: Path) -> None:
+def test_state_dict_functions_of_torch(tmp_path: Path) -> None:
     run_ranks(body_torch_doors, 2, tmp_path, (tmp_path,))

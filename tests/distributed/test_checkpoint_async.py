@@ -26,7 +26,7 @@ SHORT = timedelta(seconds=4)  # a time-out that is waited for
 
 
 class Records(logging.Handler):
-    """What lion_dist logs at ERROR, and no warning."""
+    """Records that lion_dist logs at ERROR."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -130,7 +130,7 @@ def body_victim(rank: int, world_size: int, folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["elsewhere"]
 
 
-def test_every_rank_hears_of_a_folder_that_vanished(tmp_path: Path) -> None:
+def test_every_rank_raises_if_the_folder_vanished(tmp_path: Path) -> None:
     run_ranks(body_victim, 2, tmp_path, (tmp_path / "runs",), on_cpu=True)
 
 
@@ -162,7 +162,7 @@ def assert_saved(path: Path) -> None:
 
 
 @spawn_only
-def test_the_program_ends_with_its_save_and_without_one_that_hangs(tmp_path: Path) -> None:
+def test_the_program_waits_for_its_save_but_not_for_one_that_hangs(tmp_path: Path) -> None:
     outcomes = [(tmp_path / kind, kind == "hangs", tmp_path / f"{kind}.log") for kind in ("ends", "hangs")]
     for process in processes(leave_at_once, outcomes):
         process.join(200)
@@ -181,7 +181,7 @@ def test_the_program_ends_with_its_save_and_without_one_that_hangs(tmp_path: Pat
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("hangs", [False, True])
 def test_an_interpreter_of_its_own_ends_too(tmp_path: Path, hangs: bool) -> None:
-    """Not by way of multiprocessing, as above."""
+    """The interpreter is started without multiprocessing."""
     log = tmp_path / "log"
     command = (
         "from pathlib import Path; from tests.distributed.test_checkpoint_async import leave_at_once; "

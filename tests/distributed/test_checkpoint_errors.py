@@ -1,4 +1,4 @@
-"""What is refused is refused on every rank, with nothing changed; and saves beside the training."""
+"""Refusals reach every rank and change nothing; and saves beside the training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ON_RANKS = {
 
 
 def drop_half(raw: dict[str, Any]) -> None:
-    """What a save of one rank alone would have left."""
+    """Drops half of a tensor, as if one rank alone had saved."""
     held = raw["tensors"]["optim.state.embedding.exp_avg"]
     held["chunks"] = held["chunks"][: len(held["chunks"]) // 2]
 
@@ -156,7 +156,7 @@ class Gate:
 
 
 def blocks_written_by(function: Callable[..., None]) -> None:
-    """From now on, checkpoints' blocks are written by another function."""
+    """Makes saves write their blocks with another function from now on."""
     vars(writer)["write_block"] = function
 
 
@@ -239,7 +239,7 @@ def body_generators(rank: int, world_size: int, folder: Path, saves: bool) -> li
     return [torch.rand(()).item(), random.random()]
 
 
-def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_generators_resume(tmp_path: Path) -> None:
     saved = run_ranks(body_generators, 2, tmp_path, (tmp_path, True))
     assert len({tuple(numbers) for numbers in saved}) == 2  # a key a rank
     assert run_ranks(body_generators, 2, tmp_path, (tmp_path, False)) == saved

@@ -31,8 +31,8 @@ def reset_peak() -> int:
 
 
 def body_memory(rank: int, world_size: int, folder: Path) -> tuple[float, float]:
-    """What save and async_save take at their peak, as parts of this rank's shard: what it writes, of the weights and of
-    the momentum. The shard itself is there before, so it counts as one."""
+    """The memory that save and async_save take at their peak, as parts of this rank's shard: what it writes of
+    weights and the momentum. The shard itself is there before, so it counts as one."""
     device = device_of(rank, world_size)
     model = nn.ParameterList(torch.ones(SHARD_BYTES // 8 // 4 * world_size, device=device) for _ in range(4))
     optimizer = ShardedLion(model.parameters())

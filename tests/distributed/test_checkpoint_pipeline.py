@@ -282,5 +282,5 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     refused(r"optim\.state\.0\.bias\.exp_avg has other values on rank 1", model, optimizer)
 
 
-def test_what_no_checkpoint_can_hold_is_refused_on_every_rank(tmp_path: Path) -> None:
+def test_models_that_cannot_be_saved_are_refused_on_every_rank(tmp_path: Path) -> None:
     run_ranks(body_refused, 2, tmp_path, (tmp_path,), on_cpu=True)

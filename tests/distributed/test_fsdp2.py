@@ -194,7 +194,8 @@ def body_corners(rank: int, world_size: int) -> None:
 
 
 def body_partial_gradients(rank: int, world_size: int) -> None:
-    """What tensor parallelism leaves of a replicated gain is a sum to be added up; DTensor's own optimizers do so."""
+    """The gradient that tensor parallelism leaves for a replicated gain is a sum to be added up; DTensor's own
+    optimizers do so."""
     device = device_of(rank, world_size)
     mesh = init_device_mesh(device.type, (world_size,))
     value = torch.arange(5.0, device=device)

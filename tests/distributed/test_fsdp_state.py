@@ -205,6 +205,6 @@ def test_checkpoints_of_a_model_that_has_just_been_evaluated(tmp_path: Path) -> 
     run_ranks(body_evaluated, 2, tmp_path, (tmp_path,))
 
 
-def test_doors(tmp_path: Path) -> None:
+def test_state_dict_functions_of_fsdp(tmp_path: Path) -> None:
     """Asking for a state before there is one changes no weight; FSDP1's own functions."""
     run_ranks(body_doors, 2, tmp_path)

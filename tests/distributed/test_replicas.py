@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, bits
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, bits, momentum_parts
 from tests.harness import device_of, run_ranks
 from tests.scenarios.replicas import LR, Trained
 from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy
@@ -44,7 +44,7 @@ def body_check_and_resync(rank: int, world_size: int) -> None:
         optimizer.check_replicas()
         if 0 not in strayed:
             assert_same_bits(params[number[name]], good[number[name]], "the first rank's is what counts")
-    # Several at once, more than are told, and a sign of zero that no comparison of values would see.
+    # Several at once, more than the error names, and a sign of zero that no comparison of values would see.
     with torch.no_grad():
         model.one.zero_()
         if rank == 1:
@@ -102,7 +102,7 @@ def training_goes_on(rank: int, world_size: int, heal: str) -> None:
     assert_same_momentum(optimizer.full_state_dict(), lion)
 
 
-def test_training_goes_on(tmp_path: Path) -> None:
+def test_training_continues_on_diverged_replicas(tmp_path: Path) -> None:
     run_ranks(body_training_goes_on, 2, tmp_path)
 
 
@@ -115,7 +115,7 @@ def body_load_refuses(rank: int, world_size: int) -> None:
     trained.step()
     optimizer.param_groups[0]["lr"] = 0.125
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    momenta = [shard.buffers["exp_avg"].clone() for shard in optimizer._shards]
+    momenta = [part.clone() for part in momentum_parts(optimizer)]
     if rank == 1:
         flip(trained.params[0], 3)
     before = [bits(p) for p in trained.params]
@@ -123,8 +123,8 @@ def body_load_refuses(rank: int, world_size: int) -> None:
         optimizer.load_state_dict(state)
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert [p for group in optimizer.param_groups for p in group["params"]] == trained.params
-    for shard, m in zip(optimizer._shards, momenta, strict=True):
-        assert_same_bits(shard.buffers["exp_avg"], m, "momentum")
+    for part, m in zip(momentum_parts(optimizer), momenta, strict=True):
+        assert_same_bits(part, m, "momentum")
     for p, b in zip(trained.params, before, strict=True):
         assert torch.equal(bits(p), b)
     optimizer.resync()
@@ -168,7 +168,7 @@ def healed(rank: int, world_size: int, sync: str) -> list[bool]:
     return [bool(everywhere[0, i] == everywhere[1, i]) for _, i in spoilt]
 
 
-def test_parameters_heal_what_their_owner_has_whole(tmp_path: Path) -> None:
+def test_gathered_parameters_repair_replicas(tmp_path: Path) -> None:
     run_ranks(body_params_heal, 2, tmp_path)
 
 

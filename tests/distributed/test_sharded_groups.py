@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_loaded, assert_same_bits, bits
+from tests.asserts import assert_loaded, assert_same_bits, bits, momentum_parts
 from tests.harness import device_of, run_ranks
 from tests.mutations import mutated
 
@@ -251,7 +251,7 @@ def check_hyper_parameters(world_size: int, device: torch.device) -> None:
 def snapshot(optimizer: ShardedLion) -> str:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     params = [(id(p), bits(p).tolist()) for g in optimizer.param_groups for p in g["params"]]
-    shards = [bits(shard.buffers["exp_avg"]).tolist() for shard in optimizer._shards]
+    shards = [bits(part).tolist() for part in momentum_parts(optimizer)]
     entries = [(str(type(entry)), len(entry) if isinstance(entry, MutableMapping) else entry)
                for entry in optimizer.state.values()]  # fmt: skip
     return str((groups, params, shards, entries))

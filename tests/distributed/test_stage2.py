@@ -67,7 +67,7 @@ def reentrant(step: int, rank: int) -> Step:
 
 
 def reentrant_later(step: int, rank: int) -> Step:
-    """Not seen when the ranks compare notes, in the first step."""
+    """The ranks compare in the first step, which does not show it."""
     return reentrant(step, rank) if step > 5 else plain(step, rank)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2 with ranks that fail: what they and the others are told, and after how long."""
+"""Stage 2 with ranks that fail: the errors that they and the others raise, and after how long."""
 
 from __future__ import annotations
 
@@ -214,7 +214,8 @@ def test_a_step_left_out(body: Callable[..., None], args: tuple, tmp_path: Path)
 
 
 def body_stale_word(rank: int, world_size: int) -> None:
-    """A failure is told by the optimizer it belongs to: another one of the group neither quotes it nor hides it."""
+    """A failure is raised by the optimizer that it belongs to: another one of the group neither quotes it nor hides
+    it."""
     device = device_of(rank, world_size)
     table = nn.Embedding(50, 7, sparse=True, device=device)
     first = ShardedLion(table.parameters(), lr=LR)
@@ -240,7 +241,7 @@ def body_stale_word(rank: int, world_size: int) -> None:
 
 
 @spawn_only
-def test_word_of_another_optimizer_is_not_quoted(tmp_path: Path) -> None:
+def test_a_failure_of_another_optimizer_is_not_quoted(tmp_path: Path) -> None:
     run_ranks(body_stale_word, 2, tmp_path, timeout=SHORT, on_cpu=True)
 
 

@@ -200,7 +200,7 @@ def body_load_merges(rank: int, world_size: int) -> None:
     pair.finish()
 
 
-def test_loading_drops_gradients_aloud(tmp_path: Path) -> None:
+def test_loading_warns_that_gradients_are_dropped(tmp_path: Path) -> None:
     run_ranks(body_load_merges, 3, tmp_path)
 
 
@@ -251,7 +251,7 @@ def body_second_optimizer(rank: int, world_size: int) -> None:
     pair.backward(3)
     assert sum(p.grad is not None for p in pair.params) == 1
     pair.expect(3)
-    pair.step("after the first one is gone")
+    pair.step("after the first one is deleted")
     pair.finish()
 
 

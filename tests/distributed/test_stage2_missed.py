@@ -45,7 +45,7 @@ def body_intervals(rank: int, world_size: int) -> None:
 
 
 def body_intervals_unwaited(rank: int, world_size: int) -> None:
-    """As on GPUs, where the ranks read of each other's late gradients only if they expect some: once several passes
+    """On GPUs the ranks ask about each other's late gradients only if they expect some, which is once several passes
     have been made in one interval."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
@@ -65,7 +65,7 @@ def test_passes_that_miss_ranks(body: Callable[[int, int], None], tmp_path: Path
 
 
 def body_unexpected(rank: int, world_size: int) -> None:
-    """As on GPUs: a rank that made one pass does not wait to hear that others have made two."""
+    """On GPUs a rank that made one pass does not wait for the news that others have made two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)

@@ -124,7 +124,7 @@ def body_unfrozen_and_zeroed(rank: int, world_size: int) -> None:
 
 
 def body_unfrozen_unlike_unwaited(rank: int, world_size: int) -> None:
-    """As on GPUs, where a rank that has nothing to ask about does not wait for the others' answers."""
+    """On GPUs a rank that has nothing to ask about does not wait for the others' answers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
         pair = Pair(rank, world_size)
@@ -149,7 +149,7 @@ def test_unfrozen_on_some_ranks(body: Callable[[int, int], None], tmp_path: Path
 
 
 class Elsewhere(nn.Parameter):
-    """As a parameter on a GPU other than the rank's."""
+    """A parameter may be on a GPU other than the rank's."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

@@ -26,7 +26,7 @@ from tests.scenarios.pair import (
 from tests.scenarios.passes import TINY
 
 # Orders of a backward's gradients: autograd takes the term made last first. Parameter 4 is the smallest, the sentinel.
-WITNESS_LAST, WITNESS_FIRST = [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]
+SENTINEL_LAST, SENTINEL_FIRST = [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]
 
 
 def body_zeroed_in_place(rank: int, world_size: int) -> None:
@@ -35,8 +35,8 @@ def body_zeroed_in_place(rank: int, world_size: int) -> None:
         pair = Pair(rank, world_size, bucket_mb=bucket_mb)
         pair.train(0)
         calls: tuple[Callable[[], object], ...] = (
-            partial(pair.backward, 2, WITNESS_FIRST),
-            partial(pair.backward, 2, WITNESS_LAST),
+            partial(pair.backward, 2, SENTINEL_FIRST),
+            partial(pair.backward, 2, SENTINEL_LAST),
             pair.sharded.step,
             partial(pair.sharded.clip_grad_norm_, 1.0),
         )
@@ -57,7 +57,7 @@ def body_zeroed_in_place(rank: int, world_size: int) -> None:
 def body_zeros_then_none(rank: int, world_size: int) -> None:
     """Zeros count as gradients, which decay their parameters; then there are none, even of those zeros."""
     pair = Pair(rank, world_size)
-    for step, of in enumerate(([0, 2], WITNESS_LAST, WITNESS_FIRST, [], [4])):
+    for step, of in enumerate(([0, 2], SENTINEL_LAST, SENTINEL_FIRST, [], [4])):
         pair.train(step)
         backward_expect(pair, 10 + step)
         for optimizer, params in ((pair.sharded, pair.params), (pair.lion, pair.copies)):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
+from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, momentum_parts
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.toy import FP32, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
 
@@ -96,12 +96,12 @@ def body_lion_to_sharded(rank: int, world_size: int) -> None:
     assert optimizer.param_groups[0]["momentum_dtype"] is None
 
 
-def test_takes_a_lion_state(tmp_path: Path) -> None:
+def test_loads_a_state_dict_of_lion(tmp_path: Path) -> None:
     run_ranks(body_lion_to_sharded, 2, tmp_path)
 
 
 def snapshot(model: Toy, optimizer: ShardedLion) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()] + [s.buffers["exp_avg"].clone() for s in optimizer._shards]
+    return [p.detach().clone() for p in model.parameters()] + [part.clone() for part in momentum_parts(optimizer)]
 
 
 def body_foreign_state(rank: int, world_size: int) -> None:
@@ -293,7 +293,7 @@ def body_refusals(rank: int, world_size: int) -> None:
         copy.deepcopy(optimizer)
 
 
-def test_pickle_names_the_way(tmp_path: Path) -> None:
+def test_pickling_is_refused_with_advice(tmp_path: Path) -> None:
     run_ranks(body_refusals, 2, tmp_path)
 
 
@@ -324,7 +324,7 @@ def test_full_state_dict_on_one_rank_names_the_absent(caller: int, tmp_path: Pat
     assert seconds < TIMEOUT_S + 2
 
 
-def test_toy_covers_heads_tails_and_pack() -> None:
+def test_toy_covers_heads_tails_and_tail_buffers() -> None:
     """The shapes do what toy.py says, for every world size tested."""
     from lion_dist.sharding.layout import ShardLayout
 

@@ -1,7 +1,8 @@
-"""What `accelerate launch` starts in test_accelerate.py: examples/accelerate_fsdp.py, and then its checkpoint loaded.
+"""The job that `accelerate launch` starts in test_accelerate.py: examples/accelerate_fsdp.py, and then its checkpoint
+loaded.
 
-Accelerate offers FSDP on accelerators alone. Where there are none, it is told that these processes have one, and then
-goes the same ways, on gloo.
+Accelerate offers FSDP on accelerators alone. Where there are none, this job claims that these processes have one, and
+then goes the same ways, on gloo.
 """
 
 import sys

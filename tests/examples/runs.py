@@ -40,7 +40,7 @@ def arguments(out: Path, *options: str) -> list[str]:
 def begin(ranks: int, out: Path, *options: str, restarts: Sequence[int] = ()) -> tuple[list[Any], TCPStore]:
     """Starts a run: its ranks, and the store that they meet in, which must live as long as they do.
 
-    The ranks are told of each other as torchrun tells them, but come from the tests' fork server, which has imported
+    The ranks get the environment that torchrun gives them, but come from the tests' fork server, which has imported
     torch already. ``ranks`` is 0 for a process of its own, without torchrun. ``restarts``: how many each rank's agent
     has counted; () is none.
     """
@@ -91,8 +91,8 @@ def await_checkpoint(runs: Callable[[], bool], out: Path, after: int = 0) -> Non
 
 @contextmanager
 def on_two_cores() -> Iterator[None]:
-    """What this thread starts has two cores. The example takes as many threads as a rank has cores, and with more of
-    them a model of this size only takes those from the tests beside it."""
+    """Processes that this thread starts have two cores. The example takes as many threads as a rank has cores, and
+    with more of them a model of this size only takes those from the tests beside it."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, random.sample(sorted(cores), min(2, len(cores))))
     try:

@@ -74,7 +74,7 @@ def run_killed(out: Path, moments: random.Random) -> int:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_twenty_kills(tmp_path: Path) -> None:
-    """Of one rank each, in turn while a checkpoint is being written and at a random moment after one."""
+    """One rank is killed each time, in turn while a checkpoint is being written and at a random moment after one."""
     moments = random.Random(0)
     whole = tmp_path / "whole"
     run_well(RANKS, whole, *OPTIONS)

@@ -112,7 +112,7 @@ def test_killed_run_resumes_on_gpus(tmp_path: Path) -> None:
 
 @spawn_only
 @on_proc
-def test_a_run_that_is_killed_crashes_and_is_stopped_ends_as_any_other(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_stopped_ends_with_the_same_weights(tmp_path: Path) -> None:
     """All of it is killed; resumed under torchrun, one rank is killed, and torchrun's restart goes on; there one rank
     gets SIGTERM, all save in one step and end well; and it is resumed once more. The weights are those of a run that
     nobody disturbed."""

@@ -1,4 +1,4 @@
-"""What the GPU tests share: awkward values, tensors between guards, and a Lion with a twin on the CPU."""
+"""Shared parts of the GPU tests: awkward values, tensors between guards, and a Lion with a twin on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step over FSDP asks of the host and the device: one launch, no waiting, whether gradients move or not."""
+"""A step over FSDP on the host and the device: one launch, no waiting, whether gradients move or not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAYS = {
 
 
 def body_no_waiting(rank: int, world_size: int) -> None:
-    """From the third step on: by then all units have been used, and kernels compiled and loaded."""
+    """The third step is the first that counts: by then all units have been used, and kernels compiled and loaded."""
     place = Place(rank, world_size, device_of(rank, world_size))
     for name, way in WAYS.items():
         model, optimizer, twin = way.start(place)
@@ -64,5 +64,5 @@ def body_one_launch(rank: int, world_size: int) -> None:
 
 
 def test_one_launch_a_step(tmp_path: Path) -> None:
-    """Whatever the groups; and the benchmark of a step by itself finds the same."""
+    """One launch for any groups; and the benchmark of a step by itself finds the same."""
     run_on_gpus(body_one_launch, 2, tmp_path)

@@ -1,4 +1,4 @@
-"""What step() asks of the host and of the device's queue: no waiting, one launch, and results that do not
+"""step() on the host and in the device's queue: no waiting, one launch, and results that do not
 depend on how far the device is behind, on the stream, or on what becomes of the memory afterwards."""
 
 from __future__ import annotations

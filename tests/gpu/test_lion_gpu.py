@@ -1,4 +1,4 @@
-"""What torch.optim, GradScaler and users expect of an optimizer, with Lion's parameters on a GPU."""
+"""Lion on a GPU as torch.optim, GradScaler and users expect an optimizer to be."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_state_dict_round_trip(through: str, momentum_dtype: torch.dtype | None)
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_step_alike(how: str) -> None:
-    """Of the optimizer together with its parameters and an lr tensor; no cached table comes along."""
+    """The optimizer is copied with its parameters and an lr tensor; cached tables are not."""
     twins = Twins(lr=torch.tensor(0.02, device=GPU))
     twins.step()
     both = (twins.params, twins.gpu)

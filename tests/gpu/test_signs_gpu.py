@@ -142,7 +142,7 @@ def test_kernels_give_the_references_bits(mix: tuple[torch.dtype, ...]) -> None:
 
 
 @needs_gpu
-def test_of_no_elements_at_all() -> None:
+def test_tensors_without_elements() -> None:
     update = ExchangedSigns(LionUpdate(None), 0, 0, [[]], GPU)
     p = torch.zeros(0, 3, device=GPU)
     columns = StepTensors([p], [torch.zeros_like(p)], {EXP_AVG: [torch.zeros(0, device=GPU)]}, [0], [])
@@ -176,7 +176,7 @@ def calls_until_told(slow: bool) -> int:
 
 
 @needs_gpu
-def test_a_comparison_is_told_of_in_its_own_time() -> None:
+def test_a_mismatch_raises_a_few_calls_later() -> None:
     """Not when the device happens to be done with it: that of another rank may not be, and all must raise in the
     same call. Nor is it waited for at once."""
     assert calls_until_told(slow=False) == calls_until_told(slow=True) >= 1
@@ -270,7 +270,7 @@ def test_no_host_synchronisation(tmp_path: Path) -> None:
 
 
 def body_no_growth(rank: int, world_size: int) -> None:
-    """Of device memory, of pinned memory (what is compared goes there), and of what waits to be compared."""
+    """Neither device memory, nor pinned memory (which is compared), nor the comparisons that wait grow."""
     life = Life(rank, world_size)
     for _ in range(20):
         life.step()

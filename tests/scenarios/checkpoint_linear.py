@@ -27,7 +27,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def leave_unfinished(path: Path) -> Path:
-    """What a save to ``path`` leaves that dies."""
+    """Leaves what a save to ``path`` leaves when its process dies."""
     unfinished = Unfinished.make(path)
     (unfinished.folder / "data-00000.bin").write_bytes(b"x")
     unfinished.lock.release()
@@ -60,7 +60,7 @@ def trained(value: float, lr: float = 0.25) -> tuple[nn.Linear, Lion]:
 
 
 class Before:
-    """What a model, an optimizer and schedulers are like now; calling it checks that they are so still."""
+    """The present state of a model, an optimizer and schedulers; calling it asserts that they still have it."""
 
     def __init__(self, model: nn.Module, optimizer: Lion, *schedulers: Any) -> None:
         self.things = model, optimizer, schedulers

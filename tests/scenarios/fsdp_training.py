@@ -31,7 +31,7 @@ FULL = StateDictOptions(full_state_dict=True)
 
 @dataclass(frozen=True)
 class Place:
-    """Of this rank among those that share out the data."""
+    """The place of this rank among those that share the data."""
 
     rank: int
     size: int
@@ -84,7 +84,7 @@ def unsynchronised(model: Any) -> Iterator[None]:
 def backward(
     way: Way, model: nn.Module, step: int, place: Place, scale: Callable[[Tensor], Tensor] | None = None
 ) -> list[int]:
-    """Of a step; the numbers of its micro-steps, which use the same parameters."""
+    """Makes the backward passes of a step. Returns the numbers of its micro-steps, which use the same parameters."""
     micro_steps = [step + 30 * i for i in range(way.micro_steps)]
     for micro_step in micro_steps:
         with nullcontext() if micro_step == micro_steps[-1] else unsynchronised(model):
@@ -229,7 +229,7 @@ def compilations() -> int:
 
 
 def check_no_recompilation(way: Way, place: Place) -> None:
-    """Of the step that large CPU tensors take: one graph for all lengths, one for tensors of one element, and no more,
+    """The step of large CPU tensors compiles one graph for all lengths, one for tensors of one element, and no more,
     while the lr changes at every step and gradients come and go.
 
     Whether to compile again is decided before the backend is called, so a cheap one does.
@@ -242,7 +242,7 @@ def check_no_recompilation(way: Way, place: Place) -> None:
         micro_steps = backward(way, model, step, place)
         with (
             patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
-            patch.multiple(cpu, COMPILE_FROM=1, COMPILE_RUN=1, GATHER_BELOW=0),
+            patch.multiple(cpu, COMPILE_FROM=1, LONG=1),
         ):
             optimizer.step()
         optimizer.zero_grad()

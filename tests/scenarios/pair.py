@@ -145,7 +145,7 @@ ALL = list(range(len(SIZES)))
 
 
 def model_of(pair: Pair) -> nn.Module:
-    """What has a zero_grad() of its own."""
+    """A module of the parameters, with a zero_grad() of its own."""
     return nn.ParameterList(pair.params)
 
 

@@ -37,7 +37,7 @@ class Pass:
 
 @dataclass
 class Step:
-    """What one rank does in a step: backward passes, of which those ``abandoned`` are zeroed and not stepped."""
+    """The backward passes of one rank in a step; those ``abandoned`` are zeroed and not stepped."""
 
     passes: list[Pass] = field(default_factory=list)
     abandoned: list[Pass] = field(default_factory=list)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import ShardedLion
-from tests.asserts import bits
+from tests.asserts import bits, momentum_parts
 from tests.harness import device_of
 
 LR = 0.25
@@ -64,7 +64,7 @@ class Trained:
         """Makes a step that must be refused on this rank, with no weight moved; returns what was said."""
         unchanged: list[Tensor] = list(self.params)
         if self.param_sync == "params" and self.device.type == "cpu":  # refused before the momenta change too
-            unchanged += [shard.buffers["exp_avg"] for shard in self.optimizer._shards]
+            unchanged += momentum_parts(self.optimizer)
         before = [bits(t) for t in unchanged]
         self.gradients()
         with pytest.raises(ValueError, match="made a step that differs from that of the group's first rank") as error:

@@ -72,7 +72,7 @@ class Toy(nn.Module):
         return loss
 
     def average_gradient(self, name: str, step: int, world_size: int) -> Tensor | None:
-        """What averaging over the ranks makes of p.grad, or None."""
+        """The average of p.grad over the ranks, or None."""
         if name not in self.used(step):
             return None
         p = getattr(self, name)

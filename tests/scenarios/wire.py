@@ -1,4 +1,4 @@
-"""What travels between ranks, counted where torch dispatches its collectives."""
+"""Bytes that travel between ranks, counted where torch dispatches its collectives."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def stairs(columns: int) -> tuple[dict[str, Any], int]:
     }, at  # fmt: skip
 
 
-def test_a_small_manifest_takes_no_long_time(tmp_path: Path) -> None:
+def test_a_small_manifest_is_checked_quickly(tmp_path: Path) -> None:
     raw, nbytes = stairs(4000)  # 0.9 MB; comparing all with all would take minutes
     tmp_path.joinpath("data-00000.bin").write_bytes(b"")
     os.truncate(tmp_path / "data-00000.bin", nbytes)
@@ -119,9 +119,7 @@ def test_the_size_of_blocks_costs_no_memory(tmp_path: Path, capsys: pytest.Captu
     assert main([str(tmp_path / "c")]) == 1
 
 
-def test_what_is_shown_of_a_checkpoint_acts_upon_no_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_no_terminal_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "\x1b]0;title\x07\u202e\x9b31m"
     model, optimizer = toy()
     optimizer.param_groups[0]["name"] = evil
@@ -150,7 +148,7 @@ def test_what_is_shown_of_a_checkpoint_acts_upon_no_terminal(
         checkpoint.save(tmp_path / "d", model, optimizer)
 
 
-def test_a_bomb_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bomb_explodes_when_it_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above could fail."""
     monkeypatch.setenv("LION_DIST_TEST_BOMB", str(tmp_path / "exploded"))
     pickle.loads(pickle.dumps(Bomb()))

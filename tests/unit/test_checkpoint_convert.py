@@ -1,4 +1,4 @@
-"""From other optimizers' checkpoints, and to lion-pytorch's; each is used as its users save it."""
+"""Conversions from other optimizers' checkpoints and to lion-pytorch's, as their users save them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_lion_pytorch_there_and_back(tmp_path: Path) -> None:
 
 
 def bitsandbytes_state(bits: int) -> dict[str, Any]:
-    """As bitsandbytes 0.50 saves it: beside the step, tensors in a dict of their own, which FSDP leaves alone."""
+    """bitsandbytes 0.50 saves the step and, in a dict of its own that FSDP leaves alone, tensors."""
     quantised = {"state1": torch.zeros(3, 5, dtype=torch.uint8), "qmap1": torch.zeros(256), "absmax1": torch.zeros(1)}
     wide = {"state1": torch.arange(15.0).view(3, 5)}
     group = {

@@ -54,7 +54,7 @@ def test_keep_last_knows_its_own_run(tmp_path: Path) -> None:
     assert {"tuned-0", "tuned-1", "step-6"} < names_in(tmp_path)
 
 
-def test_keep_last_goes_on_over_restarts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keep_last_continues_over_restarts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whichever of its checkpoints a training is resumed from, and with whatever optimizer."""
     model, optimizer = filled()
     for step in range(6):
@@ -74,7 +74,7 @@ def test_keep_last_goes_on_over_restarts(tmp_path: Path, caplog: pytest.LogCaptu
     assert not caplog.records
 
 
-def test_keep_last_of_two_that_go_on_from_one_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keep_last_of_two_runs_from_one_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint.save(tmp_path / "step-10", *filled())
     siblings = [filled(), filled()]
     for model, optimizer in siblings:
@@ -100,7 +100,7 @@ def test_keep_last_leaves_what_records_no_run(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"step-1", "step-2", "step-4"}
 
 
-def test_keep_last_of_torchs_own_door(tmp_path: Path) -> None:
+def test_keep_last_with_torchs_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'keep_last .* needs .* run="..."'):
         Writer(tmp_path / "step-1", keep_last=1)
     state = {"w": torch.ones(3)}
@@ -112,7 +112,7 @@ def test_keep_last_of_torchs_own_door(tmp_path: Path) -> None:
     assert_same_bits(loaded["w"], state["w"])
 
 
-def test_what_a_crash_left_is_swept_by_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_crash_are_swept_by_the_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that a signal asked for, whose number never comes again; and a removal that was cut short."""
     model, optimizer = filled()
     checkpoint.save(tmp_path / "step-1", model, optimizer)
@@ -136,7 +136,7 @@ def test_what_a_crash_left_is_swept_by_the_run_that_goes_on(tmp_path: Path, monk
     assert names_in(tmp_path) == {"step-30", "step-40"}
 
 
-def test_what_is_read_stays(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_being_read_is_not_removed(tmp_path: Path) -> None:
     model, optimizer = filled()
     checkpoint.save(tmp_path / "step-1", model, optimizer)
     readers = [Reader(tmp_path / "step-1") for _ in range(2)]

@@ -17,7 +17,7 @@ from tests.scenarios.tampering import rewrite
 
 
 def with_others(value: float) -> tuple[nn.Module, Lion]:
-    """As timm's Lookahead, an EMA in float32 of bfloat16 weights, and counters leave an optimizer's state."""
+    """Adds the entries that timm's Lookahead, an EMA in float32 of bfloat16 weights, and counters add to a state."""
     model, optimizer = trained(value)
     model.bfloat16()
     state: dict[Any, Any] = optimizer.state
@@ -65,7 +65,7 @@ def test_entries_of_others_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_load_takes_no_larger_entries_than_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a sparse file would fill the memory."""
+    """Without this limit a sparse file would fill the memory."""
     model, optimizer = trained(1.0)
     entries: Any = optimizer.state
     entries["large"] = torch.zeros(1 << 20)

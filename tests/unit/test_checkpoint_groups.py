@@ -47,8 +47,8 @@ def test_groups_of_a_manifest_are_whole_or_refused(key: str, value: Any, tmp_pat
     before()
 
 
-def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
-    """Whatever puts a checkpoint's strings into it: a name in one group or in two, or users' code."""
+def test_messages_contain_no_terminal_escapes(tmp_path: Path) -> None:
+    """Strings of a checkpoint reach messages as a name in one group or in two, and through users' code."""
     red, lists = "\x1b[31mred", "optim.param_groups.{}.params"
     layer, optimizer = trained(1.0)
     model = nn.Sequential(layer, Kept())
@@ -79,7 +79,7 @@ def test_no_message_acts_upon_a_terminal(tmp_path: Path) -> None:
         assert r"\x1b[31mred" in str(caught.value)
 
 
-def test_an_optimizer_of_other_parameters_is_told_what_to_do(tmp_path: Path) -> None:
+def test_an_optimizer_of_other_parameters_is_refused_with_advice(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
     optimizers = {"all": Lion(model.parameters()), "trained": Lion([model.bias])}

@@ -53,7 +53,7 @@ def step(path: Path) -> int:
 
 
 def run_job(job: int, jobs: int, steps: int, folder: Path, journal: Path) -> None:
-    """From its last checkpoint on, if there is one."""
+    """Trains from the last checkpoint on, if there is one."""
     fd = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     model, optimizer = filled(0.0)
     there = own(folder, job, jobs)

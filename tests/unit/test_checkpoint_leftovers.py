@@ -1,4 +1,4 @@
-"""What unfinished saves leave behind, and who may sweep it."""
+"""Folders that unfinished saves leave behind, and which saves may remove them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def after(function: Callable[..., Any], act: Callable[[], Any]) -> Callable[...,
     return lambda *args: (function(*args), act())[0]
 
 
-def test_of_two_saves_to_one_path_one_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_saves_to_one_path_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever the other one commits."""
 
     def other(path: Path) -> Callable[[], None]:
@@ -115,7 +115,7 @@ def test_of_two_saves_to_one_path_one_raises(tmp_path: Path, monkeypatch: pytest
         assert names_in(path) == {"manifest.json", "data"}
 
 
-def test_a_victim_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_whose_folder_was_removed_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder is removed by somebody who asks for no lock, at any moment."""
 
     def lose() -> None:
@@ -148,7 +148,7 @@ def test_a_victim_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert names_in(tmp_path) == {"good"}
 
 
-def test_where_there_are_no_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_lock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -169,7 +169,7 @@ def test_where_there_are_no_locks_age_decides(tmp_path: Path, monkeypatch: pytes
 
 
 def test_where_an_open_file_keeps_its_folder_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As SMB does."""
+    """SMB behaves so."""
     rename = Path.rename
 
     def strict(self: Path, target: Path) -> Path:

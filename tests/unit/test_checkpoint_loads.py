@@ -33,7 +33,7 @@ def after_verifying(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> 
 
 @pytest.mark.parametrize("few_files", [False, True], ids=["", "few may be open"])
 @pytest.mark.parametrize("way", ["renamed", "removed", "replaced"])
-def test_what_was_verified_is_read_though_it_goes_away(
+def test_a_verified_checkpoint_is_read_though_it_is_removed(
     way: str, few_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "step-1"
@@ -77,7 +77,7 @@ def test_files_are_closed_again(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_file_that_can_be_read_no_more_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_unreadable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "step-1"
     model, optimizer = trained(1.0, lr=0.5)
     checkpoint.save(path, model, optimizer, schedulers=ConstantLR(optimizer))

@@ -160,7 +160,7 @@ def schedulers(optimizer: Lion, *, warmups: int = 1) -> SequentialLR:
     return SequentialLR(optimizer, parts, [4 * (i + 1) for i in range(warmups)])
 
 
-def test_schedulers_within_schedulers_go_on(tmp_path: Path) -> None:
+def test_nested_schedulers_resume(tmp_path: Path) -> None:
     model, optimizer = toy()
     scheduler = schedulers(optimizer)
 

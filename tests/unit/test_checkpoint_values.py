@@ -45,7 +45,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def test_numpys_generators_go_on(tmp_path: Path) -> None:
+def test_numpys_generators_resume(tmp_path: Path) -> None:
     """By way of a file; each kind of NumPy's, and arrays by themselves."""
     kinds = (numpy.random.PCG64, numpy.random.MT19937, numpy.random.Philox, numpy.random.SFC64)
     generators = [numpy.random.Generator(kind(7)) for kind in kinds]
@@ -83,7 +83,7 @@ def test_values_that_no_load_would_take_are_refused_when_they_are_saved() -> Non
     assert from_json(json.loads(json.dumps(to_json(value, "extra")))) == value
 
 
-def test_arrays_without_numpy_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_without_numpy_raise_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = to_json(numpy.zeros(3), "it")
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(ValueError, match=r"cannot be read: (ModuleNotFound|Import)Error"):

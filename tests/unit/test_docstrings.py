@@ -14,7 +14,7 @@ import lion_dist.deepspeed
 
 
 def public_names(module: ModuleType) -> dict[str, Any]:
-    """What a module offers, and the methods and properties that its classes define."""
+    """The public names of a module, and the methods and properties that its classes define."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     names = getattr(module, "__all__", own)
     found = {name: getattr(module, name) for name in names if not name.startswith("_")}

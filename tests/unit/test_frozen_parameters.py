@@ -144,7 +144,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_parameter_frozen_and_changed_keeps_its_momentum(change: Callable[[Tensor], Tensor]) -> None:
-    """What step() and state_dict() accept, load_state_dict() does too, into a new optimizer as well."""
+    """load_state_dict() accepts all that step() and state_dict() accept, into a new optimizer as well."""
     trained, frozen = (nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
     opt = Lion([trained, frozen], lr=0.25)
     for p in (trained, frozen):

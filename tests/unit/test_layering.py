@@ -46,7 +46,7 @@ def within(name: str, package: str) -> bool:
 
 
 def closure(path: Path) -> set[str]:
-    """What a file imports, and what the files of lion_dist that it imports import in their turn."""
+    """The modules that a file imports, directly or through other files of lion_dist."""
     by_name = {module_name(p): p for p in FILES if p != PACKAGE / "__init__.py"}
     found: set[str] = set()
     todo = [path]
@@ -115,7 +115,7 @@ def test_maths_never_communicates(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHARDING, ids=ids(SHARDING))
-def test_bytes_know_no_rule(path: Path) -> None:
+def test_sharding_names_no_hyper_parameter(path: Path) -> None:
     for name in closure(path):
         assert not within(name, "lion_dist.update"), name
     rule = {

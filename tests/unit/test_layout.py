@@ -117,7 +117,7 @@ def test_one_rank_owns_everything_in_place() -> None:
     assert ShardLayout.make([1000], 1).shard_numel == 1024
 
 
-def test_padding_is_little() -> None:
+def test_padding_is_small() -> None:
     """Less than ALIGN a tail, and less than world_size * ALIGN in all."""
     for world_size in WORLD_SIZES:
         layout = ShardLayout.make(AWKWARD, world_size)

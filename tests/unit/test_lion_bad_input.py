@@ -1,4 +1,4 @@
-"""What Lion refuses: a clear error, and nothing changed."""
+"""Bad input of Lion: a clear error, and nothing is changed."""
 
 from __future__ import annotations
 

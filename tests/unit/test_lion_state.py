@@ -109,7 +109,7 @@ def test_saved_to_a_file_without_pickled_code() -> None:
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("use_triton", [None, False, pytest.param(True, marks=needs_interpreter)])
-def test_copies_go_on_alone(copied: Callable[[Any], Any], use_triton: bool | None) -> None:
+def test_copies_step_independently(copied: Callable[[Any], Any], use_triton: bool | None) -> None:
     params = params_of(BF16 if not use_triton else F16)
     opt = Lion(params, lr=0.25, momentum_dtype=F32, maximize=True, use_triton=use_triton)
     run(opt, params, range(2))
@@ -243,7 +243,7 @@ def test_parameters_that_move(use_triton: bool) -> None:
 
 @pytest.mark.parametrize("use_triton", [False, pytest.param(True, marks=needs_interpreter)])
 def test_groups_swapped_between_steps(use_triton: bool) -> None:
-    """As DeepSpeed's ZeRO does: step() once for each group, each time with one group of one flat partition
+    """DeepSpeed's ZeRO steps so: step() is called once for each group, each time with one group of one flat partition
     (stages 1, 2), or with the other groups emptied (stage 3)."""
     hypers: list[dict[str, Any]] = [
         {"lr": 0.25, "weight_decay": 0.5},

@@ -1,5 +1,5 @@
-"""What users give Lion in its groups: numbers of every kind, names of dtypes, keys of others, and frozen parameters of
-every kind, which are nobody's business until they are unfrozen."""
+"""Values that users give Lion in its groups: numbers of every kind, names of dtypes, keys of others, and frozen
+parameters of every kind, which are nobody's business until they are unfrozen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BF16 = torch.bfloat16
 
 
 class ListConfig(Sequence[float]):
-    """As OmegaConf's: a Sequence that is neither a list nor a tuple."""
+    """A Sequence that is neither a list nor a tuple, such as OmegaConf's."""
 
     def __init__(self, values: list[float]) -> None:
         self._values = values
@@ -38,7 +38,7 @@ class ListConfig(Sequence[float]):
 
 
 class OnlyFloat:
-    """As a number of a library that nobody here knows."""
+    """A number of a library that is not known here."""
 
     def __float__(self) -> float:
         return 0.25
@@ -68,7 +68,7 @@ def one_weight(**kwargs: Any) -> tuple[nn.Parameter, Lion]:
     ],
     ids=lambda b: type(b).__name__,
 )
-def test_betas_are_whatever_holds_two_numbers(betas: Any) -> None:
+def test_betas_may_be_any_container_of_two_numbers(betas: Any) -> None:
     p, opt = one_weight(lr=0.25, betas=betas)
     for holder in (opt.param_groups[0], opt.defaults):
         assert holder["betas"] == (0.5, 0.75)

@@ -33,7 +33,7 @@ def of(t: Tensor) -> int:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("n", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
 def test_every_flipped_bit_shows(dtype: torch.dtype, n: int) -> None:
-    """Of parameters, no two of them look alike."""
+    """No two of several parameters have the same checksum."""
     t = torch.randn(n).to(dtype)
     integer = bits(t).dtype
     width = 1 if dtype == torch.bool else torch.iinfo(integer).bits
@@ -51,7 +51,7 @@ def test_every_flipped_bit_shows(dtype: torch.dtype, n: int) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_swap_shows(dtype: torch.dtype) -> None:
-    """Of elements of one chunk, and of two, at the same place of them or not."""
+    """Elements are swapped within a chunk and between two, at the same place in them or not."""
     t = torch.randn(3 * CHUNK + 3).to(dtype)
     assert len(t.unique()) == len(t)
     before = of(t)
@@ -99,7 +99,7 @@ def test_small_shapes(shape: tuple[int, ...]) -> None:
 
 
 def test_memory_order_is_what_counts() -> None:
-    """Not the indices: replicas have the same strides. And nothing beside a view."""
+    """The indices do not count, as replicas have the same strides; nor does what lies beside a view."""
     t = torch.randn(6, 4, 5, 3)
     last = t.contiguous(memory_format=torch.channels_last)
     assert of(last) == of(last.permute(0, 2, 3, 1).flatten())
@@ -114,15 +114,14 @@ def test_memory_order_is_what_counts() -> None:
 # -- DeferredCheck
 
 
-def test_ranks_that_are_alike() -> None:
+def test_equal_numbers_agree() -> None:
     comparison = DeferredCheck()
     for numbers in ([7], [7, 7, 7], [-(1 << 63)] * 2):
         agree = comparison.compare(torch.tensor(numbers), lambda: pytest.fail("asked for nothing"))
         assert agree.shape == ()
         assert agree.dtype == torch.bool
         assert agree.item() is True
-        comparison.check()
-    assert not comparison._pending
+        comparison.check(all=True)  # nothing is left to tell
 
 
 @pytest.mark.parametrize(
@@ -135,31 +134,29 @@ def test_ranks_that_are_alike() -> None:
         ([1 << 62, 1 << 62 | 1], "ranks [1] "),  # alike in float64
     ],
 )
-def test_ranks_that_are_not(numbers: list[int], named: str) -> None:
+def test_ranks_with_other_numbers_are_named(numbers: list[int], named: str) -> None:
     """The error names those that are unlike the first, says what this rank did, and is raised once."""
     comparison = DeferredCheck()
     assert comparison.compare(torch.tensor(numbers), lambda: "step 5, lr=0.1").item() is False
     with pytest.raises(ValueError, match=r"step 5, lr=0\.1") as error:
         comparison.check()
     assert str(error.value).startswith(named)
-    comparison.check()
-    assert not comparison._pending
+    comparison.check(all=True)  # nothing is left to tell
 
 
 def test_several_comparisons_before_a_check() -> None:
-    """The first that failed is told of; what followed from it is forgotten."""
+    """The first mismatch is raised; those that followed from it are dropped."""
     comparison = DeferredCheck()
     for number, numbers in enumerate([[1, 1], [1, 2], [3, 4], [5, 5]]):
         comparison.compare(torch.tensor(numbers), partial("step {}".format, number))
     with pytest.raises(ValueError, match="step 1"):
-        comparison.check()
-    assert not comparison._pending
+        comparison.check(all=True)  # nothing is left to tell
     comparison.compare(torch.tensor([1, 1]), lambda: "step 4")
     comparison.check()
 
 
 def test_numbers_between_others() -> None:
-    """As they lie in the mail: every other of a buffer."""
+    """The numbers are every other element of a buffer, as in the buffer of signs."""
     buffer = torch.tensor([[5, 1], [5, 2], [6, 3]])
     comparison = DeferredCheck()
     assert not comparison.compare(buffer[:, 0], str)
@@ -178,7 +175,7 @@ class Late:
 
 
 def late(comparison: DeferredCheck, numbers: list[int], message: str) -> Late:
-    """As if the numbers lay on a GPU."""
+    """Compares numbers as if they were on a GPU."""
     comparison.compare(torch.tensor(numbers), lambda: message)
     _, kept, say = comparison._pending.pop()
     event = Late()
@@ -205,5 +202,4 @@ def test_all_numbers_are_judged_where_asked() -> None:
     with pytest.raises(ValueError, match="step 1"):
         comparison.check(all=True)
     assert all(event.waited for event in events)
-    comparison.check(all=True)
-    assert not comparison._pending
+    comparison.check(all=True)  # nothing is left to tell

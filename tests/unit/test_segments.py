@@ -259,7 +259,7 @@ def test_lengths_and_starts_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("use_triton", [False, pytest.param(True, marks=needs_interpreter)])
 def test_segments_step_their_own_elements_and_no_others(use_triton: bool) -> None:
-    """As a sharded optimizer steps: pieces of parameters against a flat momentum and a flat gradient, at odd starts."""
+    """A sharded optimizer steps so: pieces of parameters against a flat momentum and a flat gradient, at odd starts."""
     p, g, m = torch.randn(9000), torch.randn(9100), torch.randn(700)
     expected_p, expected_m = p.clone(), m.clone()
     segments = [Segment(0, 1, 3, 5, 129), Segment(0, 8871, 8900, 134, 128), Segment(0, 200, 1, 300, 0)]

@@ -271,7 +271,7 @@ def test_placeholder_refuses_to_be_unscaled(with_late_gradient: bool) -> None:
 
 
 def test_placeholder_refuses_data() -> None:
-    """What is written to it leaves no trace."""
+    """A write to it leaves no trace."""
     _, p = watching_one()
     assert p.grad is not None
     for change in (lambda g: g.data.clamp_(-1, 1), lambda g: g.data.mul_(0.5)):

@@ -24,7 +24,7 @@ esac
 
 
 def pins(folder: Path, *, has_torch: bool) -> dict[tuple[str, str], set[str]]:
-    """What launch/setup pins: by what is installed and by variable, the lines of the files that it names."""
+    """The pins of launch/setup: by package and by variable, the lines of the files that the variable names."""
     project = folder / "project"
     (project / "launch").mkdir(parents=True)
     for name in ("launch/setup", "pyproject.toml", "constraints.txt"):

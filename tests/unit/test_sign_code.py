@@ -24,7 +24,7 @@ LENGTHS = [*range(10), 127, 129]
 # -- The code
 
 
-def test_the_code_literally() -> None:
+def test_codes_byte_by_byte() -> None:
     """Element i of a group of four in bits 2i and 2i + 1; zeros behind the last."""
     for sign, code in [(0.0, 0b00), (-0.0, 0b00), (1.0, 0b01), (-1.0, 0b10), (NAN, 0b11), (-NAN, 0b11)]:
         for i in range(4):
@@ -56,7 +56,7 @@ def test_round_trip(n: int) -> None:
 
 @pytest.mark.parametrize("grad_scale", [None, 0.37, -1.0, 1e38, NAN])
 @pytest.mark.parametrize("mix", MIXES, ids=name)
-def test_two_halves_are_the_rule(mix: Mix, grad_scale: float | None) -> None:
+def test_two_halves_give_the_bits_of_the_rule(mix: Mix, grad_scale: float | None) -> None:
     """Five groups' hyper-parameters: maximize, lr = 0, an lr tensor, betas of 0."""
     generator = torch.Generator().manual_seed(0)
     scale = None if grad_scale is None else torch.tensor(grad_scale)

@@ -227,7 +227,7 @@ def test_nothing_is_applied_without_agreement(use_triton: bool) -> None:
 @both
 @pytest.mark.parametrize("lr", [0.0, 1e-50, torch.tensor(0.0)], ids=["zero", "zero-in-float32", "tensor"])
 def test_lr_of_zero_writes_no_parameter(use_triton: bool, lr: float | Tensor) -> None:
-    """Not even where the sign is NaN, and no NaN of another form."""
+    """It is so even where the sign is NaN, and for NaNs of every form."""
     ranks = Ranks((F32, F32, F32), [1025, 700], 2, use_triton)
     for replica in ranks.replicas:
         replica[0].view(torch.int32)[::3] = 0x7FC00123
@@ -242,7 +242,7 @@ def test_lr_of_zero_writes_no_parameter(use_triton: bool, lr: float | Tensor) ->
 
 @both
 def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
-    """What is in the mail, not only what becomes of it: bytes that another machine may read."""
+    """The bytes of the buffer count, not only the step that follows: another machine may read them."""
     ranks = Ranks((F32, F32, F32), [1030, 129], 2, use_triton)
     momenta = [m.clone() for m in ranks.shards]
     drawn = ranks.generator.get_state()
@@ -262,7 +262,7 @@ def test_signs_are_those_of_the_definition(use_triton: bool) -> None:
 
 
 @both
-def test_what_is_not_finite_is_sent_as_nan(use_triton: bool) -> None:
+def test_values_that_are_not_finite_are_sent_as_nan(use_triton: bool) -> None:
     """Code 11 wherever the parameter must become NaN: for the momentum's sake too, which only its owner sees."""
     g = torch.tensor([INF, -INF, 0.0, 1.0, NAN, 6.6e6, -6.6e6, 6.5e6, 3e38, -1.0])  # a hundredth is added
     m = torch.tensor([0.0, 0.0, INF, -INF, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=F16)
@@ -348,7 +348,7 @@ def test_other_memory_orders_and_odd_addresses(use_triton: bool) -> None:
 
 
 @both
-def test_of_no_elements_at_all(use_triton: bool) -> None:
+def test_tensors_without_elements(use_triton: bool) -> None:
     """A rank may own nothing, and all ranks may."""
     ranks = Ranks((F32, F32, F32), [0, 0], 2, use_triton)
     ranks.step(HYPERS)

@@ -29,7 +29,7 @@ SALT = 1 << 62 | 12345
 def of_kernel(
     hypers: list[HyperParameters], salt: int, use_triton: bool = True, grad_scale: Tensor | None = None
 ) -> int:
-    """What `pack` writes behind the signs."""
+    """The number that `pack` writes behind the signs."""
     update = ExchangedSigns(LionUpdate(use_triton), 128, 0, [[(0, 0, 0, 100)]], CPU)
     columns = StepTensors(
         [torch.ones(100)], [torch.ones(100)], {EXP_AVG: [torch.zeros(128)]}, [0], [Segment(0, 0, 0, 0, 100)]
@@ -48,8 +48,8 @@ ONE = [HyperParameters(1e-3, 0.1, 0.9, 0.99, False)]
 @both
 @pytest.mark.parametrize("groups", [1, 2, 3, 7])
 @pytest.mark.parametrize("salt", [1 << 31, 1 << 62, (1 << 63) - 1])
-def test_checksum_in_the_mail(use_triton: bool, groups: int, salt: int) -> None:
-    """Of tables that are, and are not, a power of two long; sums that wrap around."""
+def test_checksum_in_the_sign_buffer(use_triton: bool, groups: int, salt: int) -> None:
+    """The lengths of tables are powers of two and others, and sums wrap around."""
     hypers = [HyperParameters(1e-3 / (1 + i), 0.1 * i, 0.9, 0.99, i % 2 == 1) for i in range(groups)]
     assert of_kernel(hypers, salt, use_triton) == of_definition(hypers, salt)
 

@@ -74,7 +74,7 @@ def test_layers_and_groups_in_another_order(seed: int) -> None:
 
 
 @pytest.mark.parametrize("prefixes", [("module.", ""), ("", "module."), ("_orig_mod.module.", "_orig_mod.")], ids=str)
-def test_what_wrappers_put_into_names_does_not_count(prefixes: tuple[str, str]) -> None:
+def test_prefixes_of_wrappers_do_not_count(prefixes: tuple[str, str]) -> None:
     """DistributedDataParallel, torch.compile, FSDP and activation checkpointing do."""
     _, opt = trained([NAMES], prefix=prefixes[0])
     params, other = made([NAMES[::-1]], prefix=prefixes[1])
@@ -116,7 +116,7 @@ def test_names_of_an_optimizer_that_are_no_names_do_not_count(names: Any) -> Non
 
 
 def test_several_models_with_the_same_names() -> None:
-    """As the two of a GAN in one optimizer: it loads what it saved."""
+    """Two models of a GAN may share an optimizer: it loads what it saved."""
     params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
     opt = Lion([{"params": [("weight", p)]} for p in params], lr=0.25)
     for i, p in enumerate(params):
@@ -170,7 +170,7 @@ def test_names_that_do_not_match_are_refused_by_name(edit: Callable[[dict[str, A
     assert_by_name(params, other)
 
 
-def test_torchs_door_for_sharded_models_has_matched_names_already() -> None:
+def test_set_optimizer_state_dict_has_matched_names_already() -> None:
     """get_ and set_optimizer_state_dict: parameters in this model's order, and their names as they were saved."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 

@@ -49,7 +49,7 @@ def assert_foreign_entries(opt: Lion, params: list[nn.Parameter], slow: list[Ten
 
 
 @pytest.mark.parametrize("door", ["state_dict", "deepcopy", "pickle", "step"])
-def test_what_is_not_ours_is_kept(door: str) -> None:
+def test_entries_of_other_code_are_kept(door: str) -> None:
     params, opt = with_foreign_entries()
     slow = [opt.state[p]["lookahead_slow_buff"].clone() for p in params]
     momenta = [opt.state[p]["exp_avg"].clone() for p in params[:2]]
@@ -154,7 +154,7 @@ def test_foreign_tensors_are_cast_as_torchs_optimizers_cast_them(dtype: torch.dt
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_another_optimizers_is_refused(entry: Any, message: str) -> None:
+def test_entries_of_another_optimizer_are_refused(entry: Any, message: str) -> None:
     p = nn.Parameter(torch.zeros(3))
     opt = Lion([p])
     p.grad = torch.ones(3)

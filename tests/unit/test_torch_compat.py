@@ -196,7 +196,7 @@ def test_tensors() -> None:
     assert t.tolist() == [0, 0, 0]
 
 
-def test_what_reaches_a_tensor_subclass() -> None:
+def test_operators_that_reach_a_tensor_subclass() -> None:
     seen = []
 
     class Watched(Tensor):

@@ -16,11 +16,12 @@ SIGNS = "signs"  # name of packed signs as the state of the segments that `Batch
 
 
 class Mix(NamedTuple):
-    """Storage dtypes of the tensors of a batch. ``state`` has one dtype for each state column, in their order."""
+    """Storage dtypes of the tensors of a batch, and the names of its state columns, in the order of ``state``."""
 
     param: torch.dtype
     grad: torch.dtype
     state: tuple[torch.dtype, ...]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,6 @@ class Batch(Protocol):
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:
-    """Raises the parameters' version counters. Autograd does not see that kernels write to an address, and must fail if
-    a graph has saved a weight that has changed since."""
+    """Raises the parameters' version counters. Autograd does not see that kernels write to an address, and must fail
+    if a graph has saved a weight that has changed since."""
     torch.autograd.graph.increment_version(params)

@@ -41,7 +41,7 @@ class TritonBatch:
         device, tensors = self._table.device, prepared.tensors
         triton_signs.pack_signs(
             self._table, self._mix.grad, hypers.table(device), hypers.grad_scale(device), tensors.active,
-            tensors.state[EXP_AVG][0], signs, checksum, salt,
+            tensors.state_of(0)[EXP_AVG], signs, checksum, salt,
         )  # fmt: skip
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
