@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lion_dist import Lion, checkpoint, param_groups
+from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import Reader
-from lion_dist.update.state import EXP_AVG, StateColumn
+from lion_dist.update.state import EXP_AVG
+from tests.scenarios.columns import COUNT, add_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-COUNT = "count"
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter's state has a column of int32, in the shape of the parameter."""
-    columns = param_groups.state_columns
-
-    def with_count(p: Tensor, group: dict[str, Any]) -> tuple[StateColumn, ...]:
-        return *columns(p, group), StateColumn(COUNT, torch.int32)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lion_dist.") and hasattr(module, "state_columns"):
-            monkeypatch.setattr(module, "state_columns", with_count)
+    add_count(monkeypatch)
 
 
 def trained(value: int) -> tuple[nn.Linear, Lion]:
