@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lion_dist import Lion, ShardedLion
-from lion_dist.param_sync import GatherSigns
 from lion_dist.sharding.exchange import FOOTER
 from tests.asserts import assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
@@ -114,7 +113,7 @@ def test_one_rank(tmp_path: Path) -> None:
 
 
 def body_auto(rank: int, world_size: int) -> list[str]:
-    """What is logged, and whether signs are sent."""
+    """What is logged; it says indeed what is sent."""
     logger, said = logging.getLogger("lion_dist"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")
@@ -123,9 +122,15 @@ def body_auto(rank: int, world_size: int) -> list[str]:
     ShardedLion([p], stage=1)
     assert said == []  # not at the usual level
     logger.setLevel(logging.DEBUG)
+    sent = {}
     for sync in ("auto", "signs", "params"):
         optimizer = ShardedLion([p], stage=1, param_sync=sync)
-        assert isinstance(optimizer._sync, GatherSigns) is (sync == "signs" or (sync == "auto" and world_size > 1))
+        p.grad = torch.ones_like(p)
+        with Counter() as counter:
+            optimizer.step()
+        sent[sync] = counter.bytes["gather"]
+    assert sent["signs"] != sent["params"]
+    assert sent["auto"] == sent["signs" if world_size > 1 else "params"]
     return said
 
 
