@@ -395,6 +395,6 @@ def check_last_steps(optimizer: ShardedLion) -> None:
 
 
 def shard_with_columns(optimizer: ShardedLion, new: Mapping[Tensor, tuple[StateColumn, ...]], undo: ExitStack) -> None:
-    """Shards more parameters, whose state is zeros in these columns; collective, as ``undo`` is. For the checkpoints."""
+    """For the checkpoints: shards more parameters, with zeros in these columns; a collective call, as ``undo`` is."""
     undo.callback(optimizer._set_shards, optimizer._shards)  # first, as it is collective: this may fail on one rank
     optimizer._shard(list(new), {id(p): columns for p, columns in new.items()})

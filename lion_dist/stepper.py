@@ -83,7 +83,7 @@ class Stepper:
         """
         ids = [list(map(id, group["params"])) for group in groups]
         if ids != self._ids:
-            group_of = {i: number for number, of_group in enumerate(ids) for i in of_group}
+            group_of = {i: number for number, members in enumerate(ids) for i in members}
             given = {id(p) for shard in self.shards for p in shard.params} | set(map(id, self._frozen.params))
             if group_of.keys() != given:
                 raise ValueError(
@@ -97,14 +97,14 @@ class Stepper:
     def _tensors(self, groups: Sequence[Group]) -> list[StepTensors]:
         """The tensors of each part; ``active`` is set once the gradients are ready."""
         tensors = []
-        for i, (part, of_params) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
+        for i, (part, group_numbers) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
             shard = part.shard
             shard.refresh()
             params = shard.params
             state = {name: [buffer] * len(params) for name, buffer in shard.buffers.items()}
-            grads = self._grads.of(i)
+            grads = self._grads.grads_of(i)
             blocks = {column.name: column.block for column in shard.columns}
-            tensors.append(StepTensors(params, grads, state, of_params, part.segments, None, shard.numbers, blocks))
+            tensors.append(StepTensors(params, grads, state, group_numbers, part.segments, None, shard.numbers, blocks))
         return tensors
 
     # Steps --------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Stepper:
     def set_clipping(self, clipping: Clipping | None) -> None:
         """Takes clipping, on every rank, or drops it."""
         self._clipping = clipping
-        self._grads.hold(clipping is not None)
+        self._grads.hold(clipping is not None)  # nothing else calls it, so the two always agree
 
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""
