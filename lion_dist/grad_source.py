@@ -54,12 +54,14 @@ class GradSource(Protocol):
     def settle(self) -> None:
         """Completes on every rank what a backward has begun, so that other collectives can follow; collective."""
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
         """Starts bringing every gradient to the rank that owns it; a collective call.
 
         Args:
             frozen: parameters that are not sharded because they were frozen.
-            adopt: shards the ones with these indices; called, on every rank, for those that take part by now.
+
+        Returns:
+            Indices of those that take part by now. If there are any, shard them and call this again.
         """
 
     def grads_of(self, shard: int) -> list[Tensor | None]:
@@ -130,10 +132,8 @@ class LocalGrads:
     def settle(self) -> None:
         pass
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
-        unfrozen = [i for i, p in enumerate(frozen) if takes_part(p)]
-        if unfrozen:
-            adopt(unfrozen)
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
+        return [i for i, p in enumerate(frozen) if takes_part(p)]
 
     def grads_of(self, shard: int) -> list[Tensor | None]:
         grads = [p.grad for p in self._shards[shard].params]
@@ -201,12 +201,12 @@ class ReducedGrads:
     def settle(self) -> None:
         self._reducer.settle()
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
-        if self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
-            # A pass may have reached a parameter on some ranks only, and it may be frozen again.
-            anywhere = self._membership.any_rank(*map(takes_part, frozen))
-            adopt([i for i, on_any in enumerate(anywhere) if on_any])
-            self._reducer.reduce()
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
+        if not self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
+            return []
+        # A pass may have reached a parameter on some ranks only, and it may be frozen again.
+        anywhere = self._membership.any_rank(*map(takes_part, frozen))
+        return [i for i, on_any in enumerate(anywhere) if on_any]
 
     def grads_of(self, shard: int) -> list[Tensor | None]:
         return [self._reducer.grads[shard]] * len(self._shards[shard].params)

@@ -21,7 +21,8 @@ from .update.lion_update import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
 
-# Shards frozen parameters, given by their indices, that take part by now; a collective call.
+# Shards frozen parameters, given by their indices, that take part by now; a collective call. It is an argument of each
+# call, since an optimizer whose bound method is kept would live until the garbage collector finds the cycle.
 Adopt = Callable[[list[int]], None]
 
 
@@ -115,12 +116,12 @@ class Stepper:
         Args:
             hypers: one for each parameter group.
             groups: the parameter groups.
-            adopt: called for parameters that were unfrozen.
+            adopt: called for parameters that were unfrozen; calls `set_shards`.
         """
         self._membership.check()
         clipping = self._clipping
         if clipping is None:
-            self._grads.reduce(self._frozen.params, adopt)
+            self._reduce(adopt)
         elif self._changed_since(clipping):
             self._sync.refuse(refusal)
             raise ValueError(
@@ -148,6 +149,11 @@ class Stepper:
         self.set_clipping(None)
         self._warn_of_no_gradient()
 
+    def _reduce(self, adopt: Adopt) -> None:
+        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded."""
+        while unfrozen := self._grads.reduce(self._frozen.params):
+            adopt(unfrozen)
+
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts or not self._grads.none_active():
             return
@@ -170,7 +176,7 @@ class Stepper:
         if before is not None and any(self._membership.any_rank(self._changed_since(before))):
             before = None
         if before is None:
-            self._grads.reduce(self._frozen.params, adopt)
+            self._reduce(adopt)
         tensors = self._tensors(groups)
         sums = self._sums_of_squares(tensors)
         if before is None:
