@@ -96,7 +96,7 @@ class ParamSync(Protocol):
 
 
 class GatherParams:
-    """An all-gather of the parameters, in place. Costs no memory but for the tails of the parameters.
+    """An all-gather of the parameters, in place. It needs no memory but for the tails of the parameters.
 
     The ranks compare their steps before they make them, by 8 bytes a rank.
     """
@@ -169,8 +169,8 @@ def _lr_if(agreed: Tensor, lr: float | Tensor) -> Tensor:
 class GatherSigns:
     """An all-gather of signs, and an update of every replica by all of them.
 
-    Each rank receives a quarter of a byte for each element. Each rank sends a checksum of its hyper-parameters with its
-    signs. If the checksums differ, no signs are applied.
+    The buffer of the signs costs a quarter of a byte for each element of the parameters. A number of each rank's step
+    travels with its signs; where the numbers differ, no signs are applied.
     """
 
     def __init__(self, membership: Membership, deferred: DeferredCheck) -> None:

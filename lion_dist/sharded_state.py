@@ -205,7 +205,7 @@ class IncomingState:
         for i, p in enumerate(self._params):
             if id(p) in self.state and i not in able:
                 raise ValueError(
-                    f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
+                    f"the state_dict has state for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
                     f"and not dense or on another device (strides {p.stride()}, {p.device}), so ShardedLion cannot "
                     "shard it: make it contiguous, or leave its entry out of the state_dict"
                 )
@@ -226,7 +226,7 @@ class IncomingState:
                 if not fits or shard is None or given.boxes != shard.boxes(i, column, rank).boxes:
                     raise ValueError(
                         f"{column.name} of parameter {number} is a BoxTensor of another cut (other ranks, parameters "
-                        "or momentum dtypes) than this ShardedLion's: go through lion_dist.checkpoint or "
+                        "or dtypes of state) than this ShardedLion's: go through lion_dist.checkpoint or "
                         "torch.distributed.checkpoint, into this optimizer's own state_dict(), or load a "
                         "full_state_dict()"
                     )

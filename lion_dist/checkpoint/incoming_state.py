@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..dtypes import DTYPES
 from ..fsdp import new_state
 from ..param_groups import KEYS, Group, check_group, state_columns, warn
-from ..sharded_lion import ShardedLion
+from ..sharded_lion import ShardedLion, shard_with_columns
 from ..update.state import StateColumn
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
@@ -227,9 +227,8 @@ class IncomingState:
                 )
         if isinstance(optimizer, ShardedLion):
             if lacking:
-                undo.callback(optimizer._set_shards, optimizer._shards)
-                columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
-                optimizer._shard([self._params[name] for name in lacking], columns_of)
+                new = {self._params[name]: columns for name, columns in lacking.items()}
+                shard_with_columns(optimizer, new, undo)
             return
         missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
         for name, columns in lacking.items():

@@ -1,6 +1,7 @@
 """The gradients of sharded parameters where they lie on this rank: in ``p.grad``.
 
-`ParamGrads` alone reads, takes and sets ``p.grad`` in stage 2, and keeps the state of each gradient.
+In stage 2 `ParamGrads` alone reads, takes and sets ``p.grad`` of sharded parameters, and keeps the state of each
+gradient.
 
 [Note: States of a gradient]
 The gradient of a parameter accumulates from one zeroing to the next. Each part of it goes through the same stations::

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, checkpoint, param_groups
+from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import Reader
 from lion_dist.update.state import EXP_AVG, StateColumn
+from tests.scenarios.columns import COUNT, add_column, add_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-COUNT = "count"
-
-
-def add_column(monkeypatch: pytest.MonkeyPatch, make: Callable[[Tensor, dict[str, Any]], StateColumn | None]) -> None:
-    monkeypatch.setattr(param_groups, "COLUMNS", [*param_groups.COLUMNS, make])
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter's state has a column of int32, in the shape of the parameter."""
-    add_column(monkeypatch, lambda p, group: StateColumn(COUNT, torch.int32))
+    add_count(monkeypatch)
 
 
 def trained(value: int) -> tuple[nn.Linear, Lion]:
