@@ -1,9 +1,9 @@
 """Every backend gives the bits of reference.py: the Triton kernel (in the interpreter here, on the GPU in
-tests/gpu), torch.compile and plain torch, through LionUpdate, the way the optimizers use them.
+tests/gpu) and plain torch, through LionUpdate, the way the optimizers use them; torch.compile in test_compiled.py.
 
-Sizes sit around what a kernel cuts by: 128 (alignment), 2048 (block), 8192 (tile), and the CPU's limits. The interpreter rounds to bfloat16 by truncation (facts.md), so bfloat16
-parameters and momenta are compared on the GPU; bfloat16 gradients, which are only read, here too, but without
-subnormals, which it reads wrongly.
+Sizes sit around what a kernel cuts by: 128 (alignment), 2048 (block), 8192 (tile), and the limits of the CPU's backend.
+The interpreter rounds to bfloat16 by truncation (facts.md), so bfloat16 parameters and momenta are compared on the GPU;
+bfloat16 gradients, which are only read, here too, but without subnormals, which it reads wrongly.
 """
 
 from __future__ import annotations
