@@ -242,7 +242,7 @@ def check_no_recompilation(way: Way, place: Place) -> None:
         micro_steps = backward(way, model, step, place)
         with (
             patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
-            patch.multiple(cpu, COMPILE_FROM=1, LONG=1),
+            patch.multiple(cpu, COMPILE_FROM=1, LONG=2),
         ):
             optimizer.step()
         optimizer.zero_grad()

@@ -179,7 +179,7 @@ def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tens
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
 def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    assert compiled_backend.step_(p, g, m, torch.stack(scalars_of(hyper, scale))), "torch.compile failed"
+    assert compiled_backend.step_.step([(p, g, m)], torch.stack(scalars_of(hyper, scale))), "torch.compile failed"
 
 
 def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:

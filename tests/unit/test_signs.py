@@ -20,7 +20,7 @@ from lion_dist.memory_order import flat
 from lion_dist.sharding.exchange import FOOTER
 from lion_dist.sharding.layout import ShardLayout
 from lion_dist.update import reference
-from lion_dist.update.backends.plain import CHUNK
+from lion_dist.update.backends import cpu
 from lion_dist.update.hypers import hyper_table
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters, pack_signs
@@ -170,9 +170,10 @@ def test_ranks_equal_the_step_in_one_interpreted(mix: Mix, world_size: int, stag
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=name)
-def test_every_mix_on_plain_torch(mix: Mix) -> None:
+def test_every_mix_on_plain_torch(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than the chunks of the CPU, and not by a whole one."""
-    ranks = Ranks(mix, [2 * CHUNK + 129, 4100, 3], 2, use_triton=False)
+    monkeypatch.setattr(cpu, "CHUNK", 1 << 13)
+    ranks = Ranks(mix, [2 * (1 << 13) * torch.get_num_threads() + 129, 4100, 3], 2, use_triton=False)
     for number, inactive in enumerate([(), (1,)]):
         ranks.step(HYPERS, inactive)
         ranks.check(f"step {number}")

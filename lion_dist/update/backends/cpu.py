@@ -18,9 +18,11 @@ from .chunks import F32, Chunks, Numbers
 from .plain import PlainBatch, Run
 
 # Shorter runs are stepped together, as copies: the calls for one run take as long as the work on so many elements.
-LONG = 16384
+LONG = 4096
 # torch.compile takes seconds once a process and mix of dtypes; for so many elements it saves half a millisecond a step.
 COMPILE_FROM = 1 << 19
+# The call of a compiled function for one run takes as long as plain torch takes for so many elements.
+ALONE = 32768
 # Most elements that are stepped together. torch starts no threads for so few.
 TOGETHER = 32767
 # Elements of a chunk for each thread. Smaller chunks mean more calls; larger ones do not stay in the cache.
@@ -42,11 +44,9 @@ class CpuBatch(PlainBatch):
         elements = sum(run.segment.length for run in self._long)
         # Packed signs are bytes.
         self._compiles = elements >= COMPILE_FROM and {mix.param, *mix.state} <= {F32, torch.uint8}
+        self._calls = list(_calls(self._long)) if self._compiles else [[run] for run in self._long]
         self._chunks = Chunks()
         self._numbers: Numbers | None = None  # of the last run
-
-    def _compiled(self, t: Tensor) -> bool:
-        return self._compiles and t.numel() >= LONG
 
     def _numbers_of(self, s: Scalars) -> Numbers:
         if self._numbers is None or self._numbers.scalars is not s:
@@ -54,21 +54,29 @@ class CpuBatch(PlainBatch):
         return self._numbers
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
-        for run, g in self.gradients(prepared, self._long):
-            self._step_run(run.param, g, run.state[EXP_AVG], hypers.scalars(g.device, run.group))
+        grads = prepared.present()
+        for call in self._calls:
+            runs = [(run, g) for run, g in self.gradients(grads, call)]
+            if runs:
+                self._step_long(runs, hypers.scalars(runs[0][1].device, runs[0][0].group))
         short: dict[int, list[tuple[Run, Tensor]]] = {}
-        for run, g in self.gradients(prepared, self._short):
+        for run, g in self.gradients(grads, self._short):
             short.setdefault(run.group, []).append((run, g))
         for group, runs in short.items():
             for some in _divided(runs):
                 self._step_together(some, hypers.scalars(runs[0][1].device, group))
 
-    def _step_run(self, p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
+    def _step_long(self, runs: Sequence[tuple[Run, Tensor]], s: Scalars) -> None:
+        """Steps long runs of one group, each with its gradient."""
         numbers = self._numbers_of(s)
-        if self._compiled(p) and compiled.step_(p, flat(g), m, numbers.stacked):
-            return
-        for p_chunk, g_chunk, m_chunk in _cut(p, g, m):
-            self._chunks.lion_step_(p_chunk, g_chunk, m_chunk, numbers)
+        if self._compiles:
+            # A view would be compiled anew for each shape of its base.
+            flats = [(run.param, flat(g), run.state[EXP_AVG]) for run, g in runs]
+            if compiled.step_.step(flats, numbers.stacked):
+                return
+        for run, g in runs:
+            for p_chunk, g_chunk, m_chunk in _cut(run.param, g, run.state[EXP_AVG]):
+                self._chunks.lion_step_(p_chunk, g_chunk, m_chunk, numbers)
 
     def _step_together(self, runs: Sequence[tuple[Run, Tensor]], s: Scalars) -> None:
         """Steps short runs of one group as one run of copies."""
@@ -81,20 +89,35 @@ class CpuBatch(PlainBatch):
 
     def pack_run(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
         numbers = self._numbers_of(s)
-        if self._compiled(g):
+        if self._compiles and g.numel() >= ALONE:
             whole = g.numel() // PER_BYTE  # bytes; the compiled function takes no others
             head = whole * PER_BYTE
-            if compiled.sign_step_(flat(g, 0, head), flat(m, 0, head), flat(packed, 0, whole), numbers.stacked):
+            if compiled.sign_step_([flat(g, 0, head), flat(m, 0, head), flat(packed, 0, whole)], numbers.stacked):
                 g, m, packed = g[head:], m[head:], packed[whole:]
         for g_chunk, m_chunk, packed_chunk in _cut(g, m, packed):
             self._chunks.sign_step_(g_chunk, m_chunk, packed_chunk, numbers)
 
     def apply_run(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
         numbers = self._numbers_of(s)
-        if self._compiled(p) and compiled.apply_signs_(p, packed, numbers.stacked):
+        if self._compiles and p.numel() >= ALONE and compiled.apply_signs_([p, packed], numbers.stacked):
             return
         for p_chunk, packed_chunk in _cut(p, packed):
             self._chunks.apply_signs_(p_chunk, packed_chunk, numbers)
+
+
+def _calls(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Divides runs, in their order, into parts that one call may step: of one group and without a common storage."""
+    call: list[Run] = []
+    storages: set[int] = set()
+    for run in runs:
+        own = {t.untyped_storage().data_ptr() for t in (run.param, *run.state.values())}
+        if call and (len(call) == compiled.SLOTS or call[0].group != run.group or own & storages):
+            yield call
+            call, storages = [], set()
+        call.append(run)
+        storages |= own
+    if call:
+        yield call
 
 
 def _divided(runs: Sequence[tuple[Run, Tensor]]) -> Iterator[list[tuple[Run, Tensor]]]:

@@ -59,9 +59,8 @@ class PlainBatch:
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Does nothing: the other methods are given the gradients themselves."""
 
-    def gradients(self, prepared: Prepared, runs: Sequence[Run]) -> Iterator[tuple[Run, Tensor]]:
-        """The runs that have a gradient, each with its part of it."""
-        grads = prepared.present()
+    def gradients(self, grads: Sequence[Tensor | None], runs: Sequence[Run]) -> Iterator[tuple[Run, Tensor]]:
+        """The runs that have a gradient, each with its part of it. ``grads``: those of all entries."""
         for run in runs:
             s = run.segment
             g = grads[s.entry]
@@ -72,13 +71,13 @@ class PlainBatch:
             yield run, g
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
-        for run, g in self.gradients(prepared, self.runs):
+        for run, g in self.gradients(prepared.present(), self.runs):
             reference.lion_step_(run.param, g, run.state[EXP_AVG], hypers.scalars(g.device, run.group))
 
     def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device = signs.device
         checksum.copy_(reference.hyper_checksum(hypers.table(device), salt, hypers.grad_scale(device)))
-        for run, g in self.gradients(prepared, self.runs):
+        for run, g in self.gradients(prepared.present(), self.runs):
             s = run.segment
             packed = flat(signs, s.state_start // PER_BYTE, -(-s.length // PER_BYTE))
             self.pack_run(g, run.state[EXP_AVG], packed, hypers.scalars(device, run.group))
@@ -103,6 +102,6 @@ class PlainBatch:
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
         sums = [
             torch.stack([reference.sum_of_squares(chunk) for chunk in g.split(CHUNK)]).sum()
-            for _, g in self.gradients(prepared, self.runs)
+            for _, g in self.gradients(prepared.present(), self.runs)
         ]
         return torch.stack(sums).sum() if sums else None
