@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from . import step_check
 from .measure import DEVICE, Spread, copy_bandwidth, cycles_a_ms, freed
@@ -155,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(step_check.check())
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
+    import triton  # --check works without it
 
     repeats = 7 if args.quick else 21
     environment = {

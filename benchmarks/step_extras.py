@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lion_dist import Lion
 from lion_dist.update import reference
-from lion_dist.update.backends import triton_step
 from lion_dist.update.segments import TILE
 
 from .measure import DEVICE, Step, copy_bandwidth, device_ms, freed
@@ -99,6 +98,8 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
 
 def sweep(repeats: int, cycles: float) -> dict[str, Any]:
     """Device time of our step for every block size and number of warps, in three passes that would show drift."""
+    from lion_dist.update.backends import triton_step  # needs triton, which the rest of benchmarks.step may lack
+
     configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
     raw: dict[str, Any] = {}
     with freed():

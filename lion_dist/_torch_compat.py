@@ -77,11 +77,12 @@ foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_div_: Callable[..., None] = torch._foreach_div_
 foreach_zero_: Callable[..., None] = torch._foreach_zero_
 
-# What GradScaler.unscale_ calls. The placeholder of a gradient that has been reduced raises when it meets it, since
-# the call would not reach the reduced gradients.
+# The function that GradScaler.unscale_ calls. The placeholder for gradients that have been reduced raises an error when
+# it is passed to this function, which would not reach the reduced gradients.
 amp_unscale_: Callable[..., None] = torch._amp_foreach_non_finite_check_and_unscale_
 
-# What __torch_function__ receives when somebody reads ``t.data``. Compare with ==: each access makes a new object.
+# The function that __torch_function__ receives when code reads ``t.data``. Compare with ==: each access makes a new
+# object.
 data_getter: Callable[..., Tensor] = Tensor.data.__get__  # type: ignore[attr-defined]
 
 # Context manager under which a tensor subclass's __torch_function__ is not called: it calls the function itself.

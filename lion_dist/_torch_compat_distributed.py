@@ -29,7 +29,7 @@ __all__ = [
 
 # Process groups -------------------------------------------------------------------------------------
 
-# What torch's coalescing manager ends up calling, without the Python before it, which costs 20 us a tensor in each
+# The functions that torch's coalescing manager calls in the end. Its own Python would take 20 us a tensor in every
 # backward. torch 2.13 has renamed all three.
 all_gather_coalesced: Callable[..., Any] = getattr(
     dist.ProcessGroup, "all_gather_single_coalesced", None

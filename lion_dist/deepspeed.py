@@ -1,19 +1,19 @@
-"""DeepSpeed's `"optimizer": {"type": "Lion", "params": {...}}`, built as lion_dist's Lion.
+"""Makes DeepSpeed build lion_dist's Lion for `"optimizer": {"type": "Lion", "params": {...}}`.
 
     import lion_dist
     lion_dist.deepspeed.register()      # before deepspeed.initialize, Accelerate's prepare or the HF Trainer
 
-DeepSpeed has no door for other people's optimizers, so `register` puts two functions in place of methods of
-DeepSpeedEngine, and appends our class to the list of those that ZeRO takes. It looks at all three before it touches
-one. deepspeed is imported by these functions only.
+DeepSpeed has no interface by which a config can name an optimizer of another library. So `register` replaces two
+methods of DeepSpeedEngine and appends `DeepSpeedLion` to the list of optimizers that ZeRO accepts. It checks the
+methods and the list before it changes any of them. deepspeed is imported only when one of the functions here is called.
 
-Partition: what ZeRO hands the optimizer in place of the model's parameters: this rank's part of a parameter group
-(stages 1 and 2) or of a sub-group of it (stage 3), flat, with padding, float32 as a rule. Stages 1 and 2 call step()
-once a group, with ``param_groups`` swapped for a list of that one; stage 3 once a sub-group, with the ``params`` of
-all other groups empty. Lion is elementwise, so it is right on any of them.
+Partition: the tensor that ZeRO gives the optimizer in place of the model's parameters. It is this rank's part of a
+parameter group (stages 1 and 2) or of a sub-group of one (stage 3): flat, padded, and normally float32. Stages 1 and 2
+call step() once for each group, with ``param_groups`` replaced by a list of that group alone. Stage 3 calls it once for
+each sub-group, with empty ``params`` in all other groups. Lion is elementwise, so it is correct on any partition.
 
-Zero gradients: DeepSpeed hands those for parameters without a gradient. Their momentum decays and their weights follow
-its sign until it is zero; a weight that never had a gradient stays where it is.
+Zero gradients: DeepSpeed gives the optimizer zeros for parameters without a gradient. The momentum of such a weight
+decays, and the weight follows its sign until it is zero. A weight that never had a gradient does not move.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ from .update.state import EXP_AVG
 
 TESTED_VERSION = "0.19.8"
 
-# What a config may say of the optimizer.
+# Keys of the config's ``optimizer.params`` that are arguments of Lion.
 ARGUMENTS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton", "momentum_dtype", "maximize")
-# What configs written for Adam, or for DeepSpeed's own Lion, say that chooses among implementations, or is a number of
-# Adam's: without effect here, and a warning says so.
+# Keys that configs for Adam and for DeepSpeed's own Lion contain, and that have no effect on Lion: they choose an
+# implementation, or belong to Adam's rule. A warning names them.
 WITHOUT_EFFECT = ("eps", "torch_adam", "fused", "foreach", "bias_correction", "set_grad_none")
-# What would change the result of the optimizer that the config was written for: taken at the value that Lion means.
+# Keys that change the result of the optimizer that the config was written for -> the one value that describes Lion, and
+# why. Any other value is refused.
 ONLY = {
     "adam_w_mode": (True, "Lion's weight decay is decoupled from the gradient"),
     "amsgrad": (False, "Lion has no second moment"),
-    "fp32_optimizer_states": (True, 'say "momentum_dtype": "bfloat16" for a momentum in 16 bits'),
+    "fp32_optimizer_states": (True, 'set "momentum_dtype": "bfloat16" for a momentum in 16 bits'),
 }
 ADAMS_BETAS = (0.9, 0.999)
 
-NOT_LIONS = {"step", "exp_avg_sq"}  # entries of a state that DeepSpeed's tools ask for
+NOT_LIONS = {"step", "exp_avg_sq"}  # keys of a parameter's state that DeepSpeed's tools read and Lion does not have
 
 
 class DeepSpeedLion(Lion):
     """`Lion` with state_dicts as DeepSpeed's tools expect them.
 
-    Its universal checkpoint format is made of Adam's states. So beside ``exp_avg`` a state_dict has ``exp_avg_sq``,
-    one zero seen in the momentum's shape, and ``step``, 0. Neither takes memory, and both are dropped where a
-    checkpoint is loaded; what others keep under other keys is kept. Elastic checkpoints look for ``step`` in the
-    groups. Arguments and errors are those of `Lion`.
+    DeepSpeed's universal checkpoint format assumes Adam's state. So a state_dict also has, beside ``exp_avg``, an
+    ``exp_avg_sq`` (a single zero, expanded to the momentum's shape) and a ``step`` of 0. Neither takes memory, and a
+    load drops both. Entries under other keys are saved and loaded. Each parameter group has a ``step`` too, which
+    elastic checkpoints read. Arguments and errors are those of `Lion`.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,12 +70,18 @@ class DeepSpeedLion(Lion):
         for group in self.param_groups:
             group.setdefault("step", 0)
 
-    # Each partition would throw away what was prepared for the one before, an index of its tiles among it.
-    swaps_params = True
+    # Without this each partition would discard the tables that were prepared for the one before.
+    _swaps_params = True
 
-    def adopt_state(self) -> None:
-        """Brings a universal checkpoint into Lion's form. DeepSpeed loads it into the groups, as they were saved, and
-        into the state, in float32; it keeps references to the state that exists after the first step."""
+    def _adopt_state(self) -> None:
+        """Converts a universal checkpoint that DeepSpeed has loaded into the form that Lion steps.
+
+        DeepSpeed loads the groups as they were saved, and the state in float32. It keeps references to the state that
+        exists after the first step.
+
+        Raises:
+            ValueError: the checkpoint is one of Adam.
+        """
         for group in self.param_groups:
             _check_not_adams(group)
             group["momentum_dtype"] = to_dtype(group["momentum_dtype"])
@@ -92,11 +99,11 @@ class DeepSpeedLion(Lion):
         return {**saved, "state": {i: _like_adams(entry) for i, entry in saved["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `Lion.load_state_dict`; takes what `state_dict` and what DeepSpeed's own Lions saved.
+        """Loads a state_dict of `DeepSpeedLion`, of DeepSpeed's own Lion optimizers, or any that `Lion` takes.
 
         Raises:
-            ValueError: the state_dict does not fit, or holds a second moment that is not zero, as Adam's would;
-                nothing has been changed.
+            ValueError: the state_dict does not fit, or has a second moment that is not zero, so it is Adam's. Nothing
+                has been changed.
         """
         if isinstance(state_dict, dict) and isinstance(state_dict.get("state"), dict):
             state = {i: _lions_own(i, entry) for i, entry in state_dict["state"].items()}
@@ -105,10 +112,11 @@ class DeepSpeedLion(Lion):
 
 
 def _like_adams(entry: Any) -> Any:
-    if not isinstance(entry, dict) or "exp_avg" not in entry:
-        return entry  # somebody else's
-    placeholder = torch.zeros((), dtype=entry["exp_avg"].dtype).expand(entry["exp_avg"].shape)
-    return {"step": 0, "exp_avg": entry["exp_avg"], "exp_avg_sq": placeholder} | {
+    if not isinstance(entry, dict) or EXP_AVG not in entry:
+        return entry  # other code put it there
+    momentum = entry[EXP_AVG]
+    placeholder = torch.zeros((), dtype=momentum.dtype).expand(momentum.shape)
+    return {"step": 0, EXP_AVG: momentum, "exp_avg_sq": placeholder} | {
         key: value for key, value in entry.items() if key not in NOT_LIONS
     }
 
@@ -117,12 +125,13 @@ _START_FROM_WEIGHTS = "start Lion from the weights alone (load_optimizer_states=
 
 
 def _check_not_adams(group: dict[str, Any]) -> None:
-    """Every rank has the groups, and only some a second moment that is not zero."""
+    """Raises ValueError if a group is one of Adam. Every rank has the groups, while a second moment that is not zero
+    may lie on some ranks only, so this check fails on all ranks alike."""
     strange = sorted({"eps", "amsgrad", "bias_correction"} & group.keys())
     if strange:
         raise ValueError(
-            f"a parameter group has {strange[0]!r}, as one from a checkpoint of Adam's has, so it is Adam's: "
-            f"{_START_FROM_WEIGHTS}; in a group of your own leave {strange[0]!r} out"
+            f"a parameter group has the key {strange[0]!r}, which Adam's groups have. If it comes from a "
+            f"checkpoint of Adam, {_START_FROM_WEIGHTS}. If it is a group of yours, leave {strange[0]!r} out"
         )
 
 
@@ -136,39 +145,48 @@ def _check_second_moment(whose: str, entry: dict[str, Any]) -> None:
 
 def _lions_own(index: Any, entry: Any) -> Any:
     if not isinstance(entry, dict):
-        return entry  # Lion's own load says what is wrong with it
+        return entry  # Lion.load_state_dict reports what is wrong with it
     _check_second_moment(f"parameter {index!r}", entry)
     return {key: value for key, value in entry.items() if key not in NOT_LIONS}
 
 
 def arguments(params: dict[str, Any]) -> dict[str, Any]:
-    """A config's ``optimizer.params`` as keyword arguments of Lion, whose defaults hold for what is not said (lr 1e-4,
-    betas (0.9, 0.99), weight_decay 0; DeepSpeed's own Lion has lr 1e-3 and betas (0.9, 0.999)).
+    """Converts a config's ``optimizer.params`` to keyword arguments of Lion.
+
+    Arguments that the config leaves out have Lion's defaults: lr 1e-4, betas (0.9, 0.99), weight_decay 0. (DeepSpeed's
+    own Lion has lr 1e-3 and betas (0.9, 0.999).)
 
     Raises:
-        ValueError: naming the parameter that Lion does not know, or cannot take at this value.
+        ValueError: Lion does not have a parameter, or does not support its value. The error names it.
     """
     given = dict(params)
     if "max_grad_norm" in given:
-        raise ValueError('"max_grad_norm" is no parameter of an optimizer; set "gradient_clipping" of the config')
+        raise ValueError(
+            'optimizer.params has "max_grad_norm", but optimizers do not clip gradients: remove it, and set '
+            '"gradient_clipping" at the top level of the config'
+        )
     for name, value in given.items():
         if value == "auto":
             raise ValueError(
-                f'"{name}": "auto" is for Hugging Face to fill in, and nobody did; give Lion a value, or leave it out'
+                f'"{name}": "auto" is for Hugging Face\'s Trainer or Accelerate to replace by a value, and neither has '
+                f"done so: give a value, or leave {name} out"
             )
     for name, (value, reason) in ONLY.items():
         if given.pop(name, value) != value:
-            raise ValueError(f'"{name}": {str(not value).lower()} is not possible: {reason}')
+            raise ValueError(
+                f'"{name}": {str(not value).lower()} is not possible: {reason}. Leave it out, or set it to '
+                f"{str(value).lower()}"
+            )
     ignored = [name for name in WITHOUT_EFFECT if given.pop(name, None) is not None]
     if ignored:
         warnings.warn(f"lion_dist: optimizer parameters without meaning for Lion: {', '.join(ignored)}", stacklevel=2)
     unknown = sorted(given.keys() - set(ARGUMENTS))
     if unknown:
-        raise ValueError(f'"Lion" has no parameter {", ".join(unknown)}; it has {", ".join(ARGUMENTS)}')
+        raise ValueError(f'"Lion" has no parameter {", ".join(unknown)}; expected one of {", ".join(ARGUMENTS)}')
     if tuple(given.get("betas", ())) == ADAMS_BETAS:
         warnings.warn(
             f"lion_dist: betas {ADAMS_BETAS} are Adam's. Lion's are (0.9, 0.99), or (0.95, 0.98) for language models: "
-            "give them in the DeepSpeed config and, for the Hugging Face Trainer, as adam_beta1 and adam_beta2",
+            "set them in the DeepSpeed config and, for the Hugging Face Trainer, as adam_beta1 and adam_beta2",
             stacklevel=2,
         )
     try:
@@ -179,7 +197,7 @@ def arguments(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_modes(engine: Any) -> None:
-    """Raises for modes in which DeepSpeed would step with an Adam of its own."""
+    """Raises ValueError if the config turns on a mode in which DeepSpeed would step with an Adam of its own."""
     modes = {
         "zero_optimization.zenflow": engine.zenflow_config() is not None,
         "zero_optimization.offload_optimizer.super_offload": engine.super_offload(),
@@ -188,16 +206,23 @@ def _check_modes(engine: Any) -> None:
     for mode, is_on in modes.items():
         if is_on:
             raise ValueError(
-                f'{mode}: in this mode DeepSpeed steps with its own Adam, whatever "optimizer" says. Leave it out to '
-                "train with Lion; ordinary offload_optimizer and offload_param work"
+                f'{mode}: in this mode DeepSpeed steps with its own Adam, whichever "optimizer" the config names. '
+                "Leave it out to train with Lion; ordinary offload_optimizer and offload_param work"
             )
 
 
-# What replaces methods of DeepSpeedEngine ------------------------------------------------------------------
+# Replacing methods of DeepSpeedEngine ----------------------------------------------------------------------
 
 
 def _replacements(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """By name of the method: what takes its place, given what stood there."""
+    """Makes the functions that replace methods of DeepSpeedEngine.
+
+    Args:
+        originals: the methods that are replaced, by name. The replacements call them for other optimizers.
+
+    Returns:
+        The replacements, by name of the method.
+    """
 
     def _configure_basic_optimizer(self: Any, model_parameters: ParamsT) -> torch.optim.Optimizer:
         if self.optimizer_name() != "lion":
@@ -210,8 +235,8 @@ def _replacements(originals: dict[str, Callable[..., Any]]) -> dict[str, Callabl
         wrap = originals["_configure_fp16_optimizer"]
         if not isinstance(optimizer, Lion):
             return wrap(self, optimizer, low_precision_dtype)
-        # The wrapper's constructor makes a step with gradients of zero, to have the state made. It would decay the
-        # weights; at an lr of 0 Lion writes none.
+        # The wrapper's constructor makes a step with gradients of zero, so that the optimizer makes its state. That
+        # step would decay the weights. With lr = 0 Lion writes no weights.
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -224,7 +249,7 @@ def _replacements(originals: dict[str, Callable[..., Any]]) -> dict[str, Callabl
     return {f.__name__: f for f in (_configure_basic_optimizer, _configure_fp16_optimizer)}
 
 
-# Parameters of the methods that are replaced, and methods that the replacements call.
+# Names of the parameters of the methods that are replaced, and of the methods that the replacements call.
 _SIGNATURES = {
     "_configure_basic_optimizer": ["self", "model_parameters"],
     "_configure_fp16_optimizer": ["self", "optimizer", "low_precision_dtype"],
@@ -238,12 +263,12 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class _Registration:
-    """What was changed, and what it was before."""
+    """The changes that `register` has made to DeepSpeed, kept so that they can be undone."""
 
-    engine: type
-    supported: list[type]
-    originals: dict[str, Callable[..., Any]]
-    replacements: dict[str, Callable[..., Any]]
+    engine: type  # DeepSpeedEngine
+    supported: list[type]  # optimizers that ZeRO accepts
+    originals: dict[str, Callable[..., Any]]  # the methods that have been replaced, by name
+    replacements: dict[str, Callable[..., Any]]  # the functions that have replaced them
 
 
 _lock = threading.RLock()
@@ -253,7 +278,12 @@ _open_blocks = 0
 
 
 def _internals() -> tuple[type, list[type]]:
-    """DeepSpeedEngine, and the list of the optimizers that ZeRO takes, once both are known to be as we know them."""
+    """Returns DeepSpeedEngine, and the list of optimizers that ZeRO accepts.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        RuntimeError: either is not as in the version that this file was written for.
+    """
     try:
         import deepspeed
     except ImportError as error:
@@ -272,24 +302,25 @@ def _internals() -> tuple[type, list[type]]:
     if getattr(engine_module, "LION_OPTIMIZER", None) != "lion":
         differences.append('deepspeed.runtime.engine.LION_OPTIMIZER is not "lion"')
     if not isinstance(supported, list):
-        differences.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS is no list")
+        differences.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS is not a list")
     if engine is None or supported is None or differences:
         raise RuntimeError(
-            f"lion_dist.deepspeed.register() does not know the inside of DeepSpeed {deepspeed.__version__} "
+            f"lion_dist.deepspeed.register() does not know the internals of DeepSpeed {deepspeed.__version__} "
             f"({'; '.join(differences)}), and has changed nothing. It was tested with {TESTED_VERSION}: install that "
-            "one, or give deepspeed.initialize optimizer=lion_dist.deepspeed.DeepSpeedLion(...), with "
-            '"zero_allow_untested_optimizer": true and, to offload it, "zero_force_ds_cpu_optimizer": false'
+            "version, or pass optimizer=lion_dist.deepspeed.DeepSpeedLion(...) to deepspeed.initialize, with "
+            '"zero_allow_untested_optimizer": true in the config and, for offload, "zero_force_ds_cpu_optimizer": false'
         )
     return engine, supported
 
 
 def register() -> None:
-    """Has DeepSpeed build `DeepSpeedLion` for `"type": "Lion"`, in this process, until `unregister`. Engines that exist
-    already keep their optimizer. May be called again, and from any thread.
+    """Makes DeepSpeed build `DeepSpeedLion` for `"type": "Lion"`, in this process, until `unregister` is called.
+
+    Engines that exist already keep their optimizer. It may be called more than once, and from any thread.
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        RuntimeError: this version of DeepSpeed is not as expected; nothing has been changed.
+        RuntimeError: this version of DeepSpeed is not as expected. Nothing has been changed.
     """
     global _by_register
     with _lock:
@@ -298,11 +329,12 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Gives DeepSpeed back what `register` changed, once no block of `registered` is open. Without a `register` before
-    it does nothing.
+    """Undoes `register`: at once, or when the last open block of `registered` ends.
+
+    It does nothing if `register` has not been called.
 
     Raises:
-        RuntimeError: somebody has put something of their own over ours since; nothing has been changed.
+        RuntimeError: other code has replaced one of the methods since. Nothing has been changed.
     """
     global _by_register
     with _lock:
@@ -313,8 +345,14 @@ def unregister() -> None:
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """`register` for a ``with`` block, or, as a decorator, for each call of a function, in any number of threads:
-    afterwards things are as they were before, registered or not."""
+    """Context manager and decorator: `register` for a ``with`` block, or for the duration of a function's calls.
+
+    Blocks may overlap in any number of threads. When the last one ends, DeepSpeed is as it was before: changed only if
+    `register` has been called.
+
+    Raises:
+        ImportError, RuntimeError: as by `register`, and as by `unregister` when the last block ends.
+    """
     global _open_blocks
     with _lock:
         _patch()
@@ -349,7 +387,8 @@ def _restore() -> None:
     covered = [name for name, function in ours.items() if vars(engine).get(name) is not function]
     if covered:
         raise RuntimeError(
-            f"DeepSpeedEngine.{covered[0]} has been replaced since lion_dist.deepspeed.register(): undo that first"
+            f"DeepSpeedEngine.{covered[0]} has been replaced since lion_dist.deepspeed.register(): put back the method "
+            "that register() set, then call unregister() again"
         )
     for name, function in _registration.originals.items():
         setattr(engine, name, function)

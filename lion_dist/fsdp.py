@@ -21,6 +21,7 @@ from ._torch_compat import FSDP_FLATTENED, LOCAL_TENSOR, SPEC, is_traceable_wrap
 from ._torch_compat_distributed import drop_gathered_flat_param
 from .frozen import takes_part
 from .memory_order import is_dense
+from .update.state import StateColumn
 
 # Elements. FSDP1 aligns each parameter to 16 bytes in the dtype that it computes in.
 LARGEST_GAP = 7
@@ -30,7 +31,7 @@ def is_dtensor(t: Tensor) -> bool:
     """Whether t is a DTensor."""
     if not is_traceable_wrapper_subclass(t):
         return False
-    from torch.distributed.tensor import DTensor  # takes half a second, unless somebody has made a DTensor already
+    from torch.distributed.tensor import DTensor  # takes half a second if no DTensor has been made yet
 
     return isinstance(t, DTensor)
 
@@ -100,12 +101,13 @@ def _local_gradient(p: Any, g: Any) -> Any:
     return local(g)
 
 
-def new_state(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Makes zeros in each parameter's shape, memory order, sharding and device.
+def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[Tensor]:
+    """Makes zeros on each parameter's device: in its shape, memory order and sharding, or 1-D where elements of the
+    parameter share one of the state.
 
     Args:
         params: the parameters.
-        dtypes: dtype of the new tensor for each parameter.
+        columns: the column of the new tensor for each parameter, all of one name.
 
     Returns:
         The new tensors.
@@ -114,9 +116,18 @@ def new_state(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[T
         ValueError: parameters of one dtype that FSDP1 manages were to have state of several dtypes. A flat parameter
             may hold some of each; torch gathers its state in one dtype, and would fail on some ranks, at the first
             save. A rank does not know which parameters share a flat parameter, so every rank compares all of them.
+            Or elements of a sharded parameter were to share state: torch gathers only state in the parameter's shape.
     """
     of_flat: dict[torch.dtype, torch.dtype] = {}
-    for p, dtype in zip(params, dtypes, strict=True):
+    dtypes = [column.dtype for column in columns]
+    for p, column in zip(params, columns, strict=True):
+        dtype = column.dtype
+        if column.block > 1 and (is_flat_view(p) or is_dtensor(p)):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is sharded by FSDP or tensor parallelism, and {column.block} "
+                f"of its elements share one of {column.name}: torch's state dicts of sharded parameters hold state in "
+                "the parameter's shape only. Use a replicated model, with Lion or ShardedLion"
+            )
         if is_flat_view(p) and of_flat.setdefault(p.dtype, dtype) != dtype:
             raise ValueError(
                 f"momentum_dtype is {of_flat[p.dtype]} in one group and {dtype} in another; FSDP1 saves the state of "
@@ -130,12 +141,14 @@ def new_state(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[T
         for i in run:
             p = params[i]
             made[i] = buffer.as_strided(p.shape, p.stride(), p.storage_offset() - start)
-    return [made[i] if i in made else _zeros_like(p, dtypes[i]) for i, p in enumerate(params)]
+    return [made[i] if i in made else _zeros(p, columns[i]) for i, p in enumerate(params)]
 
 
-def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+def _zeros(p: Tensor, column: StateColumn) -> Tensor:
+    if column.block > 1:
+        return torch.zeros(column.shape(p.shape), dtype=column.dtype, device=p.device)
     # A DTensor's zeros are on the device of its local tensor: with CPUOffloadPolicy the CPU, whatever its mesh.
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return torch.zeros_like(p, dtype=column.dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def _flat_runs(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[list[int]]:

@@ -36,7 +36,8 @@ def check_stage(stage: int, bucket_mb: float) -> None:
 class GradSource(Protocol):
     """The gradients of sharded parameters. Shards are counted as in the last `set_shards`.
 
-    A step calls `reduce`, then `of` for every shard, then `ready` for each shard before it is stepped, then `finish`.
+    A step calls `reduce`, then `grads_of` for every shard, then `ready` for each shard before it is stepped, and then
+    `finish`.
 
     Attributes:
         takes_loss_scale: whether torch's GradScaler shall leave its scale on the optimizer, for `refuse_scaler`.
@@ -48,27 +49,30 @@ class GradSource(Protocol):
         """Takes other shards; a collective call."""
 
     def start_of(self, run: Run) -> int:
-        """Where the gradient of a run that this rank owns begins in the tensor that `of` gives for its parameter."""
+        """Where the gradient of a run that this rank owns begins in what `grads_of` gives for its parameter."""
 
     def settle(self) -> None:
         """Completes on every rank what a backward has begun, so that other collectives can follow; collective."""
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
         """Starts bringing every gradient to the rank that owns it; a collective call.
 
         Args:
             frozen: parameters that are not sharded because they were frozen.
-            adopt: shards the ones with these indices; called, on every rank, for those that take part by now.
+
+        Returns:
+            Indices of those that take part by now. If there are any, shard them and call this again.
         """
 
-    def of(self, shard: int) -> list[Tensor | None]:
+    def grads_of(self, shard: int) -> list[Tensor | None]:
         """One tensor for each parameter of a shard: its gradient, or a flat buffer that holds it."""
 
     def ready(self, shard: int) -> Tensor | None:
         """Makes the current stream wait for the gradients of a shard.
 
         Returns:
-            uint8, at least one element a parameter: 0 where no rank has a gradient. None: `of` says the same.
+            uint8, 1-D, with an element for each parameter of the shard, which is 0 where no rank has a gradient. Others
+            mean nothing. None: no rank has a gradient where `grads_of` gives None, and only there.
         """
 
     def finish(self) -> None:
@@ -78,7 +82,7 @@ class GradSource(Protocol):
         """Raises ValueError, on every rank, where the gradients in ``tensors`` cannot be stepped with."""
 
     def fingerprint(self) -> int:
-        """32 bits that are the same on every rank if the gradients that `of` last gave are of the same parameters."""
+        """A number of 32 bits, the same on every rank if `grads_of` last gave gradients of the same parameters."""
 
     def none_active(self) -> bool:
         """Whether no rank had a gradient of any sharded parameter in the last step."""
@@ -112,10 +116,10 @@ class LocalGrads:
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._several = dist.get_world_size(membership.group) > 1
-        # Nothing else would notice that nobody averages the gradients.
+        # Nothing else would notice that gradients are not averaged.
         self._averaged = AveragedGradients(membership.group)
         self._shards: list[Shard] = []
-        self._present: list[bytes] = []  # for each shard, 1 where a parameter had a gradient when `of` was called
+        self._present: list[bytes] = []  # for each shard, 1 where a parameter had a gradient when `grads_of` was called
 
     def set_shards(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
@@ -128,12 +132,10 @@ class LocalGrads:
     def settle(self) -> None:
         pass
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
-        unfrozen = [i for i, p in enumerate(frozen) if takes_part(p)]
-        if unfrozen:
-            adopt(unfrozen)
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
+        return [i for i, p in enumerate(frozen) if takes_part(p)]
 
-    def of(self, shard: int) -> list[Tensor | None]:
+    def grads_of(self, shard: int) -> list[Tensor | None]:
         grads = [p.grad for p in self._shards[shard].params]
         self._present[shard] = bytes(g is not None for g in grads)
         return grads
@@ -199,14 +201,14 @@ class ReducedGrads:
     def settle(self) -> None:
         self._reducer.settle()
 
-    def reduce(self, frozen: Sequence[Tensor], adopt: Callable[[list[int]], None]) -> None:
-        if self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
-            # A pass may have reached a parameter on some ranks only, and it may be frozen again.
-            anywhere = self._membership.any_rank(*map(takes_part, frozen))
-            adopt([i for i, on_any in enumerate(anywhere) if on_any])
-            self._reducer.reduce()
+    def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
+        if not self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
+            return []
+        # A pass may have reached a parameter on some ranks only, and it may be frozen again.
+        anywhere = self._membership.any_rank(*map(takes_part, frozen))
+        return [i for i, on_any in enumerate(anywhere) if on_any]
 
-    def of(self, shard: int) -> list[Tensor | None]:
+    def grads_of(self, shard: int) -> list[Tensor | None]:
         return [self._reducer.grads[shard]] * len(self._shards[shard].params)
 
     def ready(self, shard: int) -> Tensor | None:
@@ -235,7 +237,8 @@ class ReducedGrads:
         self._reducer.holds = clipped
 
     def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
-        # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet.
+        # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet. Where it
+        # holds gradients, no rank has begun a round that all must complete.
         unfrozen = not self._reducer.holds and any(p.requires_grad for p in frozen)
         if unfrozen and (any(p.grad is not None for p in frozen) or self._reducer.is_open or self._reducer.has_local()):
             self._reducer.settle()

@@ -78,7 +78,7 @@ def describe_new(groups: Sequence[Group], first: int, group: dist.ProcessGroup) 
     They say which frozen parameters are broadcast and compared, since a rank that left one out would make other
     collectives than the rest.
     """
-    params = [p for of in groups[first:] for p in of["params"]]
+    params = [p for new in groups[first:] for p in new["params"]]
     reached = set(comparable(params, group))
     frozen = [
         f"frozen parameter {i} of the new ones is "
@@ -119,9 +119,9 @@ def new_shards(
         columns: the state, by ``id`` of the parameter, where it is not what the group says.
         group: the ranks to shard over.
     """
-    group_of = {id(p): of for of in groups for p in of["params"]}
-    of_params = [columns.get(id(p)) or state_columns(p, group_of[id(p)]) for p in params]
-    return make_shards(params, of_params, dist.get_world_size(group))
+    group_of = {id(p): param_group for param_group in groups for p in param_group["params"]}
+    all_columns = [columns.get(id(p)) or state_columns(p, group_of[id(p)]) for p in params]
+    return make_shards(params, all_columns, dist.get_world_size(group))
 
 
 class FrozenParams:
@@ -134,7 +134,7 @@ class FrozenParams:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.params: list[Tensor] = []
         self._group = group
-        self._given: list[Tensor] = []  # those that have been sharded since too
+        self._given: list[Tensor] = []  # `params`, and those that have been sharded since
         self._unequal: set[int] = set()  # ids of those that could not be broadcast when they were given
 
     def add(self, params: Sequence[Tensor], equal: set[int]) -> None:

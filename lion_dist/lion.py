@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, local_gradients, locals_of, new_state
+from .fsdp import is_dtensor, is_flat_view, local, new_state
+from .members import Members
 from .param_groups import (
     check_params,
     check_steppable,
@@ -21,7 +22,6 @@ from .param_groups import (
     hyper_parameters,
     make_defaults,
     normalize_group,
-    required_dtype,
     state_columns,
     warn_of_unknown_keys,
 )
@@ -36,49 +36,13 @@ from .state_dicts import (
     with_named_dtypes,
 )
 from .update.backends.batch import Prepared
-from .update.lion_update import LionUpdate
-from .update.segments import StepTensors
-
-
-@dataclass
-class Members:
-    """The parameters of the groups, as a step needs them; kept for the next step if nothing has changed.
-
-    Attributes:
-        ids: ids of all parameters, by group.
-        params: the parameters that are stepped.
-        entries: their entries of the state.
-        groups: the numbers of their groups.
-        columns: the state columns, which all entries have: number of elements that share one of the state, by name.
-        idle: frozen parameters, which are not stepped.
-        dtensors: whether any of ``params`` is a DTensor.
-        entry_ids: ids of all entries of the state.
-    """
-
-    ids: list[list[int]]
-    params: list[Tensor]
-    entries: list[dict[str, Any]]
-    groups: list[int]
-    columns: dict[str, int]
-    idle: list[Tensor]
-    dtensors: bool
-    entry_ids: list[int]
-
-    def tensors(self) -> StepTensors:
-        """The tensors of this step; of DTensors, this rank's part."""
-        params: list[Tensor] = self.params
-        grads: list[Tensor | None] = [p.grad for p in params]
-        state = {name: [entry[name] for entry in self.entries] for name in self.columns}
-        if self.dtensors:
-            grads = local_gradients(params, grads)
-            params = locals_of(params)
-            state = {name: locals_of(of_entry) for name, of_entry in state.items()}
-        return StepTensors(params, grads, state, self.groups, blocks=self.columns)
+from .update.lion_update import LionUpdate, check_use_triton
+from .update.state import StateColumn
 
 
 @dataclass
 class _Kept:
-    """What is kept between the steps of one set of parameters."""
+    """The objects that are kept between the steps of one set of parameters. ``members`` hold the parameters."""
 
     update: LionUpdate
     members: Members | None = None
@@ -87,38 +51,39 @@ class _Kept:
 class Lion(Optimizer):
     """Lion (EvoLved Sign Momentum), a drop-in for ``lion_pytorch.Lion``.
 
-    Elementwise, so it is right wherever each rank steps the elements it holds: one device, DDP, FSDP1, FSDP2,
-    tensor parallelism (where DTensor leaves a gradient in other placements than its parameter, the step brings it into
-    these by a collective). State: ``exp_avg`` a parameter, in the parameter's shape and sharding, made at the
-    first step for every parameter that requires a gradient, whether this rank holds any of it or not. What a wrapper
-    keeps beside it in ``state``, or under keys that are no parameters, stays there, and is saved and loaded. The
-    rule is in lion_dist/update/reference.py.
+    The rule is elementwise, so it is correct wherever each rank steps the elements it holds: on one device, and under
+    DDP, FSDP1, FSDP2 and tensor parallelism. (If DTensor leaves a gradient in other placements than its parameter's,
+    the step redistributes it, which is a collective.) lion_dist/update/reference.py defines the rule.
+
+    State: each parameter has an ``exp_avg`` in its own shape and sharding. The first step makes it for every parameter
+    that requires a gradient, even if this rank holds no element of it. Entries that wrappers add to ``state``, also
+    under keys that are not parameters, are kept, saved and loaded.
 
     ``torch.compile`` of a function that calls step() breaks the graph there; ``fullgraph=True`` raises, as it does for
-    torch's own optimizers. There is nothing to compile: a step is one kernel launch, or compiles itself on the CPU.
+    torch's own optimizers. Nothing is lost: a step is one kernel launch, and on the CPU it compiles itself.
 
-    Under FSDP1 with use_orig_params=False a wrapped module is one parameter, which groups cannot split: its
-    gains and biases decay with its matrices.
+    Under FSDP1 with use_orig_params=False a wrapped module is one parameter, which groups cannot split, so its gains
+    and biases decay like its matrices.
 
     Args:
-        params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen ones without a
-            gradient may be anything, such as a quantised base under adapters; they are judged once they are unfrozen.
+        params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen parameters without
+            a gradient may have any layout and dtype (a quantised base under adapters), until they are unfrozen.
         lr: learning rate >= 0, 3 to 10 times smaller than AdamW's; a number or a one-element tensor,
             which is read on its device.
-        betas: two numbers in [0, 1), in whatever holds two. (0.95, 0.98) for language models or unstable training.
+        betas: two numbers in [0, 1), as any iterable. (0.95, 0.98) for language models or unstable training.
         weight_decay: decoupled from the gradient and multiplied by lr; 3 to 10 times AdamW's.
         use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
             The results are the same bits.
         decoupled_weight_decay: divides weight_decay by the constructor's lr, in every group, as lion-pytorch does:
-            at that lr the decay does not depend on it. Groups keep that lr as ``init_lr``; a state_dict brings along
-            the one that it was saved with.
+            at that lr the decay does not depend on it. Groups keep that lr as ``init_lr``, and a load takes the one of
+            the state_dict.
         momentum_dtype: dtype of exp_avg, or its name ("bfloat16"); None: the parameter's (float32 for float16
             parameters). Under FSDP1 the same in all groups.
         maximize: ascend instead of descend.
 
     Raises:
-        ValueError, TypeError: for hyper-parameters or parameters that cannot be used; from step(),
-            for gradients that cannot, before anything is changed.
+        ValueError, TypeError: a hyper-parameter or parameter cannot be used. step() raises them if a gradient cannot be
+            used, before it changes anything.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
     """
@@ -139,22 +104,25 @@ class Lion(Optimizer):
         defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
         super().__init__(params, defaults)
 
-    # Extension points for wrappers (deepspeed.py).
+    # Hooks for subclasses (deepspeed.py), which may override these two: part of Lion's interface for those, and not for
+    # its users. Lion's other names with an underscore are internal.
 
     # Whether ``param_groups`` holds other parameters from step to step, in turn. Then tables are kept for each set of
     # parameters, with the parameters themselves, until the next load; otherwise only for the last set.
-    swaps_params = False
+    _swaps_params = False
 
-    def adopt_state(self) -> None:
-        """Called before a step reads groups and state. A subclass may bring here into Lion's form what others have put
-        into them. Does nothing in `Lion`."""
-
-    # --------------------------------------------------------------------------------------------------
+    def _adopt_state(self) -> None:
+        """Hook for subclasses, called before groups and state are read for a step, for `init_state` or for a
+        state_dict that needs it. An override may convert entries that other code has put there to the form that Lion
+        steps. `Lion` does nothing here."""
 
     def _start(self, use_triton: bool | None) -> None:
         """Makes everything that is not state: in the constructor, and anew by unpickling, deepcopy and load."""
+        check_use_triton(use_triton)
         self._use_triton = use_triton
-        self._kept: dict[tuple[int, ...], _Kept] = {(): _Kept(LionUpdate(use_triton))}
+        # By ids of all parameters with ``_swaps_params``, else under (). Only sets whose members were found are here,
+        # and these hold the parameters, so that no other objects get their ids.
+        self._kept: dict[tuple[int, ...], _Kept] = {}
         self._rounding = RoundingWarnings()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -207,8 +175,9 @@ class Lion(Optimizer):
     def _prepare(self) -> tuple[_Kept, Members, Prepared]:
         """Prepares the tensors of this step. Makes state that is missing, once nothing is found that cannot be
         stepped."""
-        self.adopt_state()
-        kept = self._kept_for_params()
+        self._adopt_state()
+        ids = tuple(id(p) for group in self.param_groups for p in group["params"]) if self._swaps_params else ()
+        kept = self._kept.get(ids) or _Kept(LionUpdate(self._use_triton))
         members, new = self._current_members(kept.members)
         try:
             prepared = kept.update.prepare(members.tensors())
@@ -224,19 +193,11 @@ class Lion(Optimizer):
         if new:
             for p, made in new.items():
                 self.state.setdefault(p, {}).update(made)
-            members.entries = [self.state[p] for p in members.params]
-            members.entry_ids = [id(entry) for entry in self.state.values()]
+            members.states = [self.state[p] for p in members.params]
+            members.state_ids = list(map(id, self.state.values()))
         kept.members = members
+        self._kept[ids] = kept
         return kept, members, prepared
-
-    def _kept_for_params(self) -> _Kept:
-        if not self.swaps_params:
-            return self._kept[()]
-        # Nobody else gets these ids: what is kept holds the parameters.
-        ids = tuple(id(p) for group in self.param_groups for p in group["params"])
-        if ids not in self._kept:
-            self._kept[ids] = _Kept(LionUpdate(self._use_triton))
-        return self._kept[ids]
 
     def init_state(self) -> None:
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
@@ -246,7 +207,7 @@ class Lion(Optimizer):
         if (
             members is not None
             and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
-            and members.entry_ids == list(map(id, self.state.values()))
+            and members.state_ids == list(map(id, self.state.values()))
             and not any(map(takes_part, members.idle))
         ):
             return members, {}
@@ -263,36 +224,47 @@ class Lion(Optimizer):
             ``state``.
 
         Raises:
-            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time.
+            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, or a column has
+                different blocks in different groups.
         """
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []
-        entries, groups, idle = [], [], []
+        states, groups, idle = [], [], []
         blocks: dict[str, int] = {}
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        holders: dict[str, set[int]] = {}
+        missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                entry, columns = self.state.get(p) or {}, state_columns(p, group)
-                lacking = [column for column in columns if column.name not in entry]
+                own, columns = self.state.get(p) or {}, state_columns(p, group)
+                lacking = [column for column in columns if column.name not in own]
                 if not takes_part(p) and (only_taking_part or lacking):
                     idle.append(p)
                     continue
                 if lacking:
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
                 for column in lacking:
-                    missing.setdefault(column.name, []).append((p, column.dtype))
-                blocks = {column.name: column.block for column in columns}
+                    missing.setdefault(column.name, []).append((p, column))
+                for column in columns:
+                    if blocks.setdefault(column.name, column.block) != column.block:
+                        raise ValueError(
+                            f"{column.name} has blocks of {blocks[column.name]} elements in one parameter group and of "
+                            f"{column.block} in another; expected one size in all groups"
+                        )
+                    holders.setdefault(column.name, set()).add(len(params))
                 params.append(p)
-                entries.append(entry)
+                states.append(own)
                 groups.append(i)
         new: dict[Tensor, dict[str, Tensor]] = {}
         for name, wanted in missing.items():
-            stateless, dtypes = [p for p, _ in wanted], [dtype for _, dtype in wanted]
-            for p, made in zip(stateless, new_state(stateless, dtypes), strict=True):
+            stateless = [p for p, _ in wanted]
+            for p, made in zip(stateless, new_state(stateless, [column for _, column in wanted]), strict=True):
                 new.setdefault(p, {})[name] = made
-        entries = [{**entry, **new[p]} if p in new else entry for p, entry in zip(params, entries, strict=True)]
-        entry_ids = [id(entry) for entry in self.state.values()]
-        return Members(ids, params, entries, groups, blocks, idle, any(map(is_dtensor, params)), entry_ids), new
+        states = [{**own, **new[p]} if p in new else own for p, own in zip(params, states, strict=True)]
+        state_ids = list(map(id, self.state.values()))
+        everyone = frozenset(range(len(params)))
+        absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
+        dtensors = any(map(is_dtensor, params))
+        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}
@@ -306,18 +278,18 @@ class Lion(Optimizer):
         for entry in self.state.values():
             unwrap(entry)
         self._start(self._use_triton)
-        self._rounding = warnings or self._rounding  # once an optimizer, however often it loads
+        self._rounding = warnings or self._rounding  # each warning once for an optimizer, even if it loads again
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer; ``momentum_dtype`` of a group is written as its name ("float32").
+        """Returns the state_dict that every torch optimizer has. A group's ``momentum_dtype`` is its name ("float32").
 
-        Of parameters that FSDP or tensor parallelism shards it makes the state that is missing (see `init_state`):
-        what is shown of a new optimizer is what torch's checkpoints then load, and no more. So it does for parameters
-        of which a wrapper keeps something: `load_state_dict` takes none of those without its ``exp_avg``.
+        For parameters that FSDP or tensor parallelism shards, it first makes missing state (see `init_state`), because
+        torch's checkpoints load only the entries that the optimizer's state_dict already shows. It does the same for
+        parameters for which a wrapper keeps entries, because `load_state_dict` refuses those without an ``exp_avg``.
 
-        Under FSDP1 the state_dict has one more key, ``params_in_order_of_names``, by which `load_state_dict` tells it
-        from one that has come through torch's own doors, where names may be in the order of another optimizer. Without
-        it parameters under FSDP1 are matched by position.
+        Under FSDP1 the state_dict has one more key, ``params_in_order_of_names``. It is missing from state_dicts that
+        torch's own functions have converted, in which names may be in the order of another optimizer. Without the key
+        `load_state_dict` matches parameters under FSDP1 by position.
         """
         if any(self._shows_state(p, group) for group in self.param_groups for p in group["params"]):
             self.init_state()
@@ -338,18 +310,18 @@ class Lion(Optimizer):
         """Loads a state_dict of `Lion`, of ``lion_pytorch.Lion`` or of
         ``ShardedLion.full_state_dict()``, copying its tensors.
 
-        Parameters are matched by name where both sides have names (``model.named_parameters()``), in whatever order
-        layers and groups come; what wrappers such as DistributedDataParallel put into names does not count. Where
-        either side has no names (``param_names`` that are not as many strings as parameters are none) they are matched
-        by position, as in every torch optimizer, and so are those that torch's own doors hand over, which have put
-        them in order. A state_dict whose ``param_names`` are damaged is refused where this optimizer has names.
+        Parameters are matched by name if both sides have names (``model.named_parameters()``), whatever the order of
+        layers and groups. Parts of a name that wrappers such as DistributedDataParallel add are ignored. If either side
+        has no names, parameters are matched by position, as in every torch optimizer. (``param_names`` count as none
+        unless they are as many strings as there are parameters.) State_dicts that torch's own functions have converted
+        are matched by position too, since those functions have put the parameters in order. A state_dict whose
+        ``param_names`` are damaged is refused if this optimizer has names.
 
-        Each momentum keeps the dtype it was saved in, unless the group it lands in names a
-        ``momentum_dtype``. Of sharded parameters the momenta are those that torch's own doors hand over
-        (``set_optimizer_state_dict``, ``FSDP.optim_state_dict_to_load``), sharded alike. Groups take the saved
-        hyper-parameters, as in every torch optimizer. Whatever else is in the state is loaded as torch's optimizers
-        load it: floating-point parameters' tensors in the dtype of the parameter. A frozen parameter may have become
-        anything since its last step; a momentum that does not fit it is kept as it is.
+        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Momenta of sharded
+        parameters must be sharded like these, as torch's own functions return them (``set_optimizer_state_dict``,
+        ``FSDP.optim_state_dict_to_load``). Groups take the saved hyper-parameters, as in every torch optimizer. Other
+        entries of the state are loaded as torch's optimizers load them: tensors of a floating-point parameter in its
+        dtype. A momentum that does not fit a frozen parameter, which may have changed, is kept unchanged.
 
         Raises:
             ValueError, TypeError: the state_dict does not fit this optimizer; nothing has been changed.
@@ -370,7 +342,9 @@ class Lion(Optimizer):
 
     def _copy_state(self, checked: dict[str, Any]) -> None:
         """Puts copies in place of the state's tensors in a checked state_dict, as they will lie in the state."""
-        copies: dict[str, list[tuple[dict[str, Any], Tensor, Any, torch.dtype]]] = {}  # entry, parameter, source, dtype
+        copies: dict[
+            str, list[tuple[dict[str, Any], Tensor, Any, StateColumn]]
+        ] = {}  # entry, parameter, source, column
         for group, live in zip(checked["param_groups"], self.param_groups, strict=True):
             for i, p in zip(group["params"], live["params"], strict=True):
                 entry = checked["state"].get(i, {})
@@ -380,7 +354,7 @@ class Lion(Optimizer):
                         continue
                     if given is not None:
                         t = given.value
-                        dtype = required_dtype(column, group) or t.dtype
+                        dtype = column.loaded_dtype(t.dtype)
                         own = self.state.get(p, {}).get(column.name)
                         if t is own and t.dtype == dtype and local(t).device == local(p).device:
                             continue  # loaded in place, as lion_dist.checkpoint does
@@ -390,9 +364,9 @@ class Lion(Optimizer):
                     else:
                         continue
                     entry = checked["state"].setdefault(i, entry)
-                    copies.setdefault(column.name, []).append((entry, p, t, dtype))
+                    copies.setdefault(column.name, []).append((entry, p, t, replace(column, dtype=dtype)))
         for name, of_column in copies.items():
-            made = new_state([p for _, p, _, _ in of_column], [dtype for *_, dtype in of_column])
+            made = new_state([p for _, p, _, _ in of_column], [column for *_, column in of_column])
             for t, (entry, _, source, _) in zip(made, of_column, strict=True):
                 local(t).copy_(local(source))
                 entry[name] = KeptAsIs(t)

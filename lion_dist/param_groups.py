@@ -12,7 +12,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,21 +162,20 @@ def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
     return torch.float32 if p.dtype == torch.float16 else p.dtype
 
 
+def momentum_column(p: Tensor, group: Group) -> StateColumn:
+    """The momentum of a parameter. Unless the group has a ``momentum_dtype``, it keeps the dtype it was saved in."""
+    dtype, keeps_saved = momentum_dtype(p, group), group["momentum_dtype"] is None
+    return StateColumn(EXP_AVG, dtype, saved_dtypes=STORAGE_DTYPES, keeps_saved=keeps_saved)
+
+
+# The kinds of state. Each function is given a parameter and its group, and returns the column, or None where such a
+# parameter has none. The momentum is the first.
+COLUMNS: list[Callable[[Tensor, Group], StateColumn | None]] = [momentum_column]
+
+
 def state_columns(p: Tensor, group: Group) -> tuple[StateColumn, ...]:
     """The state that Lion keeps for a parameter of this group."""
-    return (StateColumn(EXP_AVG, momentum_dtype(p, group)),)
-
-
-def required_dtype(column: StateColumn, group: Group) -> torch.dtype | None:
-    """The dtype that a loaded column must have; None: the dtype in which it was saved, as for a momentum unless the
-    group has a ``momentum_dtype``."""
-    dtype: torch.dtype | None = group["momentum_dtype"] if column.name == EXP_AVG else column.dtype
-    return dtype
-
-
-def allowed_dtypes(column: StateColumn) -> tuple[torch.dtype, ...]:
-    """The dtypes in which a state_dict or a checkpoint may hold a column: any storage dtype for a momentum."""
-    return STORAGE_DTYPES if column.name == EXP_AVG else (column.dtype,)
+    return tuple(column for make in COLUMNS if (column := make(p, group)) is not None)
 
 
 def hyper_parameters(group: Group) -> HyperParameters:

@@ -96,7 +96,7 @@ class ParamSync(Protocol):
 
 
 class GatherParams:
-    """An all-gather of the parameters, in place. Costs no memory but for the tails of the parameters.
+    """An all-gather of the parameters, in place. It needs no memory but for the tails of the parameters.
 
     The ranks compare their steps before they make them, by 8 bytes a rank.
     """
@@ -169,8 +169,8 @@ def _lr_if(agreed: Tensor, lr: float | Tensor) -> Tensor:
 class GatherSigns:
     """An all-gather of signs, and an update of every replica by all of them.
 
-    Costs a quarter of a byte a parameter. A number of each rank's step travels with its signs; where the numbers
-    differ, no signs are applied.
+    The buffer of the signs costs a quarter of a byte for each element of the parameters. A number of each rank's step
+    travels with its signs; where the numbers differ, no signs are applied.
     """
 
     def __init__(self, membership: Membership, deferred: DeferredCheck) -> None:
@@ -236,7 +236,7 @@ class _SignsOfPart:
         self._present: tuple[bytes, Tensor | None] = (b"", None)
 
     def present(self, grads: Sequence[Tensor | None]) -> Tensor | None:
-        """Which gradients are not None, for other ranks' slices: uint8, one a parameter; None if none is missing."""
+        """Which gradients are not None, for other ranks' slices: uint8, shape (parameters,); None if all are there."""
         if not _lacks_some(grads):
             return None
         present = bytes(g is not None for g in grads)

@@ -22,12 +22,14 @@ _SAMPLE = 1 << 16  # weights, of all parameters together
 
 
 class RoundingWarnings:
-    """Warns once where weight decay, lr * weight_decay of a weight a step, rounds to nothing, and once where the update
-    itself does: where lr is below half a unit in the last place of most 16-bit weights.
+    """Warns once if weight decay rounds to nothing, and once if the update itself does.
 
-    During warm-up either is negligible; what counts is the lr that the schedule works towards, as it is when the
-    weights are looked at: an lr that is lowered afterwards, by hand or by a load, is not judged again, since it may be
-    the end of a schedule.
+    Weight decay changes a weight by lr * weight_decay of its value in each step. The update rounds to nothing if lr is
+    below half a unit in the last place of most 16-bit weights.
+
+    Both may be negligible during warm-up, so the check uses the largest lr that the schedule is known to reach when it
+    looks at the weights. It does not check again if lr is lowered later, by hand or by a load, since that may be the
+    end of a schedule.
     """
 
     def __init__(self) -> None:
@@ -35,12 +37,15 @@ class RoundingWarnings:
         self._decays: dict[int, tuple[float, float]] = {}
         self._update_done = False
         self._looked: set[int] = set()  # groups whose weights have been compared with their lr
-        self._idle: list[tuple[int, Tensor]] = []  # by number of such a group, its parameters that were frozen then
-        self._reads = 2  # steps in which lr tensors on a GPU may still be read, for which the host waits
+        self._idle: list[tuple[int, Tensor]] = []  # (number of such a group, parameter that was frozen then)
+        self._reads = 2  # number of further steps that may read lr tensors on a GPU, for which the host waits
 
     def check(self, groups: Sequence[Group], hypers: Sequence[HyperParameters]) -> None:
-        """Called before each step. In the first in which the lr of a group is not 0 it looks at the group's weights,
-        for which the host waits; in a later one at those that were frozen until then, alone."""
+        """Checks the groups. Call it before each step.
+
+        In the first step in which the lr of a group is not 0 it reads the group's weights, for which the host waits. In
+        later steps it reads only weights that were frozen until then.
+        """
         if not self._decay_done:
             for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
                 self._check_decay(i, group, hyper)
@@ -108,7 +113,7 @@ def _on_gpu(lr: float | Tensor) -> bool:
 
 
 def _aim(group: Group, hyper: HyperParameters) -> float:
-    """The largest lr that is known of a group's schedule: this step's, and what torch's schedulers note."""
+    """The largest lr that is known of a group's schedule: of this step's and those that torch's schedulers record."""
     return max(float(hyper.lr), _noted(group.get("initial_lr")), _noted(group.get("max_lr")))
 
 
@@ -117,14 +122,14 @@ def _noted(lr: Any) -> float:
         return 0.0
     try:
         return to_float(lr, "lr")
-    except (TypeError, ValueError):  # somebody else's key
+    except (TypeError, ValueError):  # other code uses this key for something else
         return 0.0
 
 
 @torch.no_grad()
 def _share_that_stays(weights: Sequence[tuple[float, Tensor]]) -> float:
-    """The share of weights other than 0, from 0 to 1 and by a sample, that neither +lr nor -lr moves to another value.
-    A weight of 0, which any lr moves, says nothing about what it will be once it is trained."""
+    """The share, from 0 to 1, of the weights that neither +lr nor -lr moves to another value. It is estimated from a
+    sample. Weights of 0 are left out: any lr moves them, which does not tell how they will behave once trained."""
     total = sum(w.numel() for _, w in weights)
     found: dict[torch.device, list[Tensor]] = {}
     for lr, w in weights:

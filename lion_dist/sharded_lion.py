@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn, overload
 
 import torch
@@ -125,11 +125,7 @@ class ShardedLion(Optimizer):
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        try:
-            complete_new_group(self.param_groups, self.defaults, self._group)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        complete_new_group(self.param_groups, self.defaults, self._group)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -210,7 +206,6 @@ class ShardedLion(Optimizer):
 
     @overload
     def step(self, closure: None = None) -> None: ...
-
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
@@ -317,21 +312,16 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._check_last_steps()
+        check_last_steps(self)
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": ordered(packed["state"])}
-
-    def _check_last_steps(self) -> None:
-        """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
-        self._deferred.check(all=True)
-        self._stepper.check_groups(self.param_groups)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
         """The whole state as `Lion.state_dict` would give it; a collective call.
 
         State is gathered and copied to the CPU one parameter at a time, as plain contiguous tensors. `Lion` and
-        `ShardedLion`, of any world size, load it. What others keep in ``state`` is this rank's, copied to the CPU.
+        `ShardedLion`, of any world size, load it. Other code's entries of ``state`` are this rank's, on the CPU.
 
         Args:
             rank0_only: only the group's first rank keeps it in memory; the others get {}.
@@ -341,7 +331,7 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
         with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
-            self._check_last_steps()
+            check_last_steps(self)
             agreement.says([f"rank0_only={rank0_only}"])
         self._grads.settle()
         keep = not rank0_only or self._rank == 0
@@ -376,7 +366,6 @@ class ShardedLion(Optimizer):
                 agreement.says(incoming.describe(self.param_groups))
             self._grads.settle()
             self._sync.check_load(self._params())
-
         self._set_shards(incoming.choose_shards(self.param_groups, self._shards, self._group))
         for shard in self._shards:
             shard.take_state(incoming.state, self._rank)
@@ -397,3 +386,15 @@ class ShardedLion(Optimizer):
             "ShardedLion cannot be pickled or deep-copied: it holds a process group and one rank's shard. Use "
             "full_state_dict()"
         )
+
+
+def check_last_steps(optimizer: ShardedLion) -> None:
+    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
+    optimizer._deferred.check(all=True)
+    optimizer._stepper.check_groups(optimizer.param_groups)
+
+
+def shard_with_columns(optimizer: ShardedLion, new: Mapping[Tensor, tuple[StateColumn, ...]], undo: ExitStack) -> None:
+    """For the checkpoints: shards more parameters, with zeros in these columns; a collective call, as ``undo`` is."""
+    undo.callback(optimizer._set_shards, optimizer._shards)  # first, as it is collective: this may fail on one rank
+    optimizer._shard(list(new), {id(p): columns for p, columns in new.items()})

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
-from .param_groups import Group, describe_groups, required_dtype, state_columns
+from .param_groups import Group, describe_groups, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
@@ -80,7 +80,7 @@ class ShardEntry(MutableMapping[str, Any]):
 def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> None:
     """Puts an entry for every sharded parameter into ``state``, first and in the order of the shards.
 
-    What others keep in ``state`` stays.
+    Entries that other code keeps in ``state`` stay.
     """
     before = dict(state)
     state.clear()
@@ -107,8 +107,8 @@ def whole(
     """`ordered`, with whole state in place of this rank's part of it.
 
     Args:
-        gathered: as `gather_whole` returned it. What others keep beside it is this rank's own; its tensors are copied
-            to the CPU.
+        gathered: as `gather_whole` returned it. Entries that other code keeps beside it are this rank's own; their
+            tensors are copied to the CPU.
     """
     state = ordered(packed)
     for i, p in enumerate(p for group in groups for p in group["params"]):
@@ -205,7 +205,7 @@ class IncomingState:
         for i, p in enumerate(self._params):
             if id(p) in self.state and i not in able:
                 raise ValueError(
-                    f"the state_dict has a momentum for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
+                    f"the state_dict has state for parameter {i} (shape {tuple(p.shape)}), which is frozen here, "
                     f"and not dense or on another device (strides {p.stride()}, {p.device}), so ShardedLion cannot "
                     "shard it: make it contiguous, or leave its entry out of the state_dict"
                 )
@@ -226,7 +226,7 @@ class IncomingState:
                 if not fits or shard is None or given.boxes != shard.boxes(i, column, rank).boxes:
                     raise ValueError(
                         f"{column.name} of parameter {number} is a BoxTensor of another cut (other ranks, parameters "
-                        "or momentum dtypes) than this ShardedLion's: go through lion_dist.checkpoint or "
+                        "or dtypes of state) than this ShardedLion's: go through lion_dist.checkpoint or "
                         "torch.distributed.checkpoint, into this optimizer's own state_dict(), or load a "
                         "full_state_dict()"
                     )
@@ -269,8 +269,6 @@ class IncomingState:
 def _loaded_columns(p: Tensor, group: Group, given: Mapping[str, Tensor]) -> tuple[StateColumn, ...]:
     """The columns of a parameter whose state is loaded, in the dtypes that they must have or else were saved in."""
     return tuple(
-        replace(column, dtype=required_dtype(column, group) or given[column.name].dtype)
-        if column.name in given
-        else column
+        replace(column, dtype=column.loaded_dtype(given[column.name].dtype)) if column.name in given else column
         for column in state_columns(p, group)
     )

@@ -21,7 +21,6 @@ from .fsdp import is_dtensor, misfit
 from .hyper_values import shown
 from .param_groups import (
     Group,
-    allowed_dtypes,
     check_steppable,
     complete_group,
     names_of,
@@ -230,7 +229,7 @@ def _fits(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type
 def _check_column(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
     """Raises ValueError or TypeError where t cannot be this column of p's state."""
     check_steppable(p, f"the state_dict has state for parameter {shown(i)}, which")
-    who, shape, dtypes = f"{column.name} of parameter {shown(i)}", column.shape(p.shape), allowed_dtypes(column)
+    who, shape, dtypes = f"{column.name} of parameter {shown(i)}", column.shape(p.shape), column.loadable
     if isinstance(t, Tensor) and (reason := misfit(t, p, shape)):
         raise ValueError(f"{who} {reason}")
     if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout != torch.strided:

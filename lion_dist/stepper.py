@@ -21,7 +21,8 @@ from .update.lion_update import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
 
-# Shards frozen parameters, given by their indices, that take part by now; a collective call.
+# Shards frozen parameters, given by their indices, that take part by now; a collective call. It is an argument of each
+# call, since an optimizer whose bound method is kept would live until the garbage collector finds the cycle.
 Adopt = Callable[[list[int]], None]
 
 
@@ -57,11 +58,11 @@ class Stepper:
         self._parts: list[Part] = []
         self._clipping: Clipping | None = None
         self._warned_of_no_gradient = False
-        self._ids: list[list[int]] = []  # of the parameters of each group, when _groups was made
+        self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
         self._groups: list[list[int]] = []
 
     def set_shards(self, shards: list[Shard]) -> None:
-        """Takes other shards. What is kept between steps for shards that stay is not lost."""
+        """Takes other shards. Shards that stay keep the objects that are kept between their steps."""
         self._grads.set_shards(shards)
         kept = {id(part.shard): part for part in self._parts}
         self.shards, self._parts = shards, [kept.get(id(shard)) or self._part(shard) for shard in shards]
@@ -83,7 +84,7 @@ class Stepper:
         """
         ids = [list(map(id, group["params"])) for group in groups]
         if ids != self._ids:
-            group_of = {i: number for number, of_group in enumerate(ids) for i in of_group}
+            group_of = {i: number for number, members in enumerate(ids) for i in members}
             given = {id(p) for shard in self.shards for p in shard.params} | set(map(id, self._frozen.params))
             if group_of.keys() != given:
                 raise ValueError(
@@ -97,14 +98,14 @@ class Stepper:
     def _tensors(self, groups: Sequence[Group]) -> list[StepTensors]:
         """The tensors of each part; ``active`` is set once the gradients are ready."""
         tensors = []
-        for i, (part, of_params) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
+        for i, (part, group_numbers) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
             shard = part.shard
             shard.refresh()
             params = shard.params
             state = {name: [buffer] * len(params) for name, buffer in shard.buffers.items()}
-            grads = self._grads.of(i)
+            grads = self._grads.grads_of(i)
             blocks = {column.name: column.block for column in shard.columns}
-            tensors.append(StepTensors(params, grads, state, of_params, part.segments, None, shard.numbers, blocks))
+            tensors.append(StepTensors(params, grads, state, group_numbers, part.segments, None, shard.numbers, blocks))
         return tensors
 
     # Steps --------------------------------------------------------------------------------------
@@ -115,12 +116,12 @@ class Stepper:
         Args:
             hypers: one for each parameter group.
             groups: the parameter groups.
-            adopt: called for parameters that were unfrozen.
+            adopt: called for parameters that were unfrozen; calls `set_shards`.
         """
         self._membership.check()
         clipping = self._clipping
         if clipping is None:
-            self._grads.reduce(self._frozen.params, adopt)
+            self._reduce(adopt)
         elif self._changed_since(clipping):
             self._sync.refuse(refusal)
             raise ValueError(
@@ -148,6 +149,11 @@ class Stepper:
         self.set_clipping(None)
         self._warn_of_no_gradient()
 
+    def _reduce(self, adopt: Adopt) -> None:
+        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded."""
+        while unfrozen := self._grads.reduce(self._frozen.params):
+            adopt(unfrozen)
+
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts or not self._grads.none_active():
             return
@@ -170,7 +176,7 @@ class Stepper:
         if before is not None and any(self._membership.any_rank(self._changed_since(before))):
             before = None
         if before is None:
-            self._grads.reduce(self._frozen.params, adopt)
+            self._reduce(adopt)
         tensors = self._tensors(groups)
         sums = self._sums_of_squares(tensors)
         if before is None:
@@ -184,7 +190,7 @@ class Stepper:
         return norm
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> list[Tensor]:
-        """The sums over this rank's part of the gradients, of each shard of which it has any: float64, shape ()."""
+        """For each shard, the sum of squares of this rank's part of the gradients, if any: float64, shape ()."""
         sums = []
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)
@@ -215,7 +221,7 @@ class Stepper:
     def set_clipping(self, clipping: Clipping | None) -> None:
         """Takes clipping, on every rank, or drops it."""
         self._clipping = clipping
-        self._grads.hold(clipping is not None)
+        self._grads.hold(clipping is not None)  # nothing else calls it, so the two always agree
 
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""

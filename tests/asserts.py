@@ -128,11 +128,9 @@ def assert_loaded(optimizer: torch.optim.Optimizer, given: Any, momentum_of: Cal
 
 
 def assert_same_step(got: StepTensors, expected: StepTensors) -> None:
-    for i, pairs in enumerate(
-        zip(got.params, expected.params, got.state[EXP_AVG], expected.state[EXP_AVG], strict=True)
-    ):
-        assert_same_bits(*pairs[:2], f"parameter {i}")
-        assert_same_bits(*pairs[2:], f"momentum {i}")
+    for i, (p, other) in enumerate(zip(got.params, expected.params, strict=True)):
+        assert_same_bits(p, other, f"parameter {i}")
+        assert_same_bits(got.state_of(i)[EXP_AVG], expected.state_of(i)[EXP_AVG], f"momentum {i}")
 
 
 def assert_same_params(got: list[nn.Parameter], expected: list[nn.Parameter]) -> None:

@@ -50,13 +50,13 @@ def save(
     is whole. The states of the random number generators of every rank are saved too: Python's, and torch's on the CPU
     and on the current GPU.
 
-    Independent jobs may save into one folder at the same time. Of two saves to one path, one raises.
+    Independent jobs may save into one folder at the same time. If two save to one path, one of them raises.
 
     Args:
         path: The checkpoint's folder, on a file system that all ranks share. It must not exist.
         model: The model as it is trained, wrapped in DDP or FSDP or not at all; or this rank's part of it, such as a
-            pipeline stage, with the names of the whole model. Of buffers, those of the first rank that has them are
-            saved.
+            pipeline stage, with the names of the whole model. Buffers are saved from the first rank that has
+            them.
         optimizer: `Lion` or `ShardedLion` over parameters of the model. Entries that other code keeps in its state are
             saved too. None saves only the model.
         schedulers: One object with a state_dict() of plain values, such as a scheduler, or a tuple or list of them.

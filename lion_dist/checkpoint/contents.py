@@ -38,7 +38,7 @@ class Contents:
         """Raises ValueError unless there is a tensor that can be loaded into one of this dtype and shape."""
         entry = self.tensors.get(key)
         if entry is None:
-            raise ValueError(f"{key} is no tensor in the checkpoint")
+            raise ValueError(f"{key} is not a tensor in the checkpoint")
         if entry.shape != shape:
             raise ValueError(f"{key} has shape {entry.shape} in the checkpoint and {shape} here")
         if entry.torch_dtype != dtype and not self.cast:

@@ -20,7 +20,9 @@ def local_path(key: Key) -> Path:
         ValueError: ``key`` is a URL.
     """
     if "://" in os.fspath(key):
-        raise ValueError(f"{os.fspath(key)} is no folder: checkpoints are saved to file systems, mounted on every rank")
+        raise ValueError(
+            f"{os.fspath(key)} is not a folder: checkpoints are saved to file systems, mounted on every rank"
+        )
     return Path(os.path.abspath(key))
 
 

@@ -1,4 +1,4 @@
-"""Random number generators: the state of each rank's, saved and restored."""
+"""Saves and restores the state of each rank's random number generators."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def saved_states(contents: Contents, ranks: Ranks) -> dict[str, Any]:
                 found[key] = contents.value(key)
                 torch.Generator("cuda" if key.endswith(".cuda") else "cpu").set_state(found[key])
         except Exception as error:  # the type depends on what is wrong
-            raise ValueError(f"{key} of the checkpoint is no state of a random number generator: {error}") from error
+            raise ValueError(
+                f"{key} of the checkpoint is not the state of a random number generator: {error}"
+            ) from error
     return found
 
 

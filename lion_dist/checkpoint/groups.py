@@ -115,9 +115,9 @@ def match_groups(live: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
             if reason:
                 sizes = [len(saved[j]["params"]) for j in there]
                 raise ValueError(
-                    f"the optimizer's group {i} of {len(params)} parameters ({', '.join(params[:3])}, ...) is no group "
-                    f"of the checkpoint, where they are in groups {there} of {sizes} parameters, {reason}: make the "
-                    "optimizer with the same groups"
+                    f"the optimizer's group {i} of {len(params)} parameters ({', '.join(params[:3])}, ...) is not a "
+                    f"group of the checkpoint, where they are in groups {there} of {sizes} parameters, {reason}: "
+                    "make the optimizer with the same groups"
                 )
         matches.append(there[0] if there else None)
     return matches

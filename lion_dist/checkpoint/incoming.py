@@ -93,7 +93,7 @@ class Incoming:
             contents.check_tensor(key, t.dtype, tuple(t.shape))
         return there - here - {MODEL + name for name in other_names}
 
-    # What follows changes things. Each step begins once every rank has done the step before ---------
+    # Steps that change things. Each begins once every rank has completed the one before --------------
 
     def make_room(self, undo: ExitStack) -> None:
         """Makes the state that the checkpoint holds and the optimizer lacks. Under `ShardedLion` a collective call."""

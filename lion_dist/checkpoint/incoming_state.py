@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from ..dtypes import DTYPES
 from ..fsdp import new_state
-from ..param_groups import KEYS, Group, allowed_dtypes, check_group, required_dtype, state_columns, warn
-from ..sharded_lion import ShardedLion
+from ..param_groups import KEYS, Group, check_group, state_columns, warn
+from ..sharded_lion import ShardedLion, shard_with_columns
 from ..update.state import StateColumn
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
@@ -50,7 +50,7 @@ class IncomingState:
         saved_count: number of groups in the checkpoint.
 
     Raises:
-        ValueError, TypeError: what the checkpoint holds does not fit.
+        ValueError, TypeError: the contents of the checkpoint do not fit.
     """
 
     def __init__(
@@ -176,18 +176,17 @@ class IncomingState:
         """The dtype of a column of p's state: as it is here, or as `make_room` will make it."""
         group = self._group_of[id(p)]
         (column,) = (column for column in state_columns(p, group) if column.name == entry)
-        required = required_dtype(column, group)
         own = (self._optimizer.state.get(p) or {}).get(entry)
         if own is not None:
             dtype: torch.dtype = own.dtype
-            if required is not None and required != dtype:
+            if column.loaded_dtype(dtype) != dtype:
                 raise ValueError(
-                    f"{key} is {dtype} here, and its parameter group in the checkpoint asks for {required} "
+                    f"{key} is {dtype} here, and its parameter group in the checkpoint asks for {column.dtype} "
                     "(momentum_dtype): pass cast=True to keep this optimizer's dtype"
                 )
             return dtype
-        stored = self._contents.tensors.get(key)
-        if required is None and not self._contents.cast and stored and stored.torch_dtype in allowed_dtypes(column):
+        stored = None if self._contents.cast else self._contents.tensors.get(key)
+        if stored and column.keeps_saved and stored.torch_dtype in column.loadable:
             return stored.torch_dtype
         return column.dtype
 
@@ -207,7 +206,7 @@ class IncomingState:
         self._new: dict[str, dict[str, Tensor]] = {}
         for name, dtypes in self._like_param.items():
             p = self._params[name]
-            self._new[name] = {entry: new_state([p], [dtype])[0] for entry, dtype in dtypes.items()}
+            self._new[name] = {entry: new_state([p], [StateColumn(entry, dtype)])[0] for entry, dtype in dtypes.items()}
             for entry, t in self._new[name].items():
                 tensors[self._keys[name][entry]] = self._logical(p, t)
         for name, p in self._params.items():
@@ -228,18 +227,17 @@ class IncomingState:
                 )
         if isinstance(optimizer, ShardedLion):
             if lacking:
-                undo.callback(optimizer._set_shards, optimizer._shards)
-                columns_of = {id(self._params[name]): columns for name, columns in lacking.items()}
-                optimizer._shard([self._params[name] for name in lacking], columns_of)
+                new = {self._params[name]: columns for name, columns in lacking.items()}
+                shard_with_columns(optimizer, new, undo)
             return
-        missing: dict[str, list[tuple[Tensor, torch.dtype]]] = {}
+        missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
         for name, columns in lacking.items():
             p = self._params[name]
             for column in columns:
                 if column.name not in (optimizer.state.get(p) or {}):
-                    missing.setdefault(column.name, []).append((p, column.dtype))
+                    missing.setdefault(column.name, []).append((p, column))
         for entry, pairs in missing.items():
-            made = new_state([p for p, _ in pairs], [dtype for _, dtype in pairs])
+            made = new_state([p for p, _ in pairs], [column for _, column in pairs])
             for (p, _), t in zip(pairs, made, strict=True):
                 optimizer.state[p] = {**optimizer.state.get(p, {}), entry: t}
 

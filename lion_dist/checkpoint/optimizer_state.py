@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..lion import Lion
+from ..param_groups import state_columns
 from ..sharded_lion import ShardedLion
 from ..state_dicts import FOREIGN_ENTRIES
 from .json_values import to_json
@@ -103,7 +104,7 @@ def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[
     """The entries of ``optimizer.state`` by key.
 
     Returns:
-        Tensors that are sharded like their parameters, in the shapes of these; and all other values.
+        Lion's state, and tensors that are sharded like their parameters, in the shapes of these; and all other values.
 
     Raises:
         ValueError: a parameter of the optimizer is not in the model, or the state is another optimizer's.
@@ -111,7 +112,9 @@ def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[
     """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in params_by_name(optimizer, names).items():
+        blocks = {c.name: c.shape(p.shape) for c in state_columns(p, group_of[id(p)]) if c.block > 1}
         entries = optimizer.state.get(p) or {}
         if len(entries) > MAX_ENTRIES:
             raise TypeError(
@@ -120,7 +123,9 @@ def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[
         for entry, value in entries.items():
             key = STATE + name + "." + _check_text(entry, f"the state of {name}")
             check_entry_name(name, entry)
-            if isinstance(value, Tensor) and (whole := logical.if_alike(p, value)) is not None:
+            if isinstance(value, Tensor) and value.shape == blocks.get(entry):
+                tensors[key] = value.detach()
+            elif isinstance(value, Tensor) and (whole := logical.if_alike(p, value)) is not None:
                 tensors[key] = whole
             else:
                 others[key] = _check_small(value, key, logical.is_sharded(p), max_entry_bytes(logical.shape(p)))

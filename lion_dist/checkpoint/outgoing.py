@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..sharded_lion import ShardedLion
+from ..sharded_lion import ShardedLion, check_last_steps
 from .generators import generator_states
 from .groups import named_groups
 from .json_values import from_json, to_json
@@ -52,7 +52,7 @@ class Outgoing:
         self._schedulers = [scheduler.state_dict() for scheduler in schedulers]
         if optimizer is not None:
             if isinstance(optimizer, ShardedLion):
-                optimizer._check_last_steps()
+                check_last_steps(optimizer)
             tensors, others = state_by_key(optimizer, names, logical)
             self._tensors.update(tensors)
             self._once.update(others)

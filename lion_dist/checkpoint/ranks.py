@@ -89,7 +89,7 @@ class Ranks:
             known = _gloo_groups.get(key)
             if known is not None and is_known_group(known):
                 return False
-            # What can fail on one rank alone fails here, before other ranks wait for it in new_group().
+            # Raise errors of this rank alone here, before other ranks wait for it in new_group().
             dist.ProcessGroupGloo.create_default_device()
             return True
 

@@ -36,7 +36,7 @@ def keep_last(path: Path, count: int, run: Run) -> None:
         others = [old.name for old in alike if old not in mine]
         logger.warning(
             "lion_dist: keep_last does not remove %d checkpoints in %s that another run saved (%s): this training has "
-            "neither saved them nor continued from one of that run. Remove them by hand if nobody needs them",
+            "neither saved them nor continued from one of that run. Remove them by hand if they are not needed",
             len(others),
             path.parent,
             ", ".join(others[:5]),

@@ -1,4 +1,4 @@
-"""Runs: which checkpoints belong to which training, so that ``keep_last`` removes nobody else's."""
+"""Runs: which checkpoints belong to which training, so that ``keep_last`` removes none of another training."""
 
 from __future__ import annotations
 

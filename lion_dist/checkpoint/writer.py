@@ -46,9 +46,9 @@ class _DataFile:
 class Writer(StorageWriter):
     """Writes one checkpoint, which appears at ``path`` once it is whole.
 
-    Several writers may write to different paths at the same time. Of two that write to one path, one raises
-    FileExistsError. Where several ranks save, overlapping calls of torch's dcp.async_save need one process group each,
-    because their collectives would mix.
+    Several writers may write to different paths at the same time. If two write to one path, one of them
+    raises FileExistsError. If several ranks save, overlapping calls of torch's dcp.async_save need one process group
+    each, because their collectives would mix.
 
     Args:
         path: a folder that does not exist, on a file system that all ranks share.

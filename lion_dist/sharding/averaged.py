@@ -1,12 +1,12 @@
 """Check that gradients have been averaged over the ranks, as stage 1 expects.
 
-A rank steps its slices by its own gradients alone. If nobody averaged them, each slice is trained on one rank's data,
+A rank steps its slices by its own gradients alone. If they were not averaged, each slice is trained on one rank's data,
 and no comparison of replicas can notice it, since they stay equal. After an all-reduce every rank has the same bits.
 
 Sketch: two numbers computed from a gradient, its norm and its dot product with a fixed vector. Gradients with close
     sketches are taken to differ by rounding at most. Bits are not compared, because ranks with different hardware may
-    clip an averaged gradient by factors that differ in the last bit. The price: gradients that nobody averaged pass if
-    they differ by less than TOLERANCE of the norm.
+    clip an averaged gradient by factors that differ in the last bit. The price: gradients that were not averaged pass
+    if they differ by less than TOLERANCE of the norm.
 """
 
 from __future__ import annotations

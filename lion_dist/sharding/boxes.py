@@ -136,7 +136,7 @@ def check_cover(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     # only if their products add up to the product of the whole shape, as polynomials in the z. Two polynomials are
     # compared by their values at one random point modulo a prime: unequal ones agree with a probability below
     # ndim / 2**120. This takes one pass. Comparing the boxes in pairs could be made quadratic by an attacker.
-    draw = random.Random(secrets.randbits(256))  # nobody can foresee the point
+    draw = random.Random(secrets.randbits(256))  # an attacker cannot predict the point
     points: list[dict[int, int]] = [defaultdict(lambda: draw.getrandbits(126)) for _ in shape]
 
     def value(offsets: Sequence[int], sizes: Sequence[int]) -> int:

@@ -49,7 +49,7 @@ def fail(membership: Membership, reason: str) -> NoReturn:
 
 
 class RankFlags(NamedTuple):
-    """What one rank reports about its interval, beside the parameters of which it had a gradient.
+    """Flags that one rank reports about its interval, beside the list of parameters for which it had a gradient.
 
     Attributes:
         late: Gradients remain in ``p.grad`` after its round.

@@ -60,7 +60,8 @@ class GradReducer:
 
     Attributes:
         generation: a number that changes whenever gradients do.
-        holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`, as they do in `no_sync`.
+        holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`, as they do in `no_sync`. It is
+            set from outside, while gradients are clipped that no step has used.
     """
 
     def __init__(self, membership: Membership, bucket_bytes: int) -> None:
@@ -82,7 +83,7 @@ class GradReducer:
 
     @property
     def grads(self) -> list[Tensor]:
-        """This rank's part of the averages: one flat buffer per shard, laid out as the momentum is."""
+        """This rank's part of the averages: one flat buffer per shard, laid out as `ShardLayout.slices` says."""
         return self._rounds.grads
 
     def set_shards(self, shards: Sequence[Shard]) -> None:

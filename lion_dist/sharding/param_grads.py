@@ -1,6 +1,7 @@
 """The gradients of sharded parameters where they lie on this rank: in ``p.grad``.
 
-`ParamGrads` alone reads, takes and sets ``p.grad`` in stage 2, and keeps the state of each gradient.
+In stage 2 `ParamGrads` alone reads, takes and sets ``p.grad`` of sharded parameters, and keeps the state of each
+gradient.
 
 [Note: States of a gradient]
 The gradient of a parameter accumulates from one zeroing to the next. Each part of it goes through the same stations::
@@ -68,10 +69,10 @@ class ParamGrads:
         # p.grad as autograd last left it, and its version then: for each SPLIT parameter and for the stand-in.
         self._records: dict[int, tuple[Tensor, int]] = {}
 
-    # What lies in p.grad ------------------------------------------------------------------------
+    # Contents of p.grad -------------------------------------------------------------------------
 
     def peek(self, i: int) -> Tensor | None:
-        """What ``p.grad`` holds, be it a gradient or the placeholder."""
+        """Returns ``p.grad``: a gradient, the placeholder or None."""
         return self.params[i].grad
 
     def _is_placeholder(self, grad: Tensor) -> bool:
@@ -171,7 +172,7 @@ class ParamGrads:
             self._records.setdefault(i, (grad, version_of(grad)))
 
     def accept(self, i: int) -> None:
-        """Records the ``p.grad`` that somebody else has made for the stand-in, as if autograd had."""
+        """Records a ``p.grad`` of the stand-in that other code has set, as if autograd had set it."""
         grad = self.params[i].grad
         assert grad is not None
         self._records[i] = grad, version_of(grad)

@@ -104,7 +104,7 @@ class Rounds:
 
     Attributes:
         grads: this rank's part of the averages, one flat buffer per shard in the dtype of its parameters, laid out as
-            the momentum is.
+            `ShardLayout.slices` says.
         state: state of the round.
         has_averages: whether `grads` hold averages since the last zeroing. A round adds to them if so, and overwrites
             `grads` otherwise.

@@ -1,4 +1,4 @@
-"""Notices that somebody zeroed or scaled gradients that are no longer in ``p.grad``.
+"""Notices that the user has zeroed or scaled gradients that are no longer in ``p.grad``.
 
 [Note: Sentinel]
 Once gradients have left for the shards, ``model.zero_grad()`` finds nothing to zero and torch's ``clip_grad_norm_``
@@ -7,7 +7,7 @@ nothing to scale, and neither says so. So one small parameter, the sentinel, kee
 another tensor, or the same one with another version.
 
 - The sentinel is a parameter whose gradient has left, if there is one. All others keep ``p.grad is None``, so that the
-  user can still give those a gradient by hand.
+  user can still set those gradients by hand.
 - Autograd adds to the placeholder as to any gradient. A tensor hook on the sentinel runs just before that, and asks for
   traces, which would look like autograd's own work afterwards. `ParamGrads` records what autograd has left.
 - A frozen parameter takes no such hook. If it is unfrozen while it is the sentinel, a zeroing before the next addition

@@ -1,7 +1,7 @@
 """A shard: parameters where they lie, and one rank's flat buffers of the state that belongs to them.
 
 Column: one kind of state, described by its name, dtype and block. A shard has one flat buffer for each column, in which
-    `ShardLayout.slices` says where each parameter's runs lie. What the columns mean is not known here.
+    `ShardLayout.slices` says where each parameter's runs lie. This file does not know what the columns mean.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def make_shards(params: Sequence[Tensor], columns: Sequence[tuple[Column, ...]],
     """
     alike: dict[tuple[torch.dtype, tuple[Column, ...]], list[list[Tensor]]] = {}
     filled: dict[tuple[torch.dtype, tuple[Column, ...]], int] = {}
-    for p, of_param in zip(params, columns, strict=True):
-        key = p.dtype, of_param
+    for p, own in zip(params, columns, strict=True):
+        key = p.dtype, own
         parts = alike.setdefault(key, [])
         if not parts or filled[key] + p.numel() > SHARD_NUMEL:
             parts.append([])
             filled[key] = 0
         parts[-1].append(p)
         filled[key] += p.numel()
-    return [Shard(part, of_part, world_size) for (_, of_part), parts in alike.items() for part in parts]
+    return [Shard(part, own, world_size) for (_, own), parts in alike.items() for part in parts]
 
 
 class Shard:
@@ -128,7 +128,7 @@ class Shard:
         return self.tail_buffer.device
 
     def _describe(self) -> list[list[Any]]:
-        return [list(map(of_param, self.params)) for of_param in (_DTYPE, _SHAPE, Tensor.stride)]
+        return [list(map(attribute, self.params)) for attribute in (_DTYPE, _SHAPE, Tensor.stride)]
 
     def refresh(self) -> None:
         """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
@@ -215,13 +215,13 @@ class Shard:
 
         Args:
             state: by ``id`` of the parameter and by column name: whole tensors, or `BoxTensor`s that `boxes` made of
-                this shard or of one with the same layout. What is missing becomes zeros.
+                this shard or of one with the same layout. Missing state becomes zeros.
             rank: this rank.
         """
         for i, p in enumerate(self.params):
-            of_param = state.get(id(p), {})
+            own_state = state.get(id(p), {})
             for column in self.columns:
-                given = of_param.get(column.name)
+                given = own_state.get(column.name)
                 if isinstance(given, BoxTensor):
                     self.boxes(i, column, rank).copy_(given)
                     continue

@@ -47,14 +47,21 @@ class _Column:
         self._tensors: list[weakref.ref[Tensor]] = []
         self._described: tuple[list[Any], ...] = ([], [], [])
 
-    def describe(self, tensors: list[Tensor]) -> tuple[list[Any], ...]:
-        addresses = list(map(_ADDRESS, tensors))
+    def describe(self, column: Sequence[Tensor | None]) -> tuple[list[Any], ...]:
+        absent: list[bool] = []
+        tensors: Sequence[Tensor] = column  # type: ignore[assignment]
+        try:
+            addresses = list(map(_ADDRESS, tensors))
+        except TypeError:  # some entries lack the column
+            absent = [t is None for t in column]
+            tensors = [t for t in column if t is not None]
+            addresses = list(map(_ADDRESS, tensors))
         before = self._tensors
         same = len(before) == len(tensors) and all(map(is_, map(_ALIVE, before), tensors))
         if not same or self._described[0] != addresses:
             self._tensors = list(map(weakref.ref, tensors))
             self._described = addresses, list(map(_DTYPE, tensors)), list(map(_STRIDE, tensors))
-        return self._described
+        return *self._described, absent
 
 
 class Preparer:
@@ -157,7 +164,7 @@ def _check(tensors: StepTensors) -> None:
                 f"parameter {i} ({type(p).__name__}) has no memory of its own (a DTensor, a meta tensor or one "
                 "whose storage was freed), so it cannot be stepped"
             )
-        for name, of_entry in tensors.state.items():
-            tensors.check_state(i, name, of_entry[i])
+        for name, t in tensors.state_of(i).items():
+            tensors.check_state(i, name, t)
     for same_device in by_device.values():
         check_no_shared_memory(same_device)

@@ -226,24 +226,24 @@ def unpack_signs(packed: Tensor, numel: int) -> Tensor:
 
 
 def sign_step_(g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
-    """The owner's half of a step, on 1-D tensors: writes the new momentum, and the packed signs."""
+    """The first half of a step, on 1-D tensors: writes the new momentum and the packed signs."""
     sign, new_m = momentum_rule(g, m, s)
     m.copy_(new_m)
     packed.copy_(pack_signs(sign))
 
 
 def apply_signs_(p: Tensor, packed: Tensor, s: Scalars) -> None:
-    """The other half, on every rank: writes the new parameter, 1-D. After both halves it has the bits that
+    """The second half of a step, on 1-D tensors: writes the new parameter. After both halves it has the bits that
     `lion_step_` gives it."""
     p.copy_(parameter_rule(p, unpack_signs(packed, p.numel()), s))
 
 
 def hyper_checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Tensor:
-    """A number that ranks compare before they apply one another's step; int64, shape (), wrapping around.
+    """A checksum of the bits of a hyper-parameter table and a gradient scale; int64, shape (), wrapping around.
 
     Args:
         hypers: a hyper-parameter table.
-        salt: number that stands for whatever else the ranks must have in common, in [0, 2**63).
+        salt: integer in [0, 2**63), which is added to the checksum.
         grad_scale: float32, shape (). Its bits count as one more element of the table; None adds nothing.
     """
     bits = hypers.flatten().view(torch.int64)

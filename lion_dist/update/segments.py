@@ -2,7 +2,7 @@
 
 StepTensors: parameters, gradients and state of one step as parallel lists, with one entry for each parameter.
 Segment: a run of elements, contiguous in memory, of one entry.
-SegmentTable: the segments of one device and one mix of dtypes, as tensors that a kernel reads.
+SegmentTable: the segments of one device and one mix of columns and dtypes, as tensors that a kernel reads.
 Tile: TILE consecutive elements of one segment (the last tile of a segment may hold fewer). The table maps tiles to
     segments; at 4 bytes a tile it takes 0.02 % of the parameters' memory.
 
@@ -47,14 +47,14 @@ class StepTensors:
     Attributes:
         params: the parameters.
         grads: their gradients; None where the parameter takes no part in the step.
-        state: for each state column, by its name, the tensors of all entries.
+        state: for each state column, by its name, the tensors of all entries; None where an entry lacks the column.
         groups: number of each entry's parameter group.
         segments: the runs to step. With None every entry is stepped whole, and its tensors have one shape, with any
             strides that do not overlap. Otherwise params are dense, and state and grads may also be flat buffers, 1-D
             and contiguous, which the segments' starts index.
-        active: uint8, on the tensors' device, shape (at least the number of entries,); only the first are read. An
-            entry whose flag is 0 takes no part either. Other ranks may decide that: a kernel reads the flags, and the
-            host need not wait for them. May be set after `LionUpdate.prepare`.
+        active: uint8, on the tensors' device, shape (at least the number of entries,). Flag i belongs to entry i; flags
+            behind the last entry are not read. An entry whose flag is 0 takes no part in the step either. On a GPU the
+            kernels read the flags, so the host does not wait for them. May be set after `LionUpdate.prepare`.
         numbers: parameter indices for error messages; default: position in the list.
         blocks: for each state column whose elements are shared, by its name: the number of the parameter's elements
             that share one (`StateColumn.block`). Columns that are not listed have one element for each.
@@ -62,7 +62,7 @@ class StepTensors:
 
     params: list[Tensor]
     grads: list[Tensor | None]
-    state: dict[str, list[Tensor]]
+    state: Mapping[str, Sequence[Tensor | None]]
     groups: list[int]
     segments: Sequence[Segment] | None = None
     active: Tensor | None = None
@@ -72,6 +72,10 @@ class StepTensors:
     def number(self, entry: int) -> int:
         """Index of an entry's parameter for error messages."""
         return entry if self.numbers is None else self.numbers[entry]
+
+    def state_of(self, entry: int) -> dict[str, Tensor]:
+        """An entry's tensors of the columns that it has, by name."""
+        return {name: t for name, of_entry in self.state.items() if (t := of_entry[entry]) is not None}
 
     def check_gradient(self, entry: int, g: Tensor) -> None:
         """Raises TypeError or ValueError if the rule cannot take g as the gradient of an entry."""
@@ -99,11 +103,11 @@ class StepTensors:
                 f"{who} is on {p.device} and its {name} on {t.device}: move the model before making the optimizer, or "
                 "load the optimizer's state_dict again after moving it"
             )
-        fits = t.shape == p.shape if block == 1 else t.numel() == -(-p.numel() // block)
-        if self.segments is None and not fits:
+        expected = tuple(p.shape) if block == 1 else (-(-p.numel() // block),)
+        if self.segments is None and t.shape != expected:
             raise ValueError(
-                f"{who} has shape {tuple(p.shape)} and its {name} {tuple(t.shape)}: the parameter was replaced by "
-                "another; make a new optimizer"
+                f"{who} has shape {tuple(p.shape)} and its {name} {tuple(t.shape)}; expected {expected}: the parameter "
+                "was replaced by another; make a new optimizer"
             )
 
 
@@ -136,8 +140,8 @@ class SegmentTable:
     it was given.
 
     Args:
-        tensors: what the segments are runs of.
-        segments: runs of one device and one mix of dtypes.
+        tensors: the tensors of which the segments are runs.
+        segments: at least one run, of one device and one mix of columns and dtypes.
         device: the device of all tensors.
 
     Attributes:
@@ -150,14 +154,15 @@ class SegmentTable:
 
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
         self.device = device
-        columns = [(tensors.blocks.get(name, 1), of_entry) for name, of_entry in tensors.state.items()]
+        columns = [(name, tensors.blocks.get(name, 1)) for name in tensors.state_of(segments[0].entry)]
         self.row_width = STATE + len(columns)
         rows, lengths, tile_0 = [], [], 0
         for s in segments:
             row = [0] * self.row_width
             row[PARAM] = _address(tensors.params[s.entry], s.param_start)
             row[LENGTH], row[GROUP], row[TILE_0], row[ENTRY] = s.length, tensors.groups[s.entry], tile_0, s.entry
-            row[STATE:] = [_address(of_entry[s.entry], s.state_start // block) for block, of_entry in columns]
+            state = tensors.state_of(s.entry)
+            row[STATE:] = [_address(state[name], s.state_start // block) for name, block in columns]
             rows.append(row)
             lengths.append(s.length)
             tile_0 += -(-s.length // TILE)

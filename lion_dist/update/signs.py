@@ -1,7 +1,7 @@
 """A step in two halves, with signs between them.
 
-The owner of a run of elements makes signs of its gradients and momenta; every holder of the parameter applies them.
-Packed signs are uint8, PER_BYTE elements a byte (reference.py).
+`SignUpdate.pack` computes signs from gradients and momenta, `SignUpdate.apply` updates parameters by signs. They need
+not cover the same elements. Packed signs are uint8, PER_BYTE elements a byte (reference.py).
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class SignUpdate:
         self, prepared: Prepared, hypers: list[HyperParameters], grad_scale: Tensor | None, salt: int,
         signs: Tensor, checksum: Tensor,
     ) -> None:  # fmt: skip
-        """The owner's half: writes the new momenta, their packed signs and a checksum. Parameters are not touched.
+        """The first half: writes the new momenta, their packed signs and a checksum. Parameters are not touched.
 
         Args:
-            prepared: by the `LionUpdate`. Its ``segments`` are the runs that this rank owns, and the momenta of all
-                entries are one flat buffer.
+            prepared: as returned by `LionUpdate.prepare`. Its ``segments`` are the runs whose signs are computed, and
+                the momenta of all entries are one flat buffer.
             hypers, grad_scale: as for `LionUpdate.step`.
-            salt: number that stands for whatever else the ranks must have in common, in [2**31, 2**63).
+            salt: integer in [2**31, 2**63), which is added to the checksum.
             signs: uint8, shape (elements of the momentum buffer / PER_BYTE,): the packed signs, in its order.
             checksum: int64, shape (): `reference.hyper_checksum` of the hyper-parameters, scale and salt.
         """
         self._table = self._update.pack_signs(prepared, hypers, grad_scale, salt, signs, checksum)
 
     def apply(self, tensors: StepTensors, agree: Tensor) -> None:
-        """The other half: updates every run by its signs, with the hyper-parameters of `pack`.
+        """The second half: updates every run by its signs, with the hyper-parameters of `pack`.
 
         Args:
             tensors: those of `pack`. Where a gradient is None, ``active`` must say so too.

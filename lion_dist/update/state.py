@@ -7,7 +7,7 @@ Everything that stores, moves, checks or saves state iterates over columns, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,11 +22,25 @@ class StateColumn:
         name: key of the state's tensor in ``optimizer.state[p]`` and in checkpoints.
         dtype: storage dtype.
         block: number of consecutive elements of the parameter, in memory order, that share one element of the state.
+        saved_dtypes: dtypes in which a state_dict or a checkpoint may hold the state; empty: only ``dtype``.
+        keeps_saved: whether loaded state stays in the dtype in which it was saved; otherwise it is cast to ``dtype``.
     """
 
     name: str
     dtype: torch.dtype
     block: int = 1
+    # How state is loaded does not make two columns differ.
+    saved_dtypes: tuple[torch.dtype, ...] = field(default=(), compare=False)
+    keeps_saved: bool = field(default=False, compare=False)
+
+    @property
+    def loadable(self) -> tuple[torch.dtype, ...]:
+        """The dtypes in which a state_dict or a checkpoint may hold the state."""
+        return self.saved_dtypes or (self.dtype,)
+
+    def loaded_dtype(self, saved: torch.dtype) -> torch.dtype:
+        """The dtype of the state once it is loaded, where it was saved in another."""
+        return saved if self.keeps_saved else self.dtype
 
     def numel(self, length: int) -> int:
         """Number of elements kept for ``length`` elements of a parameter."""

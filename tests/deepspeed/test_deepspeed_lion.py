@@ -54,11 +54,11 @@ def test_adams_betas_are_named() -> None:
         ({"betas": "auto"}, '"betas": "auto" is for Hugging Face'),
         ({"lr": "auto"}, '"lr": "auto" is for Hugging Face'),
         ({"eps": "auto"}, '"eps": "auto" is for Hugging Face'),
-        ({"max_grad_norm": 1.0}, 'set "gradient_clipping"'),
+        ({"max_grad_norm": 1.0}, 'remove it, and set "gradient_clipping"'),
         ({"adam_w_mode": False}, '"adam_w_mode": false is not possible: Lion\'s weight decay is decoupled'),
         ({"amsgrad": True}, '"amsgrad": true is not possible: Lion has no second moment'),
         ({"fp32_optimizer_states": False}, "momentum_dtype"),
-        ({"momentum": 0.9, "lr": 0.1}, '"Lion" has no parameter momentum; it has lr, betas'),
+        ({"momentum": 0.9, "lr": 0.1}, '"Lion" has no parameter momentum; expected one of lr, betas'),
         ({"momentum_dtype": "int8"}, "momentum_dtype must be None, float32, bfloat16 or float16, got 'int8'"),
     ],
 )

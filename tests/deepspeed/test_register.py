@@ -166,7 +166,7 @@ def test_a_deepspeed_that_is_built_otherwise_is_refused_unchanged(what: str) -> 
     before = insides()
     with pytest.MonkeyPatch.context() as patch:
         changed(patch, what)
-        with pytest.raises(RuntimeError, match=r"does not know the inside of DeepSpeed .* has changed nothing"):
+        with pytest.raises(RuntimeError, match=r"does not know the internals of DeepSpeed .* has changed nothing"):
             register()
     assert insides() == before
     assert lion_dist.deepspeed._registration is None

@@ -80,7 +80,7 @@ def body_refused(rank: int, world_size: int, folder: Path) -> None:
     refused("cast=True", "a model of another dtype", model=other, optimizer=None, path=good)
     other = CheckpointToy(0)
     all_in_one = Lion(other.parameters())
-    refused("is no group of the checkpoint", "other groups", model=other, optimizer=all_in_one, path=good)
+    refused("is not a group of the checkpoint", "other groups", model=other, optimizer=all_in_one, path=good)
     other = CheckpointToy(0)
     other.block.one.requires_grad_(False)
     frozen = Lion(groups(other))  # loads a momentum that was trained, though it is frozen here

@@ -74,7 +74,7 @@ def check_frozen(stage: int, rank: int, world_size: int, device: torch.device) -
         optimizer.load_state_dict(saved)
     # A momentum for one that has gaps here: in the run that was saved it was trained.
     gap = list(frozen).index("gaps")
-    with pytest.raises(ValueError, match=rf"has a momentum for parameter {gap} \(shape \(10, 5\)\).* cannot shard it"):
+    with pytest.raises(ValueError, match=rf"has state for parameter {gap} \(shape \(10, 5\)\).* cannot shard it"):
         optimizer.load_state_dict({**saved, "state": {**saved["state"], gap: {"exp_avg": torch.zeros(10, 5)}}})
     optimizer.check_replicas()
     later = strange(device, fill=rank + 1)

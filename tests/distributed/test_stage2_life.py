@@ -19,7 +19,7 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.sharding.grad_reducer import GradReducer
 from tests.asserts import assert_same_bits, assert_same_momentum
 from tests.harness import device_of, run_ranks
-from tests.scenarios.pair import LR, Pair, gradient, other_ranks_and_dtypes, run_bodies
+from tests.scenarios.pair import LR, Pair, average, gradient, other_ranks_and_dtypes, run_bodies
 from tests.scenarios.passes import TINY
 
 
@@ -259,15 +259,28 @@ def test_second_optimizer_takes_over(tmp_path: Path) -> None:
     run_ranks(body_second_optimizer, 2, tmp_path)
 
 
-def body_deleted(rank: int, world_size: int) -> None:
-    """Parameters live on after their optimizer, and must be what they were."""
-    pair = Pair(rank, world_size)
-    pair.train(0)
-    pair.backward(1)  # a round of buckets is open
+def deleted(pair: Pair, stage: int, clipped: bool) -> None:
+    """The optimizer of a pair that has made a step ends with its last reference, without the garbage collector."""
+
+    def backward(step: int) -> None:
+        if stage == 2:
+            pair.backward(step)
+            return
+        for i, p in enumerate(pair.params):
+            p.grad = average(i, p, step, pair.world_size)
+
+    backward(0)
+    pair.sharded.step()
+    pair.sharded.zero_grad()
+    backward(1)  # in stage 2 a round of buckets is open
+    if clipped:
+        pair.sharded.clip_grad_norm_(1.0)
     optimizer = weakref.ref(pair.sharded)
+    buffers = [weakref.ref(buffer) for shard in pair.sharded._shards for buffer in shard.buffers.values()]
+    assert buffers
     del pair.sharded
-    gc.collect()
     assert optimizer() is None
+    assert not [buffer for buffer in buffers if buffer() is not None]
     assert not [o for o in gc.get_objects() if isinstance(o, GradReducer)]
     for p in pair.params:
         assert not getattr(p, "_post_accumulate_grad_hooks", None)
@@ -275,7 +288,19 @@ def body_deleted(rank: int, world_size: int) -> None:
     pair.backward(2)
     for i, p in enumerate(pair.params):
         assert p.grad is not None
-        assert_same_bits(p.grad, gradient(i, p, 2, rank, world_size), "left alone")
+        assert_same_bits(p.grad, gradient(i, p, 2, pair.rank, pair.world_size), "left alone")
+
+
+def body_deleted(rank: int, world_size: int) -> None:
+    """Parameters live on after their optimizer, and must be what they were."""
+    gc.disable()
+    try:
+        for stage in (1, 2):
+            for sync in ("params", "signs"):
+                for clipped in (False, True):
+                    deleted(Pair(rank, world_size, stage=stage, param_sync=sync), stage, clipped)
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_left_of_a_deleted_optimizer(tmp_path: Path) -> None:

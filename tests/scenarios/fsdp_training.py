@@ -242,7 +242,7 @@ def check_no_recompilation(way: Way, place: Place) -> None:
         micro_steps = backward(way, model, step, place)
         with (
             patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
-            patch.multiple(cpu, COMPILE_FROM=1, COMPILE_RUN=1, GATHER_BELOW=0),
+            patch.multiple(cpu, COMPILE_FROM=1, LONG=1),
         ):
             optimizer.step()
         optimizer.zero_grad()

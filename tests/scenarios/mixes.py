@@ -61,6 +61,11 @@ def tensors(mix: Mix, shapes: list[tuple[int, ...]], seed: int = 0) -> StepTenso
     return StepTensors(params, list(grads), {EXP_AVG: exp_avgs}, [i % len(HYPERS) for i in range(len(shapes))])
 
 
+def momenta(columns: StepTensors) -> list[Tensor]:
+    """The momentum of every entry."""
+    return [columns.state_of(i)[EXP_AVG] for i in range(len(columns.params))]
+
+
 def copy_of(columns: StepTensors) -> StepTensors:
     """With every stride kept."""
 
@@ -68,14 +73,14 @@ def copy_of(columns: StepTensors) -> StepTensors:
         return [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in ts]
 
     return StepTensors(
-        clones(columns.params), clones(columns.grads), {EXP_AVG: clones(columns.state[EXP_AVG])}, columns.groups
+        clones(columns.params), clones(columns.grads), {EXP_AVG: clones(momenta(columns))}, columns.groups
     )
 
 
 def reference_step(columns: StepTensors, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
     """The definition, tensor by tensor."""
     table = hyper_table(hypers, CPU)
-    for p, g, m, group in zip(columns.params, columns.grads, columns.state[EXP_AVG], columns.groups, strict=True):
+    for p, g, m, group in zip(columns.params, columns.grads, momenta(columns), columns.groups, strict=True):
         if g is not None:
             reference.lion_step_(p, g, m, reference.scalars(table[group], grad_scale))
 

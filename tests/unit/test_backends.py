@@ -21,8 +21,7 @@ from torch._dynamo.utils import counters
 
 from lion_dist import Lion
 from lion_dist.update.backends import compiled
-from lion_dist.update.backends.cpu import COMPILE_FROM, COMPILE_RUN
-from lion_dist.update.backends.plain import CHUNK
+from lion_dist.update.backends.cpu import CHUNK, COMPILE_FROM, LONG, TOGETHER
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import HyperParameters
 from lion_dist.update.segments import StepTensors
@@ -37,6 +36,7 @@ from tests.scenarios.mixes import (
     Mix,
     awkward,
     copy_of,
+    momenta,
     name,
     reference_step,
     step_by,
@@ -67,7 +67,7 @@ def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
         expected.grads = columns.grads
         reference_step(expected, HYPERS)
         assert_same_step(columns, expected)
-    assert not torch.equal(columns.state[EXP_AVG][-1], start.state[EXP_AVG][-1])
+    assert not torch.equal(momenta(columns)[-1], momenta(start)[-1])
 
 
 @needs_interpreter
@@ -84,7 +84,7 @@ def test_interpreter_for_twenty_steps(mix: Mix) -> None:
 
 @pytest.mark.parametrize("mix", MIXES, ids=name)
 def test_chunked(mix: Mix) -> None:
-    compare(tensors(mix, [*SHAPES, (CHUNK,), (CHUNK + 1,), (3 * CHUNK - 1,)]), use_triton=False, steps=3)
+    compare(tensors(mix, [*SHAPES, (LONG - 1,), (LONG,), (TOGETHER - 9,), (CHUNK + 1,)]), use_triton=False, steps=3)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def graphs() -> int:
 def test_compiled(mix: Mix) -> None:
     """One graph for all lengths and hyper-parameters: a second would cost seconds, a ninth the lot. None for 16-bit
     parameters, of which torch.compile makes no vector instructions."""
-    columns = tensors(mix, [(COMPILE_FROM // 2,), (COMPILE_FROM // 2 + 1,), (3 * CHUNK + 5,)])
+    columns = tensors(mix, [(COMPILE_FROM // 2,), (COMPILE_FROM // 2 + 1,), (LONG + 5,)])
     expected, update, before = copy_of(columns), LionUpdate(False), graphs()
     for hypers in ([HYPERS[0], HYPERS[1], HYPERS[3]], [HYPERS[3], HYPERS[4], HYPERS[1]]):
         step_by(update, columns, hypers)
@@ -152,8 +152,8 @@ def test_one_graph_for_all_shapes() -> None:
     [
         ([COMPILE_FROM - 1], []),
         ([COMPILE_FROM], [COMPILE_FROM]),
-        ([COMPILE_RUN - 1] * 40, []),
-        ([COMPILE_FROM // 4] * 3 + [COMPILE_RUN - 1] * 40, []),
+        ([LONG - 1] * 100, []),
+        ([COMPILE_FROM // 4] * 3 + [LONG - 1] * 100, []),
         ([COMPILE_FROM // 4] * 4 + [100], [COMPILE_FROM // 4] * 4),
     ],
     ids=["too few", "one long run", "many short runs", "too few in long runs", "enough in long runs"],
@@ -161,9 +161,10 @@ def test_one_graph_for_all_shapes() -> None:
 def test_what_is_compiled(lengths: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Long runs, if together they have enough elements."""
     sizes: list[int] = []
-    monkeypatch.setattr(compiled, "step_", lambda p, g, m, scalars: (sizes.append(p.numel()), True)[1])
-    params, grads, momenta = ([torch.zeros(n) for n in lengths] for _ in range(3))
-    columns = StepTensors(params, list(grads), {EXP_AVG: momenta}, [0] * len(lengths))
+    monkeypatch.setattr(compiled, "step_", lambda p, *_: (sizes.append(p.numel()), True)[1])
+    params, exp_avgs = ([torch.zeros(n) for n in lengths] for _ in range(2))
+    grads: list[Tensor | None] = [torch.zeros(n) for n in lengths]
+    columns = StepTensors(params, grads, {EXP_AVG: exp_avgs}, [0] * len(lengths))
     step_by(LionUpdate(False), columns, HYPERS)
     assert sizes == expected
 

@@ -18,7 +18,19 @@ from lion_dist.update.segments import SegmentTable, StepTensors
 from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_bits, assert_same_step
 from tests.marks import needs_interpreter
-from tests.scenarios.mixes import HYPERS, INTERPRETED, MIXES, Mix, both, copy_of, name, reference_step, step_by, tensors
+from tests.scenarios.mixes import (
+    HYPERS,
+    INTERPRETED,
+    MIXES,
+    Mix,
+    both,
+    copy_of,
+    momenta,
+    name,
+    reference_step,
+    step_by,
+    tensors,
+)
 
 # NumPy, under the interpreter, warns of inf - inf, inf * 0 and what float16 cannot hold: all of it on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -204,7 +216,7 @@ def test_values_that_are_not_finite(use_triton: bool, mix: Mix) -> None:
         step_by(LionUpdate(use_triton), got, HYPERS, grad_scale)
         reference_step(expected, HYPERS, grad_scale)
         assert_same_step(got, expected)
-        for p, m, hyper in zip(got.params, got.state[EXP_AVG], HYPERS, strict=True):
+        for p, m, hyper in zip(got.params, momenta(got), HYPERS, strict=True):
             assert not m.isinf().any()
             assert hyper.lr == 0 or torch.equal(p.isnan(), m.isnan())
 

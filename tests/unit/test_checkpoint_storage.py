@@ -223,9 +223,9 @@ def test_only_folders_and_names_are_taken(tmp_path: Path) -> None:
     assert not Writer.validate_checkpoint_id("s3://bucket/step-1")
     model, optimizer = toy()
     for use in (checkpoint.save, checkpoint.async_save, checkpoint.load):
-        with pytest.raises(ValueError, match="s3://bucket/step-1 is no folder"):
+        with pytest.raises(ValueError, match="s3://bucket/step-1 is not a folder"):
             use("s3://bucket/step-1", model, optimizer)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Writer("s3://bucket/step-1")
     with pytest.raises(ValueError, match="keep_last"):
         Writer(tmp_path, keep_last=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from benchmarks import cpu_step, limits, step_check
 from benchmarks.limits import Limit
 
+ROOT = Path(__file__).resolve().parents[2]
 HOST = Limit("host", 0.2, True, 0.15)
 FLOOR = Limit("floor", 0.98, False, 1.0)
 
@@ -22,7 +25,7 @@ def test_limits_that_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "expected"),
     [
         ({"host": 0.21, "floor": 1.0}, "host: 0.21, limit at most 0.2 (it was 0.15 when the limit was set)"),
         ({"host": 0.1, "floor": 0.97}, "floor: 0.97, limit at least 0.98 (it was 1 when the limit was set)"),
@@ -31,10 +34,10 @@ def test_limits_that_hold() -> None:
         ({"host": float("nan"), "floor": 1.0}, "host: nan, limit at most 0.2 (it was 0.15 when the limit was set)"),
     ],
 )
-def test_limits_that_are_broken(found: dict[str, float], told: str) -> None:
+def test_limits_that_are_broken(found: dict[str, float], expected: str) -> None:
     lines, broken = limits.compare(found, [HOST, FLOOR])
-    assert broken == [told]
-    assert f"WORSE {told}" in lines
+    assert broken == [expected]
+    assert f"WORSE {expected}" in lines
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,23 @@ def test_the_committed_file_has_a_limit_for_everything_that_is_measured() -> Non
         for case in cpu_step.CASES
         for threads in step_check.CPU_THREADS
     }
-    assert names <= measured
+    # The only measurements of this case, on a machine with other work, were above the limit of 1.1.
+    pending = {f"CPU, 40x20000 elements, {n} threads: time / lion-pytorch's" for n in step_check.CPU_THREADS}
+    assert names == measured - pending
+
+
+def test_the_check_of_the_cpu_needs_no_triton() -> None:
+    program = """
+import sys
+
+sys.modules["triton"] = None
+from benchmarks import step, step_check
+
+step_check.check = lambda: 3
+step.main(["--check"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 3, done.stderr
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.5, 1)])

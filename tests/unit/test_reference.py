@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.update.backends import compiled as compiled_backend
-from lion_dist.update.backends.chunks import Chunks
+from lion_dist.update.backends.chunks import Chunks, Numbers
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import (
     NAN_BITS,
@@ -153,7 +153,7 @@ def test_against_lion_pytorch() -> None:
         tie = (c1 + c2).abs() <= slack
         apart = (ours - theirs).abs()
         with torch.no_grad():
-            chunks.lion_step_(ours.detach(), g, m, s)
+            chunks.lion_step_(ours.detach(), g, m, Numbers.of(s))
         theirs.grad = g
         peer.step()
         began = ((ours - theirs).abs() - apart).abs() > 0.5 * lr  # a wrong sign moves them lr or 2 * lr apart
@@ -179,7 +179,7 @@ def chunked(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tens
 
 @torch.no_grad()  # as LionUpdate.step calls it: the grad mode is one of the things that torch.compile guards
 def compiled(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:
-    assert compiled_backend.step_(p, g, m, scalars=scalars_of(hyper, scale)), "torch.compile failed"
+    assert compiled_backend.step_(p, g, m, torch.stack(scalars_of(hyper, scale))), "torch.compile failed"
 
 
 def interpreted(p: Tensor, g: Tensor, m: Tensor, hyper: HyperParameters, scale: Tensor | None = None) -> None:

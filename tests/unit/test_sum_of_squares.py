@@ -35,7 +35,7 @@ def test_sum_of_squares(use_triton: bool, dtype: torch.dtype) -> None:
     assert expected > 1 << 26
     params, exp_avgs = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
     columns = StepTensors(params, [*grads, None], {EXP_AVG: exp_avgs}, [0] * len(shapes))
-    columns.params, columns.state[EXP_AVG] = [*params, torch.zeros(9)], [*exp_avgs, torch.zeros(9)]
+    columns.params, columns.state = [*params, torch.zeros(9)], {EXP_AVG: [*exp_avgs, torch.zeros(9)]}
     columns.groups = [0] * 6
     total = squares_by(LionUpdate(use_triton), columns)
     assert total is not None

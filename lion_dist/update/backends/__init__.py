@@ -56,10 +56,10 @@ def takes_triton(use_triton: bool | None, device: torch.device) -> bool:
 def make_batches(
     tensors: StepTensors, segments: Sequence[Segment], grad_dtypes: Sequence[torch.dtype], use_triton: bool | None
 ) -> list[Batch]:
-    """Divides segments by device, mix of dtypes and backend.
+    """Divides segments by device, mix of columns and dtypes, and backend.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs; empty ones are left out.
         grad_dtypes: dtype of each entry's gradient.
         use_triton: None: wherever Triton can be had on a GPU. True: everywhere. False: nowhere.
@@ -68,11 +68,11 @@ def make_batches(
     for s in segments:
         if s.length == 0:
             continue
-        p, state = tensors.params[s.entry], [of_entry[s.entry] for of_entry in tensors.state.values()]
-        mix = Mix(p.dtype, grad_dtypes[s.entry], tuple(t.dtype for t in state))
+        p, state = tensors.params[s.entry], tensors.state_of(s.entry)
+        mix = Mix(p.dtype, grad_dtypes[s.entry], tuple(t.dtype for t in state.values()), tuple(state))
         # Segments that are given lie in dense tensors.
         linear = tensors.segments is not None or (
-            is_dense(p) and all(same_layout(p, t) for t in state if t.shape == p.shape)
+            is_dense(p) and all(same_layout(p, t) for t in state.values() if t.shape == p.shape)
         )
         divided.setdefault((p.device, mix, linear), []).append(s)
     batches: list[Batch] = []

@@ -1,4 +1,4 @@
-"""What the update and its backends say to each other."""
+"""The interface between the update and its backends: `Prepared` tensors, and the `Batch` protocol."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ SIGNS = "signs"  # name of packed signs as the state of the segments that `Batch
 
 
 class Mix(NamedTuple):
-    """Storage dtypes of the tensors of a batch; of the state in the order of its columns."""
+    """Storage dtypes of the tensors of a batch, and the names of its state columns, in the order of ``state``."""
 
     param: torch.dtype
     grad: torch.dtype
     state: tuple[torch.dtype, ...]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tensors of one step, once they are known to be right, and the batches that step them.
+    """The validated tensors of one step, and the batches that step them.
 
-    It holds the gradients, so drop it after the step. It is valid until its `LionUpdate` prepares other tensors.
+    It keeps the gradients alive, so drop it after the step. It is valid until its `LionUpdate` prepares other tensors.
 
     Attributes:
-        tensors: as they were given.
-        grads: the gradient of each entry, or None; each laid out as its parameter is.
-        batches: each segment of the step is in one of them.
+        tensors: the tensors that `LionUpdate.prepare` was given.
+        grads: for each entry its gradient, with the parameter's strides, or None.
+        batches: the batches. Every segment of the step is in one of them.
         complete: whether no gradient is None.
     """
 
@@ -42,8 +43,8 @@ class Prepared:
     complete: bool
 
     def present(self) -> list[Tensor | None]:
-        """The gradients of active entries, for torch, which reads no flags. The host waits for the flags if they are on
-        a GPU; kernels read them there."""
+        """The gradients of active entries, for backends that cannot read the flags. If the flags are on a GPU the host
+        waits for them."""
         active = self.tensors.active
         if active is None:
             return self.grads
@@ -54,7 +55,7 @@ class Batch(Protocol):
     """Segments of one device and one mix of dtypes, and the backend that steps them."""
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Takes the addresses of the gradients of each entry. Called when one lies elsewhere than in the last step."""
+        """Takes the addresses of the gradients, one for each entry. Called when one of them has changed."""
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         """Writes the new parameters and momenta of all segments with a gradient."""
@@ -63,10 +64,10 @@ class Batch(Protocol):
         """Writes the new momenta and their packed signs, and the checksum of the step (see `SignUpdate.pack`)."""
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
-        """Writes the new parameters by the packed signs, which are the state of the segments.
+        """Writes the new parameters according to the packed signs, which are the state of the segments.
 
         Args:
-            active: as of `StepTensors`.
+            active: see `StepTensors`.
             table: the hyper-parameter table, on the device of the batch.
             agree: bool, shape (); False leaves every parameter untouched.
         """
@@ -76,6 +77,6 @@ class Batch(Protocol):
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:
-    """Tells autograd that parameters have been written. It does not see writes by address, and a graph that has saved a
-    weight must not use the changed one."""
+    """Raises the parameters' version counters. Autograd does not see that kernels write to an address, and must fail
+    if a graph has saved a weight that has changed since."""
     torch.autograd.graph.increment_version(params)

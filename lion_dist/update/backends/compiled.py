@@ -41,20 +41,23 @@ class Compiled:
         self._compiled: Callable[..., None] | None = None
         self.failed: set[tuple[torch.dtype, ...]] = set()  # mixes of dtypes that cannot be compiled
 
-    def __call__(self, *tensors: Tensor, scalars: Scalars) -> bool:
+    def __call__(self, *tensors: Tensor) -> bool:
         """Calls the function, compiled.
+
+        Args:
+            tensors: its arguments.
 
         Returns:
             False if it cannot be compiled (often for want of a C++ compiler); then nothing has been written, and the
             first time a warning says so.
         """
-        mix = tuple(t.dtype for t in tensors)
+        mix = tuple([t.dtype for t in tensors])
         if mix in self.failed:
             return False
         if self._compiled is None:
             self._compiled = torch.compile(self._function, dynamic=True, fullgraph=True)
         try:
-            self._compiled(*tensors, torch.stack(scalars))
+            self._compiled(*tensors)
         except Exception as error:  # compilation precedes every write
             self.failed.add(mix)
             if not Compiled.warned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,23 @@ from ..segments import Segment, StepTensors
 from ..state import EXP_AVG
 from .batch import SIGNS, Prepared
 
-CHUNK = 32768  # elements that sums of squares add up at a time; the sums of other chunks would have other bits
+CHUNK = 32768  # elements that `sum_of_squares` adds up at a time; chunks of another length would give other bits
+
+
+class Run(NamedTuple):
+    """A segment, and the tensors of it that stay from step to step: 1-D, or whole tensors of any strides.
+
+    Attributes:
+        segment: the segment.
+        group: number of its parameter group.
+        param: its elements of the parameter.
+        state: its part of each state column, by name.
+    """
+
+    segment: Segment
+    group: int
+    param: Tensor
+    state: dict[str, Tensor]
 
 
 class PlainBatch:
@@ -28,48 +45,46 @@ class PlainBatch:
     """
 
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], linear: bool) -> None:
-        self.segments = segments
-        self.groups = [tensors.groups[s.entry] for s in segments]
-        self.linear = linear
-        self.params = [self._run(tensors.params[s.entry].detach(), s.param_start, s.length) for s in segments]
-        self.state: dict[str, list[Tensor]] = {}
-        for name, of_entry in tensors.state.items():
-            block = tensors.blocks.get(name, 1)
-            self.state[name] = [
-                self._run(of_entry[s.entry], s.state_start // block, -(-s.length // block)) for s in segments
-            ]
-
-    def _run(self, t: Tensor, start: int, length: int) -> Tensor:
-        return flat(t, start, length) if self.linear else t
+        self._linear = linear
+        self.runs: list[Run] = []
+        for s in segments:
+            p, state = tensors.params[s.entry].detach(), tensors.state_of(s.entry)
+            if linear:
+                p = flat(p, s.param_start, s.length)
+                for name, t in state.items():
+                    block = tensors.blocks.get(name, 1)
+                    state[name] = flat(t, s.state_start // block, -(-s.length // block))
+            self.runs.append(Run(s, tensors.groups[s.entry], p, state))
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Nothing: the gradients themselves come with each call."""
+        """Does nothing: the other methods are given the gradients themselves."""
 
-    def with_gradient(self, prepared: Prepared) -> Iterator[tuple[int, Tensor]]:
-        """Numbers of the segments that have a gradient, and their runs of it."""
+    def gradients(self, prepared: Prepared, runs: Sequence[Run]) -> Iterator[tuple[Run, Tensor]]:
+        """The runs that have a gradient, each with its part of it."""
         grads = prepared.present()
-        for i, s in enumerate(self.segments):
+        for run in runs:
+            s = run.segment
             g = grads[s.entry]
-            if g is not None:
-                # `flat` takes twice as long. Here a view does no harm.
-                yield i, g.as_strided((s.length,), (1,), g.storage_offset() + s.grad_start) if self.linear else g
+            if g is None:
+                continue
+            if self._linear and (g.dim() != 1 or g.numel() != s.length):
+                g = g.as_strided((s.length,), (1,), g.storage_offset() + s.grad_start)
+            yield run, g
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
-        for i, g in self.with_gradient(prepared):
-            self.step_run(self.params[i], g, self.state[EXP_AVG][i], hypers.scalars(g.device, self.groups[i]))
-
-    def step_run(self, p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
-        reference.lion_step_(p, g, m, s)
+        for run, g in self.gradients(prepared, self.runs):
+            reference.lion_step_(run.param, g, run.state[EXP_AVG], hypers.scalars(g.device, run.group))
 
     def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device = signs.device
         checksum.copy_(reference.hyper_checksum(hypers.table(device), salt, hypers.grad_scale(device)))
-        for i, g in self.with_gradient(prepared):
-            s = self.segments[i]
+        for run, g in self.gradients(prepared, self.runs):
+            s = run.segment
             packed = flat(signs, s.state_start // PER_BYTE, -(-s.length // PER_BYTE))
-            self.pack_run(g, self.state[EXP_AVG][i], packed, hypers.scalars(device, self.groups[i]))
+            self.pack_run(g, run.state[EXP_AVG], packed, hypers.scalars(device, run.group))
 
     def pack_run(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
+        """The owner's half of the step of one run."""
         reference.sign_step_(g, m, packed, s)
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
@@ -77,15 +92,17 @@ class PlainBatch:
             return
         flags = None if active is None else active.tolist()
         scalars = [reference.scalars(row) for row in table]
-        for s, group, p, packed in zip(self.segments, self.groups, self.params, self.state[SIGNS], strict=True):
-            if flags is None or flags[s.entry]:
-                self.apply_run(p, packed, scalars[group])
+        for run in self.runs:
+            if flags is None or flags[run.segment.entry]:
+                self.apply_run(run.param, run.state[SIGNS], scalars[run.group])
 
     def apply_run(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
+        """The other half of the step of one run."""
         reference.apply_signs_(p, packed, s)
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
-        sums = []
-        for _, g in self.with_gradient(prepared):
-            sums.append(torch.stack([reference.sum_of_squares(x) for x in g.split(CHUNK)]).sum())
+        sums = [
+            torch.stack([reference.sum_of_squares(chunk) for chunk in g.split(CHUNK)]).sum()
+            for _, g in self.gradients(prepared, self.runs)
+        ]
         return torch.stack(sums).sum() if sums else None

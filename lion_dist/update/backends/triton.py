@@ -11,20 +11,22 @@ from ..hypers import StepHypers
 from ..segments import Segment, SegmentTable, StepTensors
 from ..state import EXP_AVG
 from . import triton_norm, triton_signs, triton_step
-from .batch import Mix, Prepared
+from .batch import SIGNS, Mix, Prepared
 
 
 class TritonBatch:
     """Steps the segments of a table.
 
     Args:
-        tensors: what the segments are runs of.
+        tensors: the tensors of which the segments are runs.
         segments: runs of 1-D memory.
         device: the device of their tensors.
         mix: the dtypes of their tensors.
     """
 
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, mix: Mix) -> None:
+        # Kernels know the columns by their places in a row.
+        assert mix.columns[0] in (EXP_AVG, SIGNS), f"the first state column must be {EXP_AVG}, got {mix.columns}"
         self._table = SegmentTable(tensors, segments, device)
         self._mix = mix
 
@@ -41,7 +43,7 @@ class TritonBatch:
         device, tensors = self._table.device, prepared.tensors
         triton_signs.pack_signs(
             self._table, self._mix.grad, hypers.table(device), hypers.grad_scale(device), tensors.active,
-            tensors.state[EXP_AVG][0], signs, checksum, salt,
+            tensors.state_of(0)[EXP_AVG], signs, checksum, salt,
         )  # fmt: skip
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:

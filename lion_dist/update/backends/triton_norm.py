@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..segments import TILE, SegmentTable
 from .launch import launch
-from .triton_step import _TILE, _TRITON_DTYPES, _find_block
+from .triton_common import TILE_SIZE, TRITON_DTYPES, find_block
 
 BLOCK = 2048
 NUM_WARPS = 4
@@ -23,10 +23,10 @@ NUM_WARPS = 4
 def _sum_of_squares_kernel(
     rows, tile_segments, grad_addresses, active, partial, G: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    BLOCKS_PER_TILE: tl.constexpr = TILE_SIZE // BLOCK
     program = tl.program_id(0)
     tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
-    segment, _, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+    segment, _, start, length, takes_part = find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
     g_address = tl.load(grad_addresses + segment)
     if takes_part & (g_address != 0):
         offsets = start + tl.arange(0, BLOCK)
@@ -47,7 +47,7 @@ def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor 
             _sum_of_squares_kernel,
             programs,
             (table.rows, table.tile_segments, table.grad_addresses, active, partial),
-            (_TRITON_DTYPES[grad_dtype], table.row_width, BLOCK),
+            (TRITON_DTYPES[grad_dtype], table.row_width, BLOCK),
             NUM_WARPS,
         )
     return partial.sum()

@@ -1,13 +1,12 @@
 """The two halves of a step as Triton launches, with 2-bit signs between them: `sign_step_` and `apply_signs_` of
 reference.py, bit for bit.
 
-The owner of a segment reads gradient and momentum and writes the momentum and the packed signs; it does not touch the
-parameter. Every rank that holds the parameter, the owner included, applies the signs to it. Both halves read a segment
-table, as triton_step.py does. In the table of the second half the state column is the packed signs: bytes, PER_BYTE
-elements each.
+The first half reads gradient and momentum, and writes the momentum and the packed signs. It does not touch the
+parameter. The second half reads the signs and writes the parameter; if its ``agree`` flag is 0 it writes nothing. Both
+read a segment table, as triton_step.py does. In the table of the second half the state column is the packed signs:
+bytes, PER_BYTE elements each.
 
-Checksum: `reference.hyper_checksum`, which the owner sends with its signs. Signs are applied only where all ranks sent
-the same one: the replicas of ranks with different learning rates would drift apart silently.
+The first half also writes a checksum, `reference.hyper_checksum`.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from torch import Tensor
 from ..reference import MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
 from ..segments import STATE, TILE, SegmentTable
 from .launch import launch
-from .triton_step import (
-    _EXP_AVG,
-    _GROUP,
-    _HYPER_COLUMNS,
-    _INFINITY,
-    _LR,
-    _PARAM,
-    _TILE,
-    _TRITON_DTYPES,
-    _find_block,
-    _momentum,
-    _moved,
-    _store,
+from .triton_common import (
+    EXP_AVG_COLUMN,
+    GROUP_COLUMN,
+    HYPERS_WIDTH,
+    INFINITY,
+    LR_COLUMN,
+    PARAM_COLUMN,
+    TILE_SIZE,
+    TRITON_DTYPES,
+    blend,
+    find_block,
+    moved,
+    store_rounded,
 )
 
 # Bytes of the widest element that is read or written -> (elements a block, warps a block, elements a word). A word of
@@ -53,7 +52,7 @@ def _lion_pack_kernel(
     G: tl.constexpr, M: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
     HYPERS: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    BLOCKS_PER_TILE: tl.constexpr = TILE_SIZE // BLOCK
     program = tl.program_id(0)
     tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
     if program == 0:
@@ -65,12 +64,12 @@ def _lion_pack_kernel(
             total += scale_bits * (2 * hyper_numel + 1)
         tl.store(checksum, total)
     if tile < tiles:
-        segment, row, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
-        m_address = tl.load(row + _EXP_AVG)
-        group = tl.load(row + _GROUP)
+        segment, row, start, length, takes_part = find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+        m_address = tl.load(row + EXP_AVG_COLUMN)
+        group = tl.load(row + GROUP_COLUMN)
         g_address = tl.load(grad_addresses + segment)
         if takes_part & (g_address != 0):
-            hyper = hypers + group * _HYPER_COLUMNS
+            hyper = hypers + group * HYPERS_WIDTH
             words = tl.arange(0, BLOCK // LANES)
             lanes = tl.arange(0, LANES)
             offsets = words[:, None] * LANES + lanes[None, :]
@@ -95,12 +94,12 @@ def _pack_block(
 ):  # fmt: skip
     g = tl.load(g_pointer, mask=mask)
     m = tl.load(m_pointer, mask=mask)
-    c, m = _momentum(g, m, hyper, grad_scale, M)
-    finite = tl.abs(c) < _INFINITY
+    c, m = blend(g, m, hyper, grad_scale, M)
+    finite = tl.abs(c) < INFINITY
     code = tl.where(finite, tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, 0)), _NOT_A_NUMBER)
     if mask is not None:
         code = tl.where(mask, code, 0)
-    _store(m_pointer, m, finite, mask, M)
+    store_rounded(m_pointer, m, finite, mask, M)
     # Bits behind the end of a segment, up to a whole word, are padding.
     tl.store(w_pointer, tl.sum(code << (2 * lanes[None, :]), axis=1).to(WORD), mask=w_mask)
 
@@ -110,16 +109,16 @@ def _lion_apply_kernel(
     rows, tile_segments, active, agree, hypers,
     P: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS_PER_TILE: tl.constexpr = _TILE // BLOCK
+    BLOCKS_PER_TILE: tl.constexpr = TILE_SIZE // BLOCK
     program = tl.program_id(0)
     tile, block = program // BLOCKS_PER_TILE, program % BLOCKS_PER_TILE
-    _, row, start, length, takes_part = _find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
-    p_address = tl.load(row + _PARAM)
+    _, row, start, length, takes_part = find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
+    p_address = tl.load(row + PARAM_COLUMN)
     packed_address = tl.load(row + _SIGNS)
-    group = tl.load(row + _GROUP)
-    lr64 = tl.load(hypers + group * _HYPER_COLUMNS + _LR)
+    group = tl.load(row + GROUP_COLUMN)
+    lr64 = tl.load(hypers + group * HYPERS_WIDTH + LR_COLUMN)
     if takes_part & (tl.load(agree) != 0) & (lr64.to(tl.float32) != 0):
-        hyper = hypers + group * _HYPER_COLUMNS
+        hyper = hypers + group * HYPERS_WIDTH
         words = tl.arange(0, BLOCK // LANES)
         lanes = tl.arange(0, LANES)
         offsets = words[:, None] * LANES + lanes[None, :]
@@ -142,15 +141,15 @@ def _apply_block(p_pointer, w_pointer, lanes, mask, w_mask, lr64, hyper, P: tl.c
     lr = lr64.to(tl.float32)
     low, high = (packed & (1 << 2 * lanes[None, :])) != 0, (packed & (2 << 2 * lanes[None, :])) != 0
     change = tl.where(low, tl.where(high, float("nan"), lr), tl.where(high, -lr, lr * 0.0))
-    p = _moved(p, change, lr64, hyper)
-    _store(p_pointer, p, p == p, mask, P)
+    p = moved(p, change, lr64, hyper)
+    store_rounded(p_pointer, p, p == p, mask, P)
 
 
 def pack_signs(
     table: SegmentTable, grad_dtype: torch.dtype, hypers: Tensor, grad_scale: Tensor | None, active: Tensor | None,
     exp_avg: Tensor, packed: Tensor, checksum: Tensor, salt: int,
 ) -> None:  # fmt: skip
-    """The owner's half for every active segment of the table, and the checksum, in one launch.
+    """The first half for every active segment of the table, and the checksum, in one launch.
 
     Args:
         table, hypers, grad_scale, active: as for `triton_step.lion_step`.
@@ -170,7 +169,7 @@ def pack_signs(
                 exp_avg, packed, checksum, hypers.numel(), salt,
             ),
             (
-                _TRITON_DTYPES[grad_dtype], _TRITON_DTYPES[exp_avg.dtype], table.row_width, block, lanes,
+                TRITON_DTYPES[grad_dtype], TRITON_DTYPES[exp_avg.dtype], table.row_width, block, lanes,
                 _WORDS[lanes], triton.next_power_of_2(hypers.numel()),
             ),
             num_warps,
@@ -180,7 +179,7 @@ def pack_signs(
 def apply_signs(
     table: SegmentTable, param_dtype: torch.dtype, hypers: Tensor, active: Tensor | None, agree: Tensor
 ) -> None:
-    """The other half for every active segment of the table, in one launch.
+    """The second half for every active segment of the table, in one launch.
 
     Args:
         table: its first state column is the packed signs, uint8.
@@ -195,6 +194,6 @@ def apply_signs(
             _lion_apply_kernel,
             table.tiles * (TILE // block),
             (table.rows, table.tile_segments, active, agree, hypers),
-            (_TRITON_DTYPES[param_dtype], table.row_width, block, lanes, _WORDS[lanes]),
+            (TRITON_DTYPES[param_dtype], table.row_width, block, lanes, _WORDS[lanes]),
             num_warps,
         )

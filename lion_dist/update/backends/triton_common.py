@@ -1,0 +1,97 @@
+"""Parts that the Triton kernels share: dtypes, constants, and functions that kernels call."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, WEIGHT_DECAY
+from ..segments import ENTRY, GROUP, LENGTH, PARAM, STATE, TILE, TILE_0
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Module constants that a kernel reads must be constexpr.
+TILE_SIZE = tl.constexpr(TILE)
+PARAM_COLUMN, _LENGTH, GROUP_COLUMN = tl.constexpr(PARAM), tl.constexpr(LENGTH), tl.constexpr(GROUP)
+_TILE_0, _ENTRY = tl.constexpr(TILE_0), tl.constexpr(ENTRY)
+EXP_AVG_COLUMN = tl.constexpr(STATE)  # the momentum is the first state column
+HYPERS_WIDTH = tl.constexpr(HYPER_COLUMNS)
+LR_COLUMN, _WEIGHT_DECAY, _GRAD_SIGN = tl.constexpr(LR), tl.constexpr(WEIGHT_DECAY), tl.constexpr(GRAD_SIGN)
+_BETA1, _BETA2 = tl.constexpr(BETA1), tl.constexpr(BETA2)
+_NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
+_NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
+_NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
+INFINITY = tl.constexpr(OVERFLOW[torch.float32])
+_OVERFLOW_BFLOAT16 = tl.constexpr(OVERFLOW[torch.bfloat16])
+_OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
+
+
+@triton.jit
+def find_block(rows, tile_segments, tile, block, active, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """Finds the block that a program works on.
+
+    Args:
+        tile: its number in the table.
+        block: its number in the tile.
+        ROW: number of columns of the table's rows.
+
+    Returns:
+        The number of the segment, a pointer to its row, the index of the block's first element in the segment, the
+        length of the segment, and whether the block has elements that take part in the step.
+    """
+    segment = tl.load(tile_segments + tile)
+    row = rows + segment.to(tl.int64) * ROW
+    length = tl.load(row + _LENGTH)
+    start = (tile - tl.load(row + _TILE_0)) * TILE_SIZE + block * BLOCK
+    takes_part = start < length
+    if active is not None:
+        takes_part = takes_part & (tl.load(active + tl.load(row + _ENTRY)) != 0)
+    return segment, row, start, length, takes_part
+
+
+@triton.jit
+def store_rounded(pointer, x, is_number, mask, DTYPE: tl.constexpr):
+    """Rounds float32 x to DTYPE and stores it. Where ``is_number`` does not hold, it stores NaN in its canonical form,
+    reference.NAN_BITS."""
+    if tl.float32 == DTYPE:
+        bits = tl.where(is_number, x.to(tl.int32, bitcast=True), _NAN_FLOAT32)
+    elif tl.bfloat16 == DTYPE:
+        bits = tl.where(is_number, x.to(tl.bfloat16).to(tl.int16, bitcast=True), _NAN_BFLOAT16).to(tl.int16)
+    else:
+        bits = tl.where(is_number, x.to(tl.float16).to(tl.int16, bitcast=True), _NAN_FLOAT16).to(tl.int16)
+    tl.store(pointer, bits.to(DTYPE, bitcast=True), mask=mask)
+
+
+@triton.jit
+def blend(g, m, hyper, grad_scale, M: tl.constexpr):
+    """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum."""
+    # Scalars are derived from float64 and rounded once, as in reference.scalars.
+    beta1_64 = tl.load(hyper + _BETA1)
+    beta2_64 = tl.load(hyper + _BETA2)
+    sign = tl.load(hyper + _GRAD_SIGN).to(tl.float32)
+    of_g1, of_g2 = (1.0 - beta1_64).to(tl.float32), (1.0 - beta2_64).to(tl.float32)
+    g = g.to(tl.float32)
+    if grad_scale is None:
+        # A sign is exact wherever it is multiplied in, and here that costs nothing an element.
+        of_g1, of_g2 = of_g1 * sign, of_g2 * sign
+    else:
+        g = g * (sign * tl.load(grad_scale))
+    m = m.to(tl.float32)
+    c = beta1_64.to(tl.float32) * m + of_g1 * g
+    m = beta2_64.to(tl.float32) * m + of_g2 * g
+    if tl.float32 == M:
+        c = tl.where(tl.abs(m) < INFINITY, c, float("nan"))
+    elif tl.bfloat16 == M:
+        c = tl.where(tl.abs(m) < _OVERFLOW_BFLOAT16, c, float("nan"))
+    else:
+        c = tl.where(tl.abs(m) < _OVERFLOW_FLOAT16, c, float("nan"))
+    return c, m
+
+
+@triton.jit
+def moved(p, change, lr64, hyper):
+    """reference.parameter_rule, in float32."""
+    decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
+    return p.to(tl.float32) * decay - change
