@@ -155,6 +155,7 @@ def body_create_graph(rank: int, world_size: int) -> None:
             terms = [(p * p * gradient(i, p, step, rank, world_size)).sum() for i, p in enumerate(params)]
             torch.stack(terms).sum().backward(create_graph=create_graph)
         del terms
+        gc.collect()
         assert not [t for t in gc.get_objects() if isinstance(t, Tensor) and t.grad_fn is not None], "a graph is kept"
         for i, p in enumerate(copies):
             p.grad = 2 * p.detach() * average(i, p, step, world_size) * (2 if step == 2 else 1)
