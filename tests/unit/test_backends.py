@@ -17,7 +17,6 @@ import torch
 from lion_dist.update.backends.cpu import CHUNK, LONG, TOGETHER
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.segments import StepTensors
-from lion_dist.update.state import EXP_AVG
 from tests.asserts import assert_same_step
 from tests.harness import DEADLINE_S
 from tests.marks import needs_interpreter

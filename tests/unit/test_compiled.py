@@ -134,7 +134,7 @@ def test_compiled_halves() -> None:
     mine = copy_of(whole)
     shard = torch.zeros(layout.shard_numel)
     for entry, start, offset, length in slices:
-        shard[offset : offset + length] = whole.state[EXP_AVG][entry][start : start + length]
+        shard[offset : offset + length] = whole.state_of(entry)[EXP_AVG][start : start + length]
     segments = [Segment(entry, start, start, offset, length) for entry, start, offset, length in slices]
     mine = StepTensors(mine.params, mine.grads, {EXP_AVG: [shard] * 3}, mine.groups, segments)
     for hypers in (HYPERS[:3], HYPERS[2:]):
@@ -144,7 +144,7 @@ def test_compiled_halves() -> None:
         for i, (p, e) in enumerate(zip(mine.params, whole.params, strict=True)):
             assert_same_bits(p, e, f"parameter {i}")
         for entry, start, offset, length in slices:
-            expected = whole.state[EXP_AVG][entry][start : start + length]
+            expected = whole.state_of(entry)[EXP_AVG][start : start + length]
             assert_same_bits(shard[offset : offset + length], expected, f"momentum {entry}")
     assert graphs() - before == 2
     assert not compiled.sign_step_.failed
