@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import Reader
 from lion_dist.update.state import EXP_AVG, StateColumn
+from tests.marks import needs_interpreter
 from tests.scenarios.columns import COUNT, add_column, add_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -166,7 +167,7 @@ def test_a_column_has_one_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("counted_group", [0, 1])
-@pytest.mark.parametrize("use_triton", [False, True])
+@pytest.mark.parametrize("use_triton", [False, pytest.param(True, marks=needs_interpreter)])
 def test_groups_may_have_different_columns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted_group: int, use_triton: bool
 ) -> None:
