@@ -1,7 +1,7 @@
 """A tensor's elements in memory order: by address, whatever the order of its dimensions.
 
-Lion is elementwise, so a channels-last or transposed tensor can be stepped, cut and sent as 1-D memory,
-as long as everything that goes with it (gradient, momentum) lies in the same order.
+Lion is elementwise, so a channels-last or transposed tensor can be stepped, cut and sent as 1-D memory, as long as its
+gradient and its momentum have the same memory order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether t's elements fill one block of memory, each address once, in some order of dimensions."""
+    """Whether t's elements fill one block of memory without gaps or overlaps, in some order of dimensions."""
     expected = 1
     for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
         if stride != expected:
@@ -21,8 +21,8 @@ def is_dense(t: Tensor) -> bool:
 
 
 def may_overlap(t: Tensor) -> bool:
-    """Whether two indices of t may share an address (an expanded tensor, for one)."""
-    reach = 0  # the furthest address, in elements, that the smaller strides get to
+    """Whether two elements of t may share an address, as in an expanded tensor."""
+    reach = 0  # the furthest address, in elements, that dimensions of smaller strides reach
     for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape, strict=True) if sz != 1):
         if stride <= reach:
             return t.numel() > 0
@@ -31,7 +31,7 @@ def may_overlap(t: Tensor) -> bool:
 
 
 def flat_bytes(t: Tensor) -> Tensor:
-    """The bytes of a dense tensor in memory order: uint8, 1-D, of the same memory."""
+    """The bytes of a dense tensor in memory order, as a uint8 1-D tensor of the same memory."""
     size = t.element_size()
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(
         t.untyped_storage(), t.storage_offset() * size, (t.numel() * size,), (1,)
@@ -39,11 +39,15 @@ def flat_bytes(t: Tensor) -> Tensor:
 
 
 def flat(t: Tensor, start: int = 0, length: int | None = None) -> Tensor:
-    """Elements of a dense tensor in memory order: 1-D, of the same memory, all of them or ``length``
-    from ``start``.
+    """Elements of a dense tensor in memory order, as a 1-D tensor of the same memory.
 
-    Not a view to autograd and torch.compile, which would compile anew for each shape of the base; so
-    whoever writes through it tells autograd (`torch.autograd.graph.increment_version`).
+    The result is not a view of t to autograd and torch.compile, which would compile anew for each shape of the base.
+    Code that writes to it must tell autograd so (`torch.autograd.graph.increment_version`).
+
+    Args:
+        t: a dense tensor.
+        start: number of the first element.
+        length: number of elements; None: all from ``start`` on.
     """
     shape = (t.numel() - start if length is None else length,)
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(
@@ -52,14 +56,15 @@ def flat(t: Tensor, start: int = 0, length: int | None = None) -> Tensor:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b, of one shape, put their elements in the same memory order."""
+    """Whether a and b, which have one shape, have the same memory order."""
     return a.stride() == b.stride() or all(
         x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1
     )
 
 
 def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
-    """t itself, or a copy of it with the memory order of ``like`` (dtype and device stay t's)."""
+    """t itself if it has the memory order of ``like``, otherwise a copy that has, in the dtype and on the device of
+    t."""
     if t.shape == like.shape and same_layout(t, like):
         return t
     return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)

@@ -1,4 +1,4 @@
-"""Numbers of the host, made a tensor on the device without waiting for it."""
+"""Tensors on a device from numbers of the host, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor from Python numbers (or nested sequences of them), without a host synchronisation. The
-    pinned staging memory is not reused before the copy has run (torch's host allocator sees to it)."""
+    """A new tensor from Python numbers, or nested sequences of them, without a host synchronisation.
+
+    torch's host allocator does not reuse the pinned staging memory before the copy has run.
+    """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

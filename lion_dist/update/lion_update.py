@@ -28,8 +28,8 @@ __all__ = ["LionUpdate", "Prepared", "check_use_triton"]
 class LionUpdate:
     """Applies the rule to the tensors of each step.
 
-    It keeps tables and views between steps for as long as the same tensors come. An optimizer that steps different sets
-    of tensors in turn has one for each set.
+    It keeps tables and views between steps as long as the tensors stay the same. An optimizer that steps several sets
+    of tensors in turn should have one for each set.
 
     Args:
         use_triton: None: for CUDA tensors, if Triton is installed. True: for all tensors, or an error. False: for none.
@@ -92,8 +92,8 @@ class LionUpdate:
         return table
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
-        """The sum of squares of the gradients' segments: float64, shape (), or None where there are none. All tensors
-        must be on one device."""
+        """The sum of squares of all gradients: float64, shape (), or None if there are none. The tensors must be on one
+        device."""
         sums = [total for batch in prepared.batches if (total := batch.sum_of_squares(prepared)) is not None]
         return torch.stack(sums).sum() if sums else None
 

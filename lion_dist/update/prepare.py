@@ -1,7 +1,7 @@
-"""Batches that are kept between steps, and how it is found out whether they still hold.
+"""Batches that are kept between steps, and the check in each step that they are still valid.
 
-Tensors move under an optimizer's feet (`.to()`, `p.data = ...`, a load, FSDP), so that addresses, dtypes and strides of
-all of them are compared in every step, in loops that run in C: about 0.5 us a tensor.
+Other code may move tensors at any time (`.to()`, `p.data = ...`, a load, FSDP). So each step compares addresses, dtypes
+and strides of all tensors with those of the last step, in loops that run in C: about 0.5 us a tensor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ _ALIVE = weakref.ref.__call__
 
 
 def _map(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], absent: Iterable[Any] | None) -> list[Any]:
-    """Calls the method of every tensor.
+    """Calls a method of every tensor.
 
     Args:
-        absent: None where no tensor is None; otherwise the results for those that are.
+        method: the method.
+        tensors: the tensors.
+        absent: the results for tensors that are None; None if no tensor is None.
     """
     if absent is None:
         return list(map(method, tensors))  # type: ignore[arg-type]
@@ -39,8 +41,8 @@ def _map(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], abse
 class _Column:
     """Addresses, dtypes and strides of the tensors of one state column.
 
-    Tensors that were there in the last step, at their addresses, are asked for no more than that. The references are
-    weak: others may put new tensors into the state between steps, and count on the memory of the old ones.
+    If the tensors are the same objects at the same addresses as in the last step, only the addresses are read again.
+    The references to them are weak, so that other code which replaces tensors of the state frees their memory.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,7 @@ class Preparer:
     """Validates the tensors of each step, and keeps what steps them from one step to the next.
 
     Args:
-        use_triton: as of `LionUpdate`.
+        use_triton: as for `LionUpdate`.
     """
 
     def __init__(self, use_triton: bool | None) -> None:
@@ -77,7 +79,7 @@ class Preparer:
         self._batches: list[Batch] = []
         self._columns: dict[str, _Column] = {}
         self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
-        self._relaying = False  # whether some of these gradients lie otherwise than their parameters
+        self._relaying = False  # whether some of these gradients have another memory order than their parameters
         self._grad_dtypes: list[torch.dtype] = []
         self._grad_addresses: list[int] = []
 
@@ -89,7 +91,7 @@ class Preparer:
             self._grad_dtypes = [p.dtype for p in params]
         some_absent = _NONE in map(type, grads)
         try:
-            # An absent gradient is no reason to rebuild: it is taken for one like the last.
+            # A gradient that is None must not cause a rebuild, so it counts as one like the last.
             grad_dtypes = _map(_DTYPE, grads, self._grad_dtypes if some_absent else None)
             layout = (
                 strides,
@@ -120,7 +122,7 @@ class Preparer:
             self._batches = make_batches(tensors, segments, grad_dtypes, self._use_triton)
             self._grad_dtypes = grad_dtypes
             self._grad_addresses = []
-            # Lists that the caller may go on to change must be compared by what they hold now.
+            # The caller may change the list later, and the next step must compare with its present contents.
             key[-2] = list(tensors.groups)
             self._key = key
         if addresses != self._grad_addresses:
@@ -146,23 +148,23 @@ def _check_gradients(tensors: StepTensors) -> None:
 
 
 def _relaid(entry: int, g: Tensor, tensors: StepTensors) -> Tensor:
-    """A gradient in its parameter's memory order: itself, or a copy if it lies otherwise."""
+    """A gradient in its parameter's memory order: itself, or a copy if it has another one."""
     p = tensors.params[entry]
     tensors.check_gradient(entry, g)
-    if not is_dense(p):  # stepped whole by torch, whatever the strides
+    if not is_dense(p):  # plain torch steps it as a whole, whatever the strides
         return g
     return laid_out_like(g, p) if g.shape == p.shape else g
 
 
 def _check(tensors: StepTensors) -> None:
-    """Raises TypeError or ValueError where parameters and state cannot be stepped together."""
+    """Raises TypeError or ValueError if parameters and state cannot be stepped together."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for i, p in enumerate(tensors.params):
         by_device.setdefault(p.device, []).append(p)
         if p.numel() and p.data_ptr() == 0:
             raise TypeError(
-                f"parameter {i} ({type(p).__name__}) has no memory of its own (a DTensor, a meta tensor or one "
-                "whose storage was freed), so it cannot be stepped"
+                f"parameter {tensors.number(i)} ({type(p).__name__}) has no memory of its own (it is a DTensor, a meta "
+                "tensor or one whose storage was freed), so it cannot be stepped: materialise it before step()"
             )
         for name, t in tensors.state_of(i).items():
             tensors.check_state(i, name, t)

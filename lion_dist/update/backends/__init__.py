@@ -33,7 +33,8 @@ def interpreting() -> bool:
 
 
 def check_use_triton(use_triton: bool | None) -> None:
-    """Raises TypeError or ValueError where an optimizer's ``use_triton`` is not a choice, or cannot be had here."""
+    """Raises TypeError or ValueError for a ``use_triton`` that is not None, True or False, or that needs a Triton which
+    is not installed."""
     if use_triton is not None and not isinstance(use_triton, bool):
         raise TypeError(f"use_triton must be None, True or False, got {type(use_triton).__name__} {use_triton!r}")
     if use_triton and not HAS_TRITON:
@@ -43,8 +44,12 @@ def check_use_triton(use_triton: bool | None) -> None:
 def takes_triton(use_triton: bool | None, device: torch.device) -> bool:
     """Whether dense tensors on a device are stepped by Triton.
 
+    Args:
+        use_triton: None: if the device is a GPU and Triton is installed. True: always. False: never.
+        device: the device of the tensors.
+
     Raises:
-        ValueError: use_triton=True, and Triton cannot reach the device.
+        ValueError: use_triton=True, and Triton cannot run on the device.
     """
     reachable = HAS_TRITON and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
     if use_triton and not reachable:
