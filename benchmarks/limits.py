@@ -2,8 +2,8 @@
 
 Limits are ratios and counts, since absolute times differ threefold between hosts: ours beside a peer's in the same run,
 the number of kernels, the fraction of the floor. Each entry of limits.json has a name, "at_most" or "at_least", and
-what was measured when the limit was set. To allow a worse number, change the file in the commit that makes it worse,
-and say there why it is worth that.
+the number that was measured when the limit was set. A commit that makes a number worse on purpose changes the limit,
+and its message gives the reason.
 """
 
 from __future__ import annotations

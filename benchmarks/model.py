@@ -4,9 +4,9 @@
 
 Nothing was measured on more than two GPUs. The predictions are arithmetic that agrees with measurements on two.
 
-A reduce-scatter or all-gather of n bytes over W ranks is a ring: it takes n * (W - 1) / W / bandwidth, and the latency
-    of W - 1 hops. An all-reduce takes twice the time on the wire, and the hops of two rings or of a tree, whichever are
-    fewer. Bandwidth is NCCL's "bus bandwidth"; the latency of a hop is that of NCCL's tuning tables.
+A reduce-scatter or all-gather of n bytes over W ranks is a ring. It takes n * (W - 1) / W / bandwidth, plus the latency
+    for W - 1 hops. An all-reduce takes twice the time on the wire, plus the latency for the hops in two rings or in a
+    tree, whichever has fewer. Bandwidth is NCCL's "bus bandwidth". The latency of a hop is from NCCL's tuning tables.
 Reductions run during the backward, which is two thirds of compute, except for the last bucket, whose gradient comes at
     the end of the backward. During a reduction compute runs at 1 - INTERFERENCE of its speed, since both share the
     GPU's memory and multiprocessors.

@@ -25,7 +25,8 @@ __all__ = [
     "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id", "data_getter",
     "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
-    "non_persistent_buffers", "post_accumulate_grad_hooks", "queue_backward_callback", "value_like_param", "version_of",
+    "non_persistent_buffers", "post_accumulate_grad_hooks", "queue_backward_callback", "recompile_limit",
+    "value_like_param", "version_of",
 ]  # fmt: skip
 
 # torch.compile --------------------------------------------------------------------------------------
@@ -33,6 +34,15 @@ __all__ = [
 # Decorator: torch.compile runs the function as it is and compiles around it. torch.compiler.disable does the same, but
 # importing lion_dist would then import all of Dynamo, which takes more than a second.
 disable_dynamo = _disable_dynamo
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Context manager that sets how many graphs torch.compile makes of one function.
+
+    Without it the CPU step falls back to plain torch at its ninth graph: each mix of dtypes and number of threads has
+    one. There is no public setting.
+    """
+    return torch._dynamo.config.patch(recompile_limit=limit)  # type: ignore[no-any-return]
 
 
 def in_compiled_autograd() -> bool:
@@ -46,8 +56,8 @@ def in_compiled_autograd() -> bool:
 
 # The autograd engine --------------------------------------------------------------------------------
 
-# Calls a function without arguments when the running backward ends, as DDP and FSDP do. Stage 2 completes its rounds
-# of reductions there.
+# Calls a function without arguments when the running backward ends. DDP and FSDP use it too. Stage 2 launches the
+# remaining reductions there.
 queue_backward_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 
 # Number of the running backward, -1 outside of any. It tells nested and consecutive backwards apart.

@@ -255,8 +255,8 @@ def names_of(group: Group) -> list[str] | None:
 
 
 def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
-    """Describes what must be equal on all ranks: one line for each group from index ``first`` on, and one line for each
-    of its parameters."""
+    """Describes groups, from index ``first`` on, and their parameters: one line for each. All ranks must have the same
+    lines."""
     lines = []
     for i, group in enumerate(groups[first:], first):
         values = {key: float(v) if isinstance(v := group[key], Tensor) else v for key in KEYS}

@@ -37,10 +37,10 @@ from .update.state import StateColumn
 class ShardedLion(Optimizer):
     """Lion for parameters that are replicated on every rank, with the momentum sharded (ZeRO stages 1 and 2).
 
-    It gives the same bits as `Lion` on the same averaged gradients. Each rank has a world_size-th of the momentum and
-    of the work. All ranks make these collective calls in the same order: the constructor, step, clip_grad_norm_,
-    add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict, load_state_dict and, while
-    there are unused gradients, zero_grad. torch.compile runs all of them as they are.
+    It gives the same bits as `Lion` on the same averaged gradients. Each rank holds a world_size-th of the momentum and
+    steps a world_size-th of the elements. All ranks make these collective calls in the same order: the constructor,
+    step, clip_grad_norm_, add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict,
+    load_state_dict and, while there are unused gradients, zero_grad. torch.compile runs all of them as they are.
 
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values, such as
@@ -190,9 +190,9 @@ class ShardedLion(Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Context manager for every backward of a step but the last, in stage 2. Raises RuntimeError in stage 1.
 
-        Gradients add up in ``p.grad``, at full size, and are reduced with the last backward. Without it, the gradients
-        of each backward are reduced, or where they come too late for their bucket, at step(); the host then waits for
-        the device in that step and in all steps that follow.
+        Gradients add up in ``p.grad``, at full size, and are reduced with the last backward. Without it, every
+        backward's gradients are reduced. Those that arrive after their bucket was launched are reduced at step(), and
+        from then on the host waits for the device in every step.
         """
         return self._grads.no_sync()
 

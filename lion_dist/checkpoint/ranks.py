@@ -140,6 +140,6 @@ def as_error(error: CheckpointException, what: str) -> Exception:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters escaped as in Python's strings. A checkpoint may have put them into the message
-    of an error of the user's code, and terminals act upon them."""
+    """The text with control characters escaped as in Python's strings. Terminals act upon such characters, and an error
+    raised in the user's code may quote some from a checkpoint."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)

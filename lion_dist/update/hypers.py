@@ -91,7 +91,9 @@ class StepHypers:
 
     def grad_scale(self, device: torch.device) -> Tensor | None:
         """The factor of the gradients on a device."""
-        return None if self._grad_scale is None else self._grad_scale.to(device, non_blocking=True)
+        if self._grad_scale is None:
+            return None
+        return self._grad_scale.to(device, non_blocking=device.type == "cuda")  # a CPU reads it at once
 
     def scalars(self, device: torch.device, group: int) -> reference.Scalars:
         """The rule's scalars of a parameter group on a device."""

@@ -14,7 +14,8 @@ import sys
 import pytest
 import torch
 
-from lion_dist.update.backends.cpu import CHUNK, LONG, TOGETHER
+from lion_dist.update.backends import cpu
+from lion_dist.update.backends.cpu import LONG, TOGETHER
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.segments import StepTensors
 from tests.asserts import assert_same_step
@@ -74,8 +75,11 @@ def test_interpreter_for_twenty_steps(mix: Mix) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=name)
-def test_chunked(mix: Mix) -> None:
-    compare(tensors(mix, [*SHAPES, (LONG - 1,), (LONG,), (TOGETHER - 9,), (CHUNK + 1,)]), use_triton=False, steps=3)
+def test_chunked(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest runs are cut into chunks, the last of which is shorter, whatever the number of threads."""
+    monkeypatch.setattr(cpu, "CHUNK", LONG // torch.get_num_threads())
+    shapes = [*SHAPES, (LONG - 1,), (LONG,), (LONG + 1,), (3 * LONG + 5,), (TOGETHER - 9,)]
+    compare(tensors(mix, shapes), use_triton=False, steps=3)
 
 
 WITHOUT_TRITON = """

@@ -14,10 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..._torch_compat import recompile_limit
 from .. import reference
 from ..reference import Scalars
 
 SLOTS = 4
+
+# Mixes of dtypes times numbers of threads, each of which is a graph of one function; torch's own limit is 8.
+MAX_GRAPHS = 64
 
 # The scalars are one tensor, not seven: fewer guards to check in a call, and fewer addresses to keep in registers.
 
@@ -55,6 +59,7 @@ class Compiled:
         self._function = function
         self._compiled: Callable[[list[Tensor], Tensor], None] | None = None
         self.failed: set[Mix] = set()  # mixes of dtypes that cannot be compiled
+        self._seen: set[tuple[Mix, int]] = set()  # mixes and numbers of threads that have a graph
 
     def __call__(self, tensors: list[Tensor], scalars: Tensor) -> bool:
         """Calls the function, compiled.
@@ -68,8 +73,14 @@ class Compiled:
             return False
         if self._compiled is None:
             self._compiled = torch.compile(self._function, dynamic=True, fullgraph=True)
+        threads = torch.get_num_threads()
         try:
-            self._compiled(tensors, scalars)
+            if (mix, threads) in self._seen:
+                self._compiled(tensors, scalars)
+            else:  # setting the limit would slow every call down
+                with recompile_limit(MAX_GRAPHS):
+                    self._compiled(tensors, scalars)
+                self._seen.add((mix, threads))
         except Exception as error:  # compilation precedes every write
             self.failed.add(mix)
             if not Compiled.warned:
