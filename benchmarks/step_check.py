@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -79,22 +80,24 @@ def check() -> int:
         0: every limit that can be measured here holds; 1: one does not; 2: none can be measured here.
     """
     every = limits.read()
-    found: dict[str, float] = {}
-    measurable: list[limits.Limit] = []
+    parts: list[tuple[Callable[[], dict[str, float]], list[limits.Limit]]] = []
     if torch.cuda.is_available():
-        found |= on_gpu()
-        measurable += [limit for limit in every if not limit.name.startswith("CPU, ")]
+        parts.append((on_gpu, [limit for limit in every if not limit.name.startswith("CPU, ")]))
     else:
         print("not checked: kernels, the floor and host time, which need a CUDA device")
     if reason := missing("lion-pytorch"):
         print(f"not checked: time on the CPU beside lion-pytorch, which is {reason}")
     else:
-        found |= on_cpu()
-        measurable += [limit for limit in every if limit.name.startswith("CPU, ")]
-    if not found:
+        parts.append((on_cpu, [limit for limit in every if limit.name.startswith("CPU, ")]))
+    if not parts:
         return 2
-    lines, broken = limits.compare(found, measurable)
-    print("\n".join(lines))
+    lines: list[str] = []
+    broken: list[str] = []
+    for measure, bounds in parts:
+        of_part, broken_in_part = limits.compare(measure(), bounds)
+        print("\n".join(of_part), flush=True)  # at once: the CPU takes some minutes
+        lines += of_part
+        broken += broken_in_part
     if broken:
         print(f"\n{len(broken)} of {len(lines)} numbers are worse than {limits.PATH.name} allows:")
         print("\n".join(f"  {line}" for line in broken))
