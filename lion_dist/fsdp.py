@@ -102,8 +102,8 @@ def _local_gradient(p: Any, g: Any) -> Any:
 
 
 def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[Tensor]:
-    """Makes zeros on each parameter's device: in its shape, memory order and sharding, or 1-D where elements of the
-    parameter share one of the state.
+    """Makes zeros on each parameter's device: in its shape, memory order and sharding, or, where elements of the
+    parameter share one of the state, 1-D for this rank's part.
 
     Args:
         params: the parameters.
@@ -116,25 +116,19 @@ def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[
         ValueError: parameters of one dtype that FSDP1 manages were to have state of several dtypes. A flat parameter
             may hold some of each; torch gathers its state in one dtype, and would fail on some ranks, at the first
             save. A rank does not know which parameters share a flat parameter, so every rank compares all of them.
-            Or elements of a sharded parameter were to share state: torch gathers only state in the parameter's shape.
     """
     of_flat: dict[torch.dtype, torch.dtype] = {}
     dtypes = [column.dtype for column in columns]
     for p, column in zip(params, columns, strict=True):
         dtype = column.dtype
-        if column.block > 1 and (is_flat_view(p) or is_dtensor(p)):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is sharded by FSDP or tensor parallelism, and {column.block} "
-                f"of its elements share one of {column.name}: torch's state dicts of sharded parameters hold state in "
-                "the parameter's shape only. Use a replicated model, with Lion or ShardedLion"
-            )
         if is_flat_view(p) and of_flat.setdefault(p.dtype, dtype) != dtype:
             raise ValueError(
                 f"momentum_dtype is {of_flat[p.dtype]} in one group and {dtype} in another; FSDP1 saves the state of "
                 "parameters that lie together in one dtype: give all groups the same momentum_dtype, or use FSDP2"
             )
     made: dict[int, Tensor] = {}
-    for run in _flat_runs(params, dtypes):
+    with_blocks = {i for i, column in enumerate(columns) if column.block > 1}
+    for run in _flat_runs([] if with_blocks else params, dtypes):
         first, last = params[run[0]], params[run[-1]]
         start, size = first.storage_offset(), last.storage_offset() + last.numel() - first.storage_offset()
         buffer = torch.zeros(size, dtype=dtypes[run[0]], device=first.device)
@@ -146,7 +140,9 @@ def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[
 
 def _zeros(p: Tensor, column: StateColumn) -> Tensor:
     if column.block > 1:
-        return torch.zeros(column.shape(p.shape), dtype=column.dtype, device=p.device)
+        # A plain tensor: blocks begin at the start of this rank's part, so nothing can be said of the whole parameter.
+        part = local(p)
+        return torch.zeros(column.shape(part.shape), dtype=column.dtype, device=part.device)
     # A DTensor's zeros are on the device of its local tensor: with CPUOffloadPolicy the CPU, whatever its mesh.
     return torch.zeros_like(p, dtype=column.dtype, memory_format=torch.preserve_format, requires_grad=False)
 

@@ -101,6 +101,14 @@ def to_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def to_count(value: Any, name: str) -> int:
+    """Converts a number of steps: an integer >= 0 of any kind."""
+    number = to_float(value, name)
+    if not (number >= 0 and number.is_integer() and number < 2**53):
+        raise ValueError(f"{name} must be an integer >= 0, got {number}")
+    return int(number)
+
+
 def to_dtype(value: Any) -> torch.dtype | None:
     """Converts a momentum_dtype, which may be a name ("bfloat16" or "torch.bfloat16").
 
@@ -108,6 +116,6 @@ def to_dtype(value: Any) -> torch.dtype | None:
         TypeError: a momentum cannot have this dtype.
     """
     dtype = dtype_of(value) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in STORAGE_DTYPES):
-        raise TypeError(f"momentum_dtype must be None, float32, bfloat16 or float16, got {shown(value)}")
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in (*STORAGE_DTYPES, torch.int8)):
+        raise TypeError(f"momentum_dtype must be None, float32, bfloat16, float16 or int8, got {shown(value)}")
     return dtype

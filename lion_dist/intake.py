@@ -69,6 +69,8 @@ def complete_new_group(groups: Sequence[Group], defaults: Group, process_group: 
     complete_group(group, defaults)
     normalize_group(group)
     check_new(group["params"], [p for other in others for p in other["params"]], process_group)
+    for p in group["params"]:
+        state_columns(p, group)
     warn_of_unknown_keys(group, others)
 
 

@@ -19,6 +19,7 @@ from .param_groups import (
     check_steppable,
     complete_group,
     complete_loaded_groups,
+    count_step,
     hyper_parameters,
     make_defaults,
     normalize_group,
@@ -78,7 +79,11 @@ class Lion(Optimizer):
             at that lr the decay does not depend on it. Groups keep that lr as ``init_lr``, and a load takes the one of
             the state_dict.
         momentum_dtype: dtype of exp_avg, or its name ("bfloat16"); None: the parameter's (float32 for float16
-            parameters). Under FSDP1 the same in all groups.
+            parameters). Under FSDP1 the same in all groups. int8: 8-bit codes and a float32 ``exp_avg_scale`` for each
+            128 elements, rounded stochastically (lion_dist/update/codecs.py).
+        master_weights: keeps an int16 ``remainder`` for each bfloat16 parameter. Both together are a float32 weight,
+            which the rule runs on; the parameter is that weight rounded to nearest, halves away from zero. float32
+            parameters need none.
         maximize: ascend instead of descend.
 
     Raises:
@@ -98,10 +103,13 @@ class Lion(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         momentum_dtype: torch.dtype | str | None = None,
+        master_weights: bool = False,
         maximize: bool = False,
     ) -> None:
         self._start(use_triton)
-        defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
+        defaults = make_defaults(
+            lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, master_weights, maximize
+        )
         super().__init__(params, defaults)
 
     # Hooks for subclasses (deepspeed.py), which may override these two: part of Lion's interface for those, and not for
@@ -132,6 +140,8 @@ class Lion(Optimizer):
             complete_group(group, self.defaults)
             normalize_group(group)
             check_params(group["params"], [p for g in self.param_groups[:-1] for p in g["params"]])
+            for p in group["params"]:
+                state_columns(p, group)
             warn_of_unknown_keys(group, self.param_groups[:-1])
         except Exception:
             self.param_groups.pop()
@@ -167,6 +177,7 @@ class Lion(Optimizer):
         self._rounding.check(self.param_groups, hypers)
         if members.params:
             kept.update.step(prepared, hypers)
+        count_step(self.param_groups)
         if members.dtensors:
             # The local tensors' versions have risen; autograd saves the DTensors'.
             stepped = zip(members.params, prepared.grads, strict=True)

@@ -2,8 +2,9 @@
 
 Beside ``params``, a group stores lr (float or tensor of one element), betas (two floats), weight_decay (float),
 decoupled_weight_decay (bool), init_lr (float: the lr that the constructor was given), momentum_dtype (torch.dtype or
-None) and maximize (bool). Users may also give other kinds of numbers, and dtypes by name. Any other key belongs to
-other code and is kept.
+None), master_weights (bool), maximize (bool) and rounding_step (int: the number of steps in which 8-bit momenta of the
+group have been rounded, on which the next rounding depends). Users may also give other kinds of numbers, and dtypes by
+name. Any other key belongs to other code and is kept.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from torch.nn.parameter import is_lazy
 from ._torch_compat import is_traceable_wrapper_subclass
 from .frozen import is_plain, takes_part
 from .fsdp import local
-from .hyper_values import to_betas, to_dtype, to_flag, to_float, to_lr, to_weight_decay
+from .hyper_values import to_betas, to_count, to_dtype, to_flag, to_float, to_lr, to_weight_decay
 from .memory_order import may_overlap
+from .update.codecs import BLOCK, seed_of
 from .update.reference import STORAGE_DTYPES, HyperParameters
-from .update.state import EXP_AVG, StateColumn
+from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 Group = dict[str, Any]
 
-KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "init_lr", "momentum_dtype", "maximize")
+KEYS = (
+    "lr", "betas", "weight_decay", "decoupled_weight_decay", "init_lr", "momentum_dtype", "master_weights", "maximize",
+    "rounding_step",
+)  # fmt: skip
 
 # Keys that other code writes into groups, or that groups made for AdamW hold. They have no effect on Lion, but are no
 # typing errors.
@@ -39,6 +44,10 @@ KNOWN_KEYS = frozenset({
     "foreach", "fused", "capturable", "differentiable", "eps", "amsgrad", "bias_correction",  # AdamW
     "step", "moe",  # DeepSpeed
 })  # fmt: skip
+
+
+# Keys that groups pickled by a version without them lack, and their values there.
+_ADDED: Group = {"master_weights": False, "rounding_step": 0}
 
 
 def _values(group: Group) -> Group:
@@ -58,7 +67,9 @@ def _values(group: Group) -> Group:
         "decoupled_weight_decay": decoupled,
         "init_lr": init_lr,
         "momentum_dtype": to_dtype(group["momentum_dtype"]),
+        "master_weights": to_flag(group["master_weights"], "master_weights"),
         "maximize": to_flag(group["maximize"], "maximize"),
+        "rounding_step": to_count(group["rounding_step"], "rounding_step"),
     }
 
 
@@ -81,6 +92,7 @@ def make_defaults(
     weight_decay: Any,
     decoupled_weight_decay: bool,
     momentum_dtype: torch.dtype | str | None,
+    master_weights: bool,
     maximize: bool,
 ) -> Group:
     """The defaults of an optimizer, checked as a group is. The host waits for an lr tensor on a GPU."""
@@ -91,7 +103,9 @@ def make_defaults(
         "decoupled_weight_decay": decoupled_weight_decay,
         "init_lr": to_float(lr, "lr"),  # its value now: schedulers fill an lr tensor in place
         "momentum_dtype": momentum_dtype,
+        "master_weights": master_weights,
         "maximize": maximize,
+        "rounding_step": 0,
     }
     return _values(given)
 
@@ -112,6 +126,8 @@ def complete_group(group: Group, *others: Group) -> None:
                 group[key] = other[key]
     if "init_lr" not in group:  # pickled by a version without it
         group["init_lr"] = to_float(others[-1].get("lr", group["lr"]), "lr")
+    for key, value in _ADDED.items():
+        group.setdefault(key, value)
 
 
 def normalize_group(group: Group) -> None:
@@ -165,12 +181,40 @@ def momentum_dtype(p: Tensor, group: Group) -> torch.dtype:
 def momentum_column(p: Tensor, group: Group) -> StateColumn:
     """The momentum of a parameter. Unless the group has a ``momentum_dtype``, it keeps the dtype it was saved in."""
     dtype, keeps_saved = momentum_dtype(p, group), group["momentum_dtype"] is None
+    if dtype == torch.int8:
+        return StateColumn(EXP_AVG, dtype)
     return StateColumn(EXP_AVG, dtype, saved_dtypes=STORAGE_DTYPES, keeps_saved=keeps_saved)
 
 
+def scale_column(p: Tensor, group: Group) -> StateColumn | None:
+    """The scales of an 8-bit momentum."""
+    if momentum_dtype(p, group) != torch.int8:
+        return None
+    return StateColumn(EXP_AVG_SCALE, torch.float32, BLOCK)
+
+
+def remainder_column(p: Tensor, group: Group) -> StateColumn | None:
+    """The remainders of master weights. float32 parameters need none.
+
+    Raises:
+        TypeError: the parameter takes part and is float16.
+    """
+    if not group["master_weights"] or p.dtype == torch.float32:
+        return None
+    if p.dtype != torch.bfloat16:
+        if takes_part(p):
+            raise TypeError(
+                f"master_weights=True, but a parameter of shape {tuple(p.shape)} is {p.dtype}; expected bfloat16 (or "
+                "float32, which needs no master weight): convert the model with .bfloat16(), or give these parameters "
+                "a group with master_weights=False"
+            )
+        return None
+    return StateColumn(REMAINDER, torch.int16, of_param=True)
+
+
 # The kinds of state. Each function is given a parameter and its group, and returns the column, or None where such a
-# parameter has none. The momentum is the first.
-COLUMNS: list[Callable[[Tensor, Group], StateColumn | None]] = [momentum_column]
+# parameter has none. Kernels know the momentum as the first, and its scales as the second.
+COLUMNS: list[Callable[[Tensor, Group], StateColumn | None]] = [momentum_column, scale_column, remainder_column]
 
 
 def state_columns(p: Tensor, group: Group) -> tuple[StateColumn, ...]:
@@ -189,7 +233,16 @@ def hyper_parameters(group: Group) -> HyperParameters:
     weight_decay = to_weight_decay(group["weight_decay"])
     if to_flag(group["decoupled_weight_decay"], "decoupled_weight_decay"):
         weight_decay = _divided(weight_decay, group["init_lr"])
-    return HyperParameters(lr, weight_decay, *to_betas(group["betas"]), to_flag(group["maximize"], "maximize"))
+    beta1, beta2 = to_betas(group["betas"])
+    seed = seed_of(group["rounding_step"]) if to_dtype(group["momentum_dtype"]) == torch.int8 else 0
+    return HyperParameters(lr, weight_decay, beta1, beta2, to_flag(group["maximize"], "maximize"), seed)
+
+
+def count_step(groups: Iterable[Group]) -> None:
+    """Counts a step, so that the next one rounds 8-bit momenta anew. Call it after each step."""
+    for group in groups:
+        if group["params"] and to_dtype(group["momentum_dtype"]) == torch.int8:
+            group["rounding_step"] += 1
 
 
 # Parameters ----------------------------------------------------------------------------------------

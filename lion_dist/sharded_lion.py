@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_stage, make_grad_source
 from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
-from .param_groups import complete_loaded_groups, hyper_parameters, make_defaults
+from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
@@ -78,7 +78,8 @@ class ShardedLion(Optimizer):
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
         weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
         process_group: dist.ProcessGroup | None = None, stage: int = 2, param_sync: str = "auto",
-        bucket_mb: float = 256, momentum_dtype: torch.dtype | str | None = None, maximize: bool = False,
+        bucket_mb: float = 256, momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False,
+        maximize: bool = False,
     ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
         self._constructed = False
@@ -86,7 +87,9 @@ class ShardedLion(Optimizer):
             check_stage(stage, bucket_mb)
             check_param_sync(param_sync)
             check_use_triton(use_triton)
-            defaults = make_defaults(lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, maximize)
+            defaults = make_defaults(
+                lr, betas, weight_decay, decoupled_weight_decay, momentum_dtype, master_weights, maximize
+            )
             super().__init__(params, defaults)
             world_size = dist.get_world_size(self._group)
             agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
@@ -238,6 +241,7 @@ class ShardedLion(Optimizer):
         hypers = [hyper_parameters(group) for group in self.param_groups]
         self._rounding.check(self.param_groups, hypers)
         self._stepper.step(hypers, self.param_groups, self._adopt)
+        count_step(self.param_groups)
         return loss
 
     @torch.no_grad()

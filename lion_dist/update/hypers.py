@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..upload import upload
 from . import reference
-from .reference import HYPER_COLUMNS, LR, HyperParameters
+from .reference import HYPER_COLUMNS, LR, SEED, HyperParameters
 
 
 def hyper_table(hypers: Sequence[HyperParameters], device: torch.device) -> Tensor:
@@ -24,6 +24,7 @@ def hyper_table(hypers: Sequence[HyperParameters], device: torch.device) -> Tens
             h.beta1,
             h.beta2,
             -1.0 if h.maximize else 1.0,
+            float(h.seed),
         )
         for h in hypers
     ]
@@ -94,6 +95,10 @@ class StepHypers:
         if self._grad_scale is None:
             return None
         return self._grad_scale.to(device, non_blocking=device.type == "cuda")  # a CPU reads it at once
+
+    def seed(self, device: torch.device, group: int) -> Tensor:
+        """The seed of a parameter group: int64, shape (), on a device."""
+        return self.table(device)[group, SEED].long()
 
     def scalars(self, device: torch.device, group: int) -> reference.Scalars:
         """The rule's scalars of a parameter group on a device."""

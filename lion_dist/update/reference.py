@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import codecs
+
 # dtype -> (integer dtype of the same width, bits of the one NaN that is ever stored). Backends
 # disagree about the NaN that a conversion makes (0x7FC0, 0x7FFF and 0xFFFF all occur for bfloat16).
 NAN_BITS = {
@@ -51,6 +53,7 @@ class HyperParameters(NamedTuple):
             decay is decoupled).
         beta1, beta2: the betas.
         maximize: whether the group ascends.
+        seed: of the rounding of an 8-bit momentum (`codecs.seed_of`); 0 where no momentum has 8 bits.
     """
 
     lr: float | Tensor
@@ -58,11 +61,12 @@ class HyperParameters(NamedTuple):
     beta1: float
     beta2: float
     maximize: bool
+    seed: int = 0
 
 
 # Columns of a hyper-parameter table, float64, with one row for each parameter group.
-LR, WEIGHT_DECAY, BETA1, BETA2, GRAD_SIGN = range(5)
-HYPER_COLUMNS = 5
+LR, WEIGHT_DECAY, BETA1, BETA2, GRAD_SIGN, SEED = range(6)
+HYPER_COLUMNS = 6
 
 
 class Scalars(NamedTuple):
@@ -84,7 +88,7 @@ def scalars(row: Tensor, grad_scale: Tensor | None = None) -> Scalars:
         row: float64, shape (HYPER_COLUMNS,).
         grad_scale: float32, shape (); None is 1.
     """
-    lr, weight_decay, beta1, beta2, sign = row.unbind()
+    lr, weight_decay, beta1, beta2, sign, _ = row.unbind()
     scale = sign.float()
     return Scalars(
         lr=lr.float(),
@@ -95,6 +99,20 @@ def scalars(row: Tensor, grad_scale: Tensor | None = None) -> Scalars:
         one_minus_beta2=(1 - beta2).float(),
         grad_scale=scale if grad_scale is None else scale * grad_scale,
     )
+
+
+class EightBits(NamedTuple):
+    """What belongs to the int8 codes of a momentum, 1-D, which `lion_step_` reads and writes.
+
+    Attributes:
+        scale: see `codecs.decode`.
+        seed: of the step, int64, shape (); see `codecs.encode`.
+        first: index in its parameter of the first element.
+    """
+
+    scale: Tensor
+    seed: Tensor
+    first: int
 
 
 def _select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -178,11 +196,47 @@ def lion_rule(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> tuple[Tensor, Tens
     return parameter_rule(p, sign, s), new_m
 
 
-def lion_step_(p: Tensor, g: Tensor, m: Tensor, s: Scalars) -> None:
-    """Writes the rule's results into p and m. Shapes, dtypes and devices as in `lion_rule`."""
-    new_p, new_m = lion_rule(p, g, m, s)
-    p.copy_(new_p)
-    m.copy_(new_m)
+def lion_step_(
+    p: Tensor, g: Tensor, m: Tensor, s: Scalars, eight: EightBits | None = None, remainder: Tensor | None = None
+) -> None:  # fmt: skip
+    """Writes the rule's results into p and its state. Shapes, dtypes and devices as in `lion_rule`.
+
+    Args:
+        p, g, m: parameter, gradient, momentum. An int8 momentum is 1-D, and so are p and g then.
+        s: scalars.
+        eight: of an int8 momentum; None for others.
+        remainder: of the master weights, int16, in the shape of p, or None; written too. See `codecs.join`.
+    """
+    sign = momentum_step_(g, m, s, eight)
+    parameter_step_(p, sign, s, remainder)
+
+
+def momentum_step_(g: Tensor, m: Tensor, s: Scalars, eight: EightBits | None = None) -> Tensor:
+    """Writes the new momentum, and its scale. Arguments as for `lion_step_`.
+
+    Returns:
+        The sign of c, as `momentum_rule` returns it.
+    """
+    if eight is None:
+        sign, new_m = momentum_rule(g, m, s)
+        m.copy_(new_m)
+        return sign
+    c, m32 = blend(g, codecs.decode(m, eight.scale), s)
+    sign, stored_m = judge(c, m32, torch.float32)
+    codes, new_scale = codecs.encode(m32, stored_m == stored_m, eight.seed, eight.first)
+    m.copy_(codes)
+    eight.scale.copy_(new_scale)
+    return sign
+
+
+def parameter_step_(p: Tensor, sign: Tensor, s: Scalars, remainder: Tensor | None = None) -> None:
+    """Writes the new parameter, and its remainder. Arguments as for `lion_step_` and `parameter_rule`."""
+    if remainder is None:
+        p.copy_(parameter_rule(p, sign, s))
+        return
+    high, low = codecs.split(parameter_rule(codecs.join(p, remainder), sign, s))
+    p.copy_(_select(s.lr == 0, p, high))
+    remainder.copy_(torch.where(s.lr == 0, remainder, low))
 
 
 # Codes of a sign, two bits each. Four share a byte: element i of a group of four is in bits 2i and 2i + 1.
@@ -225,17 +279,18 @@ def unpack_signs(packed: Tensor, numel: int) -> Tensor:
     return torch.where(code == NOT_A_NUMBER, math.nan, torch.where(code == MINUS, -1.0, code))
 
 
-def sign_step_(g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
-    """The first half of a step, on 1-D tensors: writes the new momentum and the packed signs."""
-    sign, new_m = momentum_rule(g, m, s)
-    m.copy_(new_m)
-    packed.copy_(pack_signs(sign))
+def sign_step_(
+    g: Tensor, m: Tensor, packed: Tensor, s: Scalars, eight: EightBits | None = None
+) -> None:  # fmt: skip
+    """The first half of a step, on 1-D tensors: writes the new momentum and the packed signs. Arguments as for
+    `lion_step_`."""
+    packed.copy_(pack_signs(momentum_step_(g, m, s, eight)))
 
 
-def apply_signs_(p: Tensor, packed: Tensor, s: Scalars) -> None:
-    """The second half of a step, on 1-D tensors: writes the new parameter. After both halves it has the bits that
-    `lion_step_` gives it."""
-    p.copy_(parameter_rule(p, unpack_signs(packed, p.numel()), s))
+def apply_signs_(p: Tensor, packed: Tensor, s: Scalars, remainder: Tensor | None = None) -> None:
+    """The second half of a step, on 1-D tensors: writes the new parameter, and its remainder. After both halves they
+    have the bits that `lion_step_` gives them."""
+    parameter_step_(p, unpack_signs(packed, p.numel()), s, remainder)
 
 
 def hyper_checksum(hypers: Tensor, salt: int, grad_scale: Tensor | None = None) -> Tensor:

@@ -58,6 +58,7 @@ class StepTensors:
         numbers: parameter indices for error messages; default: position in the list.
         blocks: for each state column whose elements are shared, by its name: the number of the parameter's elements
             that share one (`StateColumn.block`). Columns that are not listed have one element for each.
+        whole: columns whose tensors lie as the parameters do, even where segments are given.
     """
 
     params: list[Tensor]
@@ -68,6 +69,7 @@ class StepTensors:
     active: Tensor | None = None
     numbers: Sequence[int] | None = None
     blocks: Mapping[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
     def number(self, entry: int) -> int:
         """Index of an entry's parameter for error messages."""
@@ -76,6 +78,11 @@ class StepTensors:
     def state_of(self, entry: int) -> dict[str, Tensor]:
         """An entry's tensors of the columns that it has, by name."""
         return {name: t for name, of_entry in self.state.items() if (t := of_entry[entry]) is not None}
+
+    def start_in(self, name: str, segment: Segment) -> int:
+        """Index of a segment's first element in the state of the column of this name."""
+        start = segment.param_start if name in self.whole else segment.state_start
+        return start // self.blocks.get(name, 1)
 
     def check_gradient(self, entry: int, g: Tensor) -> None:
         """Raises TypeError or ValueError if the rule cannot take g as the gradient of an entry."""
@@ -104,7 +111,7 @@ class StepTensors:
                 "load the optimizer's state_dict again after moving it"
             )
         expected = tuple(p.shape) if block == 1 else (-(-p.numel() // block),)
-        if self.segments is None and t.shape != expected:
+        if (self.segments is None or name in self.whole) and t.shape != expected:
             raise ValueError(
                 f"{who} has shape {tuple(p.shape)} and its {name} {tuple(t.shape)}; expected {expected}: the parameter "
                 "was replaced by another; make a new optimizer"
@@ -128,8 +135,9 @@ def check_no_shared_memory(params: Sequence[Tensor]) -> None:
 
 
 # Columns of a table's row, all int64. PARAM is the address of the run in the parameter, TILE_0 the number of the run's
-# first tile. From STATE on there is one column for each state column: the address of the run in that state.
-PARAM, LENGTH, GROUP, TILE_0, ENTRY, STATE = range(6)
+# first tile, FIRST the index in the parameter of the run's first element. From STATE on there is one column for each
+# state column: the address of the run in that state.
+PARAM, LENGTH, GROUP, TILE_0, ENTRY, FIRST, STATE = range(7)
 
 
 class SegmentTable:
@@ -154,15 +162,16 @@ class SegmentTable:
 
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
         self.device = device
-        columns = [(name, tensors.blocks.get(name, 1)) for name in tensors.state_of(segments[0].entry)]
+        columns = list(tensors.state_of(segments[0].entry))
         self.row_width = STATE + len(columns)
         rows, lengths, tile_0 = [], [], 0
         for s in segments:
             row = [0] * self.row_width
             row[PARAM] = _address(tensors.params[s.entry], s.param_start)
-            row[LENGTH], row[GROUP], row[TILE_0], row[ENTRY] = s.length, tensors.groups[s.entry], tile_0, s.entry
+            row[LENGTH], row[GROUP], row[TILE_0] = s.length, tensors.groups[s.entry], tile_0
+            row[ENTRY], row[FIRST] = s.entry, s.param_start
             state = tensors.state_of(s.entry)
-            row[STATE:] = [_address(state[name], s.state_start // block) for name, block in columns]
+            row[STATE:] = [_address(state[name], tensors.start_in(name, s)) for name in columns]
             rows.append(row)
             lengths.append(s.length)
             tile_0 += -(-s.length // TILE)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 EXP_AVG = "exp_avg"  # the momentum
+EXP_AVG_SCALE = "exp_avg_scale"  # scales of an 8-bit momentum (codecs.py)
+REMAINDER = "remainder"  # of master weights (codecs.py)
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class StateColumn:
         dtype: storage dtype.
         block: number of consecutive elements of the parameter, in memory order, that share one element of the state.
         saved_dtypes: dtypes in which a state_dict or a checkpoint may hold the state; empty: only ``dtype``.
+        of_param: whether the half of the rule that writes the parameter reads and writes the state too, so that it is
+            needed wherever that half is done.
         keeps_saved: whether loaded state stays in the dtype in which it was saved; otherwise it is cast to ``dtype``.
     """
 
     name: str
     dtype: torch.dtype
     block: int = 1
+    of_param: bool = False
     # How state is loaded does not make two columns differ.
     saved_dtypes: tuple[torch.dtype, ...] = field(default=(), compare=False)
     keeps_saved: bool = field(default=False, compare=False)

@@ -57,7 +57,7 @@ BAD_HYPERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "betas by key": ({"betas": {0.9: 0, 0.99: 1}}, TypeError, "betas must be two numbers"),
     "betas of words": ({"betas": ("0.9", "0.99")}, TypeError, "betas must be two numbers"),
     "weight decay of two": ({"weight_decay": torch.ones(2)}, ValueError, "weight_decay must be"),
-    "integer momentum": ({"momentum_dtype": torch.int8}, TypeError, "momentum_dtype"),
+    "integer momentum": ({"momentum_dtype": torch.int16}, TypeError, "momentum_dtype"),
     "float64 momentum": ({"momentum_dtype": torch.float64}, TypeError, "momentum_dtype"),
 }
 bad_hypers = pytest.mark.parametrize(("bad", "error", "message"), BAD_HYPERS.values(), ids=BAD_HYPERS.keys())

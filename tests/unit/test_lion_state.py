@@ -147,7 +147,7 @@ def test_groups_of_an_older_version(door: str) -> None:
     group = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
     assert group == {
         "lr": 0.125, "betas": (0.5, 0.5), "weight_decay": 0.5, "decoupled_weight_decay": True, "init_lr": 0.25,
-        "momentum_dtype": BF16, "maximize": True,
+        "momentum_dtype": BF16, "master_weights": False, "maximize": True, "rounding_step": 0,
     }  # fmt: skip
     run(opt, params, range(1, 2))
 

@@ -65,7 +65,7 @@ def test_against_float64(draw: tuple[Tensor, Tensor, Tensor], mix: tuple[torch.d
     p: decay, product and sum are rounded: 3u * |p*decay|; lr and sum: 2u * lr; then its storage.
     Products of normal numbers here do not underflow; the tiny term is for storage subnormals.
     """
-    lr, wd, b1, b2, _ = HYPER
+    lr, wd, b1, b2, *_ = HYPER
     u = 1.01 * 2.0**-24
     s = scalars_of(HYPER)
 

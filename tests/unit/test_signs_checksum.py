@@ -70,10 +70,10 @@ def test_checksum_by_hand() -> None:
     """Element i of the table, as bits, (2i + 1) times, and the coefficient's 32 bits behind them; modulo 2^64."""
     import struct
 
-    hypers = [*ONE, HyperParameters(0.25, 0.0, 0.95, 0.98, True)]
-    numbers = [1e-3, 0.1, 0.9, 0.99, 1.0, 0.25, 0.0, 0.95, 0.98, -1.0]
+    hypers = [*ONE, HyperParameters(0.25, 0.0, 0.95, 0.98, True, 7)]
+    numbers = [1e-3, 0.1, 0.9, 0.99, 1.0, 0, 0.25, 0.0, 0.95, 0.98, -1.0, 7]
     assert len(numbers) == 2 * HYPER_COLUMNS
-    words = struct.unpack("<10q", struct.pack("<10d", *numbers))
+    words = struct.unpack("<12q", struct.pack("<12d", *numbers))
     expected = (sum(w * (2 * i + 1) for i, w in enumerate(words)) + SALT) % (1 << 64)
     assert of_definition(hypers, SALT) % (1 << 64) == expected
     (scale_bits,) = struct.unpack("<i", struct.pack("<f", -0.25))

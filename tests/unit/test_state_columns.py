@@ -148,18 +148,6 @@ def test_shared_state_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatc
         step(opt)
 
 
-def test_shared_state_of_a_sharded_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_column(monkeypatch, halves)
-    p = nn.Parameter(torch.zeros(4))
-    p._fsdp_flattened = True  # type: ignore[attr-defined]
-    p.grad = torch.ones(4)
-    opt = Lion([p])
-    with pytest.raises(ValueError, match=r"sharded by FSDP .* 2 of its elements share one of scale"):
-        opt.step()
-    assert not opt.state
-    assert not p.any()
-
-
 def test_a_column_has_one_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     add_column(monkeypatch, lambda p, group: StateColumn("scale", torch.float32, group["_block"]))
     with pytest.raises(ValueError, match="scale has blocks of 2 elements in one parameter group and of 4 in another"):

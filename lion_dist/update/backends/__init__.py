@@ -11,7 +11,8 @@ import torch
 
 from ...memory_order import is_dense, same_layout
 from ..segments import Segment, StepTensors
-from .batch import Batch, Mix
+from ..state import EXP_AVG
+from .batch import SIGNS, Batch, Mix
 from .cpu import CpuBatch
 from .plain import PlainBatch
 
@@ -84,7 +85,7 @@ def make_batches(
     for (device, mix, linear), of_mix in divided.items():
         if linear and takes_triton(use_triton, device):
             batches.append(TritonBatch(tensors, of_mix, device, mix))
-        elif linear and device.type == "cpu":
+        elif linear and device.type == "cpu" and mix.columns in ((EXP_AVG,), (SIGNS,)):
             batches.append(CpuBatch(tensors, of_mix, mix))
         else:
             batches.append(PlainBatch(tensors, of_mix, linear))

@@ -13,7 +13,7 @@ from ..reference import PER_BYTE, Scalars
 from ..segments import Segment, StepTensors
 from ..state import EXP_AVG
 from . import compiled
-from .batch import Mix, Prepared
+from .batch import SIGNS, Mix, Prepared
 from .chunks import F32, Chunks, Numbers
 from .plain import PlainBatch, Run
 
@@ -87,7 +87,8 @@ class CpuBatch(PlainBatch):
         torch.split_with_sizes_copy(p, sizes, out=params)
         torch.split_with_sizes_copy(m, sizes, out=exp_avgs)
 
-    def pack_run(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
+    def pack_run(self, run: Run, g: Tensor, packed: Tensor, s: Scalars, seed: Tensor) -> None:
+        m = run.state[EXP_AVG]
         numbers = self._numbers_of(s)
         if self._compiles and g.numel() >= ALONE:
             whole = g.numel() // PER_BYTE  # bytes; the compiled function takes no others
@@ -97,7 +98,8 @@ class CpuBatch(PlainBatch):
         for g_chunk, m_chunk, packed_chunk in _cut(g, m, packed):
             self._chunks.sign_step_(g_chunk, m_chunk, packed_chunk, numbers)
 
-    def apply_run(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
+    def apply_run(self, run: Run, s: Scalars) -> None:
+        p, packed = run.param, run.state[SIGNS]
         numbers = self._numbers_of(s)
         if self._compiles and p.numel() >= ALONE and compiled.apply_signs_([p, packed], numbers.stacked):
             return

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...memory_order import flat
+from ...memory_order import flat, laid_out_like
 from .. import reference
+from ..codecs import BLOCK
 from ..hypers import StepHypers
-from ..reference import PER_BYTE, Scalars
+from ..reference import PER_BYTE, EightBits, Scalars
 from ..segments import Segment, StepTensors
-from ..state import EXP_AVG
+from ..state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from .batch import SIGNS, Prepared
 
+PIECE = 1 << 20  # elements that are stepped at a time, a multiple of BLOCK: the rule needs a dozen temporary tensors
 CHUNK = 32768  # elements that `sum_of_squares` adds up at a time; chunks of another length would give other bits
 
 
@@ -52,8 +55,7 @@ class PlainBatch:
             if linear:
                 p = flat(p, s.param_start, s.length)
                 for name, t in state.items():
-                    block = tensors.blocks.get(name, 1)
-                    state[name] = flat(t, s.state_start // block, -(-s.length // block))
+                    state[name] = flat(t, tensors.start_in(name, s), -(-s.length // tensors.blocks.get(name, 1)))
             self.runs.append(Run(s, tensors.groups[s.entry], p, state))
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
@@ -72,7 +74,11 @@ class PlainBatch:
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         for run, g in self.gradients(prepared.present(), self.runs):
-            reference.lion_step_(run.param, g, run.state[EXP_AVG], hypers.scalars(g.device, run.group))
+            s, seed = hypers.scalars(g.device, run.group), hypers.seed(g.device, run.group)
+            if self._linear:
+                _step_run(run, g, s, seed)
+            else:
+                _step_strided(run, g, s, seed)
 
     def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device = signs.device
@@ -80,11 +86,14 @@ class PlainBatch:
         for run, g in self.gradients(prepared.present(), self.runs):
             s = run.segment
             packed = flat(signs, s.state_start // PER_BYTE, -(-s.length // PER_BYTE))
-            self.pack_run(g, run.state[EXP_AVG], packed, hypers.scalars(device, run.group))
+            self.pack_run(run, g, packed, hypers.scalars(device, run.group), hypers.seed(device, run.group))
 
-    def pack_run(self, g: Tensor, m: Tensor, packed: Tensor, s: Scalars) -> None:
+    def pack_run(self, run: Run, g: Tensor, packed: Tensor, s: Scalars, seed: Tensor) -> None:
         """The owner's half of the step of one run."""
-        reference.sign_step_(g, m, packed, s)
+        for at, g_piece, m_piece in _pieces(g, run.state[EXP_AVG]):
+            n = g_piece.numel()
+            bytes_of_piece = packed[at // PER_BYTE : -(-(at + n) // PER_BYTE)]
+            reference.sign_step_(g_piece, m_piece, bytes_of_piece, s, _eight_bits(run, seed, at, n))
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
         if not agree:
@@ -93,11 +102,15 @@ class PlainBatch:
         scalars = [reference.scalars(row) for row in table]
         for run in self.runs:
             if flags is None or flags[run.segment.entry]:
-                self.apply_run(run.param, run.state[SIGNS], scalars[run.group])
+                self.apply_run(run, scalars[run.group])
 
-    def apply_run(self, p: Tensor, packed: Tensor, s: Scalars) -> None:
+    def apply_run(self, run: Run, s: Scalars) -> None:
         """The other half of the step of one run."""
-        reference.apply_signs_(p, packed, s)
+        packed, remainder = run.state[SIGNS], run.state.get(REMAINDER)
+        for at, p_piece in _pieces(run.param):
+            n = p_piece.numel()
+            bytes_of_piece = packed[at // PER_BYTE : -(-(at + n) // PER_BYTE)]
+            reference.apply_signs_(p_piece, bytes_of_piece, s, None if remainder is None else remainder[at : at + n])
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
         sums = [
@@ -105,3 +118,41 @@ class PlainBatch:
             for _, g in self.gradients(prepared.present(), self.runs)
         ]
         return torch.stack(sums).sum() if sums else None
+
+
+def _pieces(*runs: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Cuts runs of one length into pieces: the index of the first element of each, and its part of each run."""
+    for at, *parts in zip(count(0, PIECE), *(run.split(PIECE) for run in runs), strict=False):
+        yield at, *parts
+
+
+def _eight_bits(run: Run, seed: Tensor, start: int, length: int) -> EightBits | None:
+    """What belongs to the int8 codes of elements of a run; None if its momentum has other dtypes."""
+    scale = run.state.get(EXP_AVG_SCALE)
+    if scale is None:
+        return None
+    return EightBits(scale[start // BLOCK : -(-(start + length) // BLOCK)], seed, run.segment.param_start + start)
+
+
+def _step_run(run: Run, g: Tensor, s: Scalars, seed: Tensor) -> None:
+    """The step of 1-D memory."""
+    remainder = run.state.get(REMAINDER)
+    for at, p_piece, g_piece, m_piece in _pieces(run.param, g, run.state[EXP_AVG]):
+        n = p_piece.numel()
+        of_piece = None if remainder is None else remainder[at : at + n]
+        reference.lion_step_(p_piece, g_piece, m_piece, s, _eight_bits(run, seed, at, n), of_piece)
+
+
+def _step_strided(run: Run, g: Tensor, s: Scalars, seed: Tensor) -> None:
+    """The step of a whole tensor, of any strides. Blocks are counted in the memory order of the momentum."""
+    m, remainder = run.state[EXP_AVG], run.state.get(REMAINDER)
+    eight = _eight_bits(run, seed, 0, m.numel())
+    if eight is None:
+        reference.lion_step_(run.param, g, m, s, None, remainder)
+        return
+    p, g = laid_out_like(run.param, m), laid_out_like(g, m)
+    r = None if remainder is None else laid_out_like(remainder, m)
+    reference.lion_step_(flat(p), flat(g), flat(m), s, eight, None if r is None else flat(r))
+    run.param.copy_(p)
+    if remainder is not None and r is not None:
+        remainder.copy_(r)
