@@ -5,8 +5,8 @@ Master weight: the float32 number that a bfloat16 parameter and its int16 *remai
     order. A momentum is its code's level times the scale of its block.
 
 [Note: Levels] Code k in [0, 127] has the level w - 1, where w is the k-th float, from 1 on, that has MANTISSA fraction
-bits: levels are 1/16 apart near 0, and 3 to 6 % apart near the largest, 247. Code -k has the level -1 times that. Levels
-between two floats are linear in the bits of w, so an integer addition to these bits rounds without a bias.
+bits. Levels are 1/16 apart near 0, and 3 to 6 % apart near the largest, 247. Code -k has the negative level. Numbers
+between two levels are linear in the bits of w, so an integer addition to these bits rounds without a bias.
 
 [Note: Scales] A scale has at most SCALE_BITS significant bits and a level at most 8, so their product is exact. A scale
 is rounded down, and elements above the last level are cut to it. So the largest element of a block always has code 127
