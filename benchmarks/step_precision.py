@@ -164,7 +164,8 @@ def build(contestant: Contestant, shapes: Sequence[Any], kept: dict[torch.dtype,
 
 def take_turns(rows: Sequence[Row], copies: Copies, repeats: int, cycles: float) -> None:
     """Device times of all rows and of a copy, which take turns. Replaces the readings before."""
-    steps, leads = [copies, *(row.step for row in rows)], [50.0, *(row.lead_us for row in rows)]
+    steps: list[Step] = [copies, *(row.step for row in rows)]
+    leads = [50.0, *(row.lead_us for row in rows)]
     copy_ms, *device_ms = measure.device_ms(steps, lambda: None, leads, repeats, cycles)
     for row, ms in zip(rows, device_ms, strict=True):
         row.device_ms, row.copy_ms = ms, copy_ms
