@@ -14,6 +14,7 @@ from ._torch_compat import disable_dynamo
 from .frozen import takes_part
 from .fsdp import is_dtensor, is_flat_view, new_state
 from .lion_state import as_shown, copy_columns
+from .master_weights import NamedTensors, find, put
 from .members import Members
 from .param_groups import (
     check_params,
@@ -37,7 +38,7 @@ from .state_dicts import (
 )
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
-from .update.state import StateColumn
+from .update.state import REMAINDER, StateColumn
 
 
 @dataclass
@@ -349,3 +350,29 @@ class Lion(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def take_master_weights(self, named: NamedTensors) -> None:
+        """Sets parameters, and the remainders of those that have master weights, to float32 weights.
+
+        So a model that was converted to bfloat16 goes on with all bits of the float32 weights::
+
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+            model.bfloat16()
+            optimizer = Lion(model.named_parameters(), master_weights=True)
+            optimizer.take_master_weights(weights)
+
+        Args:
+            named: names and float32 tensors, as pairs or a mapping. Names are those of the optimizer's parameters,
+                which must have been given with names; what wrappers such as DDP add to a name is ignored. Tensors have
+                the shapes of the parameters and, where these are sharded, their sharding; a plain tensor for a DTensor
+                is cut. Parameters that are not listed stay as they are. A frozen parameter that was never stepped
+                has no remainder: it is rounded.
+
+        Raises:
+            ValueError, TypeError: the optimizer has no names, or a name, shape, sharding or dtype does not fit; nothing
+                has been changed.
+        """
+        found = find(self.param_groups, self.state, named)
+        self.init_state()
+        put(found, lambda p: self.state[p][REMAINDER])

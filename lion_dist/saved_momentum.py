@@ -86,6 +86,7 @@ def in_kept_form(
             f"{EXP_AVG_SCALE}. Is this the state_dict of another model?"
         )
     if REMAINDER in rest:
+        _refuse_shared(who, m, rest[REMAINDER], p)
         rest[REMAINDER] = _integers(who, rest[REMAINDER], p)
     return {**found, **rest}
 
@@ -104,6 +105,16 @@ def _is_readable(t: Tensor) -> bool:
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.layout != torch.strided:
         return False
     return not t.is_meta and not is_freed(t)
+
+
+def _refuse_shared(who: str, m: Tensor, remainder: Any, p: Tensor) -> None:
+    """Raises ValueError where FSDP1 has written the remainders over the momentum."""
+    if is_flat_view(p) and isinstance(remainder, Tensor) and torch.equal(m, remainder) and m.any():
+        raise ValueError(
+            f"{EXP_AVG} and {REMAINDER} {who} are the same numbers: FSDP.optim_state_dict with FULL_STATE_DICT returns "
+            "one memory for all state of a parameter unless it copies from a GPU to the CPU, so the momentum is lost: "
+            "save through torch.distributed.checkpoint.state_dict.get_optimizer_state_dict or lion_dist.checkpoint"
+        )
 
 
 def _integers(who: str, remainder: Any, p: Tensor) -> Any:
