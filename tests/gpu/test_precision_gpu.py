@@ -11,7 +11,7 @@ from lion_dist import Lion
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.segments import TILE
 from tests.asserts import assert_same_bits
-from tests.scenarios.precision import BF16, F32, HYPERS, I8, KINDS, Kind, Runs, Whole
+from tests.scenarios.precise_runs import BF16, F32, HYPERS, I8, KINDS, Kind, Runs, Whole
 
 from .common import GPU, needs_gpu
 

@@ -17,7 +17,7 @@ from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
-from tests.scenarios.precision import BF16, CPU, F32, HYPERS, I8, INTERPRETED, SALT, Kind, Runs, Whole
+from tests.scenarios.precise_runs import BF16, CPU, F32, HYPERS, I8, INTERPRETED, SALT, Kind, Runs, Whole
 
 pytestmark = [
     needs_interpreter,
