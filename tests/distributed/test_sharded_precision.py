@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lion_dist import Lion, ShardedLion
+from lion_dist import ShardedLion
 from lion_dist.sharding.box_tensor import BoxTensor
 from lion_dist.update import codecs
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
-from tests.scenarios.modes import MODES, Mode, Modes, sizes, values
+from tests.scenarios.modes import Modes, sizes, values
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 MASTERS: dict[str, Any] = {"master_weights": True}
@@ -52,9 +51,9 @@ def check_against_twins(modes: Modes, what: str) -> None:
             assert_same_bits(state[i][EXP_AVG], modes.lion.state[twin][EXP_AVG].cpu(), f"{who}, momentum")
 
 
-def body_masters(rank: int, world_size: int, steps: int) -> None:
+def body_masters(rank: int, world_size: int, steps: int, shapes: list[tuple[int, ...]]) -> None:
     warnings.simplefilter("ignore")  # of decay that is rounded away
-    weights = values(sizes(world_size), BF16, device_of(rank, world_size))
+    weights = values(shapes, BF16, device_of(rank, world_size))
     modes = Modes(rank, world_size, weights, two_groups(len(weights)), {"momentum_dtype": BF16}, **MASTERS)
     for step in range(steps):
         modes.step(step, max_norm=0.5 if step % 3 == 1 else None, hostile=step % 9 == 0)
@@ -68,9 +67,16 @@ def body_masters(rank: int, world_size: int, steps: int) -> None:
         assert (mode.whole_state()[-1][REMAINDER] != 0).float().mean() > 0.5
 
 
-@pytest.mark.parametrize(("world_size", "steps"), [(2, 200), (3, 40), (4, 40)])
+def test_master_weights_are_those_of_float32_after_200_steps(tmp_path: Path) -> None:
+    run_ranks(body_masters, 2, tmp_path, (200, [(127,), (3, 9, 5, 7), (40, 33)]))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "steps"),
+    [(3, 30), (4, 30), *(pytest.param(n, 200, marks=pytest.mark.exhaustive) for n in (2, 3, 4))],
+)
 def test_master_weights_are_those_of_float32(world_size: int, steps: int, tmp_path: Path) -> None:
-    run_ranks(body_masters, world_size, tmp_path, (steps,))
+    run_ranks(body_masters, world_size, tmp_path, (steps, sizes(world_size)))
 
 
 # 8-bit momenta --------------------------------------------------------------------------------------
