@@ -132,7 +132,7 @@ def body_mixed(rank: int, world_size: int) -> None:
     """A group with both, one with neither in float32; a parameter is unfrozen, a group added."""
     warnings.simplefilter("ignore")
     device = device_of(rank, world_size)
-    shapes = [(world_size * 128 + 5,), (129,), (40, 33), (3, 7), (300,)]
+    shapes = [(world_size * 128 + 5,), (3, 9, 5, 7), (40, 33), (3, 7), (300,)]
     weights = [v.to(F32 if i == 2 else BF16) for i, v in enumerate(values(shapes, F32, device))]
     groups = [{"params": [0, 1], **MASTERS, **EIGHT, "weight_decay": 0.1}, {"params": [2]}]
     modes = Modes(rank, world_size, weights, groups)
@@ -161,7 +161,8 @@ def body_mixed(rank: int, world_size: int) -> None:
         held = mode.optimizer.state[mode.params[3]][REMAINDER]
         assert isinstance(held, BoxTensor) == (mode.sync == "params")
         if mode.sync == "signs":
-            kernel = mode.params[0]
+            kernel = mode.params[1]
+            assert not kernel.is_contiguous()
             assert (type(held), held.shape, held.stride()) == (Tensor, (3, 7), (7, 1))
             assert mode.optimizer.state[kernel][REMAINDER].stride() == kernel.stride()
 
@@ -186,12 +187,15 @@ def body_choices(rank: int, world_size: int, log: Path) -> None:
     assert "param_sync: signs" in (log / str(rank)).read_text()
     logger.removeHandler(handler)
 
-    frozen = nn.Parameter(torch.ones(5, dtype=torch.float16, device=device), requires_grad=False)
+    with_gaps = torch.full((5, 2), float(rank), dtype=torch.float16, device=device)[:, 0]
+    frozen = nn.Parameter(with_gaps, requires_grad=False)  # so it is not made equal until it is unfrozen
     optimizer = ShardedLion([plain, frozen], **MASTERS)
+    frozen.data = with_gaps.contiguous()
     frozen.requires_grad_(True)
     with pytest.raises(TypeError, match=r"shape \(5,\) is torch.float16; expected bfloat16"):
         optimizer.init_state()
     assert list(optimizer.state) == [plain]
+    assert (frozen == rank).all()  # nothing has been changed
     with pytest.raises(TypeError, match="float16; expected bfloat16"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.float16, device=device))]})
     frozen.requires_grad_(False)

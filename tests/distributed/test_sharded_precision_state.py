@@ -15,7 +15,7 @@ from torch import Tensor
 from lion_dist import Lion, ShardedLion
 from lion_dist.sharding.box_tensor import BoxTensor
 from lion_dist.update import codecs
-from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
+from lion_dist.update.state import EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of, run_ranks
 from tests.scenarios.modes import Mode, Modes, sizes, values
@@ -128,9 +128,8 @@ def body_refused_loads(rank: int, world_size: int) -> None:
         if mode.sync == "signs":
             with pytest.raises(RuntimeError, match=r"remainder of parameter 4 on ranks \[1\]"):
                 mode.optimizer.load_state_dict(with_entry(REMAINDER, other) if rank == 1 else good["signs"])
+            own = modes.modes[0].optimizer.state[modes.modes[0].params[1]][REMAINDER]
             with pytest.raises(TypeError, match="one rank's part of a sharded tensor"):
-                sharded = next(m for m in modes.modes if m.sync == "params")
-                own = sharded.optimizer.state[sharded.params[1]][REMAINDER]
                 mode.optimizer.state[mode.params[1]][REMAINDER] = own
         for part, b in zip(parts_of(mode), before, strict=True):
             assert_same_bits(part, b, f"{mode}: after refused loads")
