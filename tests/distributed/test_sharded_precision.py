@@ -150,8 +150,9 @@ def body_mixed(rank: int, world_size: int) -> None:
             for params in (modes.params, *(mode.params for mode in modes.modes)):
                 params[step - 1].requires_grad_(True)
             if step == 5:
-                for optimizer in (modes.lion, *(mode.optimizer for mode in modes.modes)):
-                    optimizer.init_state()
+                modes.lion.init_state()
+                for mode in modes.modes:
+                    mode.optimizer.init_state()
         modes.step(step)
         modes.check(f"step {step}")
     for mode in modes.modes:
