@@ -18,6 +18,7 @@ from lion_dist.update import codecs
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
+from tests.marks import needs_interpreter
 from tests.scenarios.modes import Modes, sizes, values
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
@@ -99,6 +100,25 @@ def body_eight_bits(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_eight_bits_do_not_depend_on_the_ranks(world_size: int, tmp_path: Path) -> None:
     run_ranks(body_eight_bits, world_size, tmp_path)
+
+
+def body_kernels(rank: int, world_size: int) -> None:
+    warnings.simplefilter("ignore")
+    shapes: list[tuple[int, ...]] = [(1,), (129,), (517,), (3, 9, 5, 7), (0, 3)]
+    # Triton's interpreter does not round to bfloat16 as hardware does; master weights are split as integers.
+    with_float32 = {**MASTERS, "momentum_dtype": F32}
+    for dtype, options in ((F32, EIGHT), (BF16, with_float32), (BF16, {**EIGHT, **MASTERS})):
+        weights = values(shapes, dtype, device_of(rank, world_size))
+        modes = Modes(rank, world_size, weights, two_groups(len(weights)), use_triton=False, **options)
+        modes.modes = [modes.fresh(2, sync, weights, use_triton=True) for sync in ("params", "signs")]
+        for step in range(3):
+            modes.step(step, hostile=step == 1)
+        modes.check(f"kernels, {options}")
+
+
+@needs_interpreter
+def test_kernels(tmp_path: Path) -> None:
+    run_ranks(body_kernels, 2, tmp_path)
 
 
 def digest_body(rank: int, world_size: int) -> list[Tensor]:
