@@ -104,14 +104,14 @@ def test_eight_bits_do_not_depend_on_the_ranks(world_size: int, tmp_path: Path) 
 
 def body_kernels(rank: int, world_size: int) -> None:
     warnings.simplefilter("ignore")
-    shapes: list[tuple[int, ...]] = [(1,), (129,), (517,), (3, 9, 5, 7), (0, 3)]
+    shapes: list[tuple[int, ...]] = [(1,), (517,), (2, 9, 5, 3), (0, 3)]
     # Triton's interpreter does not round to bfloat16 as hardware does; master weights are split as integers.
     with_float32 = {**MASTERS, "momentum_dtype": F32}
     for dtype, options in ((F32, EIGHT), (BF16, with_float32), (BF16, {**EIGHT, **MASTERS})):
         weights = values(shapes, dtype, device_of(rank, world_size))
         modes = Modes(rank, world_size, weights, two_groups(len(weights)), use_triton=False, **options)
         modes.modes = [modes.fresh(2, sync, weights, use_triton=True) for sync in ("params", "signs")]
-        for step in range(3):
+        for step in range(2):
             modes.step(step, hostile=step == 1)
         modes.check(f"kernels, {options}")
 
