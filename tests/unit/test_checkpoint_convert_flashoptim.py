@@ -1,5 +1,5 @@
-"""Conversion of FlashLion's state: against the formulas of its format, element by element, and against its own kernel
-in Triton's interpreter where flashoptim is installed."""
+"""Conversion of FlashLion's state: against the formulas of its format, element by element. (Its kernels do not run in
+Triton's interpreter; tests/gpu/test_convert_gpu.py has them.)"""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lion_dist import Lion
 from lion_dist.checkpoint import convert
 from tests.asserts import assert_same_bits
-from tests.marks import needs_interpreter
 
 BF16, F16 = torch.bfloat16, torch.float16
 FRACTION, LEAST = {BF16: 7, F16: 10}, {BF16: -126, F16: -14}  # bits, and exponent of the smallest normal number
@@ -207,20 +206,3 @@ def test_what_does_not_fit() -> None:
     del saved["param_groups"][0]["initial_lr"]
     with pytest.raises(ValueError, match="parameter group 0 has initial_lr None"):
         convert.from_flashoptim(saved, model, Lion(model.parameters()), decouple_lr=True)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("bits", [24, 32])
-def test_its_own_kernel_makes_the_same_weights(bits: int) -> None:
-    """In the interpreter only the kernel that decodes weights runs; tests/gpu has the others."""
-    optimizers = pytest.importorskip("flashoptim").optimizers
-    model = nn.ParameterDict({"w": nn.Parameter(weights(1000))})
-    saved = flash(model, plain, bits)
-    _, found = convert.from_flashoptim(saved, model, Lion(model.parameters()))
-    error = saved["state"][0]["error_bits"]
-    error = error.to(torch.int8) if bits == 24 else error.view(torch.int16)
-    expected = torch.empty(1000)
-    optimizers._reconstruct_fp32_kernel[(1,)](
-        model["w"].detach(), error, expected, 1000, BLOCK_SIZE=1024, NUM_MANTISSA_BITS=7, SIGNED_MAX_VAL=ERRORS[bits][1]
-    )
-    assert_same_bits(found["w"], expected)
