@@ -43,7 +43,7 @@ def test_a_flash_lions_state(bits: int | None, compress: bool) -> None:
     )
     train(model, theirs, 0, 20)
     lion = Lion(model.named_parameters(), lr=1.0, momentum_dtype=F32)
-    converted, found = convert.from_flashoptim(theirs.state_dict(), model, lion)
+    converted, found = convert.from_flashoptim(theirs.state_dict(), lion)
     expected = theirs.get_fp32_model_state_dict(model)
     assert found.keys() == (set() if bits is None else expected.keys())
     for name, w in found.items():

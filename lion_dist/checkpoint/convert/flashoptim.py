@@ -11,16 +11,17 @@ by its value and int16 by its bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ...fsdp import is_dtensor
 from ...memory_order import flat, is_dense
+from ...param_groups import names_of
 from ...param_names import pair_groups
-from ..names import Names
 from .groups import StateDict, decoupled
 
 GROUP = 32  # elements that share a scale
@@ -33,33 +34,35 @@ _FORMATS = {torch.bfloat16: (7, 0xFF, 127), torch.float16: (10, 0x1F, 15)}
 
 
 def from_flashoptim(
-    state_dict: StateDict, model: nn.Module, optimizer: Optimizer, *, decouple_lr: bool = False
+    state_dict: StateDict, optimizer: Optimizer, *, decouple_lr: bool = False
 ) -> tuple[StateDict, dict[str, Tensor]]:
     """Converts the state of flashoptim's ``FlashLion``, and the weights that it has in more than 16 bits.
 
-        lion_state, weights = convert.from_flashoptim(torch.load("flash.pt", weights_only=True), model, optimizer)
+        model.load_state_dict(...)                  # the bfloat16 weights
+        optimizer = Lion(model.named_parameters(), master_weights=True, ...)
+        lion_state, weights = convert.from_flashoptim(torch.load("flash.pt", weights_only=True), optimizer)
         optimizer.load_state_dict(lion_state)
-        optimizer.take_master_weights(weights)      # with master_weights=True
+        optimizer.take_master_weights(weights)
 
     Momenta and weights become the float32 numbers that FlashLion's next step would compute with. Those of weights are
     within 1/254 (24 bits) or 1/65534 (32 bits) of half a unit in the last place of the 16-bit weight from the ones that
-    FlashLion rounded. Into a float32 model, load the weights with ``load_state_dict(weights, strict=False)`` instead.
+    FlashLion rounded. A float32 model takes them with ``load_state_dict(weights, strict=False)``.
 
     Args:
         state_dict: ``FlashLion``'s state_dict, of whole parameters.
-        model: The model, wrapped or not, with the weights that were saved beside the state_dict.
-        optimizer: `Lion` or `ShardedLion` over the model's parameters, in FlashLion's groups. Parameters are matched as
-            by `Lion.load_state_dict`: by name where both sides have names, else by position.
+        optimizer: `Lion` or `ShardedLion` over the weights that were saved beside the state_dict, in FlashLion's
+            groups. Parameters are matched as by `Lion.load_state_dict`: by name where both sides have names, else by
+            position.
         decouple_lr: FlashLion's argument of this name, which its state_dict does not hold.
 
     Returns:
         A state_dict for ``optimizer``, with FlashLion's momenta and hyper-parameters; and float32 weights in the
-        parameters' shapes, by their names in the unwrapped model, for the parameters that have an error.
+        parameters' shapes, by the optimizer's names of them, for the parameters that have an error.
 
     Raises:
-        ValueError: The state is damaged, is FSDP's, does not fit, or is another optimizer's.
+        ValueError: The state is damaged, is FSDP's, does not fit, or is another optimizer's; or there are weights, and
+            the optimizer was made without names.
     """
-    names = Names.read(model)
     state: dict[int, dict[str, Tensor]] = {}
     groups: list[dict[str, Any]] = []
     weights: dict[str, Tensor] = {}
@@ -71,16 +74,20 @@ def from_flashoptim(
         decay = decoupled(saved, number) if decouple_lr else {"decoupled_weight_decay": False}
         hypers = {key: saved[key] for key in ("lr", "betas", "weight_decay")}
         groups.append({**hypers, **decay, "params": list(ids)})
-        for i, theirs, p in zip(ids, saved["params"], live["params"], strict=True):
+        names: Sequence[str | None] = names_of(live) or [None] * len(ids)
+        for i, theirs, p, name in zip(ids, saved["params"], live["params"], names, strict=True):
             entry = state_dict["state"].get(theirs)
             if not entry:
                 continue
             _check_entry(theirs, entry, p)
             state[i] = {"exp_avg": _momentum(theirs, entry)}
             if ERRORS in entry:
-                if p not in names:
-                    raise ValueError(f"parameter {theirs} (shape {tuple(p.shape)}) is not a parameter of the model")
-                weights[names.of(p)] = _weight(theirs, p.detach(), entry[ERRORS], saved.get("master_bytewidth"))
+                if name is None:
+                    raise ValueError(
+                        "the optimizer has no names of its parameters: make it from model.named_parameters(), so that "
+                        "the weights that FlashLion has in more than 16 bits can be returned by name"
+                    )
+                weights[name] = _weight(theirs, p.detach(), entry[ERRORS], saved.get("master_bytewidth"))
     return {"state": state, "param_groups": groups}, weights
 
 
