@@ -1,4 +1,4 @@
-"""Bad input of ShardedLion that concerns master weights and 8-bit momenta: every rank raises, and nothing is changed,"""
+"""Bad input of ShardedLion that concerns master weights and 8-bit momenta: all ranks raise; nothing is changed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def body_groups(rank: int, world_size: int, stage: int) -> None:
         optimizer = ShardedLion([p], **options)
         with pytest.raises(error, match=message):
             optimizer.add_param_group({"params": [new(dtype, 3)], **values})
+        with pytest.raises((error, RuntimeError)):  # one rank alone is given it
+            optimizer.add_param_group({"params": [new(dtype, 3)], **(values if rank == 1 else {})})
         assert len(optimizer.param_groups) == 1
         p.grad = torch.ones_like(p)
         optimizer.step()
