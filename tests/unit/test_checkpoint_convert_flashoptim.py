@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lion_dist import Lion
 from lion_dist.checkpoint import convert
+from lion_dist.update.codecs import decode, join
 from tests.asserts import assert_same_bits
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -128,6 +129,26 @@ def test_weights_are_as_near_as_their_format_says(dtype: torch.dtype, bits: int,
     assert ((found["w"].double() - master.double()).abs() <= units / (2 * largest) + rounding).all()
     off_before = (model["w"].detach().double() - master.double()).abs().sum()
     assert (found["w"].double() - master.double()).abs().sum() < off_before / 100
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_lion_goes_on_with_master_weights_and_8_bits(bits: int) -> None:
+    """The master weights are those that were found, and their rounded halves the parameters; momenta are rounded to
+    Lion's own codes, 3 % apart and less."""
+    model = model_of()
+    saved = flash(model, in_8_bits, bits)
+    optimizer = Lion(model.named_parameters(), lr=1.0, master_weights=True, momentum_dtype="int8")
+    converted, found = convert.from_flashoptim(saved, optimizer)
+    optimizer.load_state_dict(converted)
+    optimizer.take_master_weights(found)
+    for i, (name, p) in enumerate(model.named_parameters()):
+        entry = optimizer.state[p]
+        assert_same_bits(join(p.detach(), entry["remainder"]), found[name], name)
+        m = converted["state"][i]["exp_avg"]
+        kept = decode(entry["exp_avg"].flatten(), entry["exp_avg_scale"]).view(m.shape)
+        assert (kept - m).abs().max() <= 0.032 * m.abs().max()
+        assert (kept.sign() == m.sign()).float().mean() > 0.95
+    optimizer.step()
 
 
 def test_names_order_and_the_decay_by_a_share_of_the_lr() -> None:
