@@ -14,6 +14,7 @@ from ..segments import Segment, StepTensors
 from ..state import EXP_AVG
 from .batch import SIGNS, Batch, Mix
 from .cpu import CpuBatch
+from .cpu_codes import CodesBatch
 from .plain import PlainBatch
 
 try:
@@ -87,6 +88,8 @@ def make_batches(
             batches.append(TritonBatch(tensors, of_mix, device, mix))
         elif linear and device.type == "cpu" and mix.columns in ((EXP_AVG,), (SIGNS,)):
             batches.append(CpuBatch(tensors, of_mix, mix))
+        elif linear and device.type == "cpu":
+            batches.append(CodesBatch(tensors, of_mix))
         else:
             batches.append(PlainBatch(tensors, of_mix, linear))
     return batches

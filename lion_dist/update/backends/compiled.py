@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._torch_compat import recompile_limit
 from .. import reference
-from ..reference import Scalars
+from ..reference import EightBits, Scalars
 
 SLOTS = 4
 
@@ -40,6 +40,31 @@ def _sign_step(tensors: list[Tensor], scalars: Tensor) -> None:
 def _apply_signs(tensors: list[Tensor], scalars: Tensor) -> None:
     p, packed = tensors
     reference.apply_signs_(p, packed, Scalars(*scalars.unbind()))
+
+
+def _step_master(tensors: list[Tensor], scalars: Tensor) -> None:
+    p, g, m, remainder = tensors
+    reference.lion_step_(p, g, m, Scalars(*scalars.unbind()), None, remainder)
+
+
+def _step_codes(tensors: list[Tensor], scalars: Tensor) -> None:
+    p, g, m, scale, seed = tensors
+    reference.lion_step_(p, g, m, Scalars(*scalars.unbind()), EightBits(scale, seed, 0))
+
+
+def _step_codes_master(tensors: list[Tensor], scalars: Tensor) -> None:
+    p, g, m, scale, seed, remainder = tensors
+    reference.lion_step_(p, g, m, Scalars(*scalars.unbind()), EightBits(scale, seed, 0), remainder)
+
+
+def _sign_step_codes(tensors: list[Tensor], scalars: Tensor) -> None:
+    g, m, packed, scale, seed = tensors
+    reference.sign_step_(g, m, packed, Scalars(*scalars.unbind()), EightBits(scale, seed, 0))
+
+
+def _apply_signs_master(tensors: list[Tensor], scalars: Tensor) -> None:
+    p, packed, remainder = tensors
+    reference.apply_signs_(p, packed, Scalars(*scalars.unbind()), remainder)
 
 
 Mix = tuple[torch.dtype, ...]
@@ -126,3 +151,8 @@ class CompiledStep(Compiled):
 step_ = CompiledStep()
 sign_step_ = Compiled(_sign_step)
 apply_signs_ = Compiled(_apply_signs)
+step_master_ = Compiled(_step_master)
+step_codes_ = Compiled(_step_codes)
+step_codes_master_ = Compiled(_step_codes_master)
+sign_step_codes_ = Compiled(_sign_step_codes)
+apply_signs_master_ = Compiled(_apply_signs_master)

@@ -76,9 +76,17 @@ class PlainBatch:
         for run, g in self.gradients(prepared.present(), self.runs):
             s, seed = hypers.scalars(g.device, run.group), hypers.seed(g.device, run.group)
             if self._linear:
-                _step_run(run, g, s, seed)
+                self.step_run(run, g, s, seed)
             else:
                 _step_strided(run, g, s, seed)
+
+    def step_run(self, run: Run, g: Tensor, s: Scalars, seed: Tensor) -> None:
+        """The step of one run of 1-D memory."""
+        remainder = run.state.get(REMAINDER)
+        for at, p_piece, g_piece, m_piece in _pieces(run.param, g, run.state[EXP_AVG]):
+            n = p_piece.numel()
+            of_piece = None if remainder is None else remainder[at : at + n]
+            reference.lion_step_(p_piece, g_piece, m_piece, s, _eight_bits(run, seed, at, n), of_piece)
 
     def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device = signs.device
@@ -132,15 +140,6 @@ def _eight_bits(run: Run, seed: Tensor, start: int, length: int) -> EightBits | 
     if scale is None:
         return None
     return EightBits(scale[start // BLOCK : -(-(start + length) // BLOCK)], seed, run.segment.param_start + start)
-
-
-def _step_run(run: Run, g: Tensor, s: Scalars, seed: Tensor) -> None:
-    """The step of 1-D memory."""
-    remainder = run.state.get(REMAINDER)
-    for at, p_piece, g_piece, m_piece in _pieces(run.param, g, run.state[EXP_AVG]):
-        n = p_piece.numel()
-        of_piece = None if remainder is None else remainder[at : at + n]
-        reference.lion_step_(p_piece, g_piece, m_piece, s, _eight_bits(run, seed, at, n), of_piece)
 
 
 def _step_strided(run: Run, g: Tensor, s: Scalars, seed: Tensor) -> None:
