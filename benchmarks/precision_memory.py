@@ -10,8 +10,8 @@ all tensors that are alive, each storage once:
 Weights: the parameters that it holds between steps. FSDP2 gathers others for a while in a forward and a backward.
 Gradients: ``p.grad``, or in stage 2 this rank's part of the averages. Buckets under way are not among them.
 State: the optimizer's: momenta, scales of 8-bit momenta, remainders of master weights.
-Rest: everything else that the optimizer or the strategy keeps, such as signs. On a CPU the step of 16-bit weights has 2
-    MiB of scratch memory, whatever the size of the model.
+Rest: everything else that the optimizer or the strategy keeps, such as signs. The scratch memory of a step on a CPU is
+    left out: it has one size, whatever that of the model.
 
 The arithmetic is that of docs/precision.md. It leaves out that parts are padded to whole blocks.
 """
@@ -39,9 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.fsdp import local
+from lion_dist.update.backends.chunks import Chunks
 from lion_dist.update.codecs import BLOCK
 
-WIDTH, LAYERS = 1024, 16
+WIDTH, LAYERS = 256, 7  # fewer elements than are compiled on a CPU, which would take long
 SIGNS = 0.25  # bytes for the two bits of an element
 REMAINDER = 2
 SCALE = 4 / BLOCK
@@ -234,7 +235,9 @@ def gradients(run: Run) -> list[Tensor]:
 
 def state(run: Run) -> list[Tensor]:
     if isinstance(run.optimizer, ShardedLion):
-        return [t for shard in run.optimizer._shards for t in (*shard.buffers.values(), *getattr(shard, "whole", {}).values())]
+        shards = run.optimizer._shards
+        whole = [t for shard in shards for tensors in shard.whole.values() for t in tensors]
+        return [*whole, *(t for shard in shards for t in shard.buffers.values())]
     return [t for entry in run.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
 
 
@@ -247,7 +250,8 @@ def count(strategy: Strategy, precision: Precision, width: int = WIDTH) -> Count
     run.optimizer.step()
     kinds = [storages(tensors) for tensors in (run.model.parameters(), gradients(run), state(run))]
     rest = {address: size for address, size in alive().items() if address not in before}
-    for kind in kinds:
+    scratch = storages(found._memory for found in gc.get_objects() if type(found) is Chunks)
+    for kind in (*kinds, scratch):
         for address in kind:
             rest.pop(address, None)
     return Counted(*(sum(kind.values()) / numel for kind in (*kinds, rest)))
