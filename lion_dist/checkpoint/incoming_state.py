@@ -10,7 +10,7 @@ The state that Lion keeps for a parameter is described by columns (`param_groups
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -23,14 +23,32 @@ from ..dtypes import DTYPES
 from ..fsdp import new_state
 from ..param_groups import KEYS, Group, check_group, state_columns, warn
 from ..sharded_lion import ShardedLion, shard_with_columns
-from ..update.state import StateColumn
+from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
+from .codes import code_runs
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
-from .keys import BESIDE, STATE, split_entry
-from .logical import Logical
+from .incoming_columns import (
+    CONVERTED,
+    Routes,
+    has_remainder,
+    route_codes,
+    route_remainder,
+    set_conversion,
+    stored_scale,
+)
+from .keys import BESIDE, MODEL, STATE, split_entry
+from .logical import Logical, parts_of
 from .names import Names
-from .optimizer_state import MAX_BESIDE, MAX_ENTRIES, check_entry_name, max_entry_bytes, params_by_name
+from .optimizer_state import (
+    MAX_BESIDE,
+    MAX_ENTRIES,
+    check_entry_name,
+    has_whole_blocks,
+    max_entry_bytes,
+    params_by_name,
+)
 
+_ADDED = ("master_weights", "rounding_step")  # keys that groups saved by a version without them lack
 LISTED = "listed."  # in `IncomingState.unclaimed`: prefix of a name that a parameter group of the checkpoint lists
 
 
@@ -68,6 +86,8 @@ class IncomingState:
         live = zip(optimizer.param_groups, self._groups, strict=True)
         loaded = [({**group, **values}, group["params"]) for group, values in live]
         self._group_of: dict[int, Group] = {id(p): group for group, params in loaded for p in params}
+        self._routes: dict[str, Routes] = {}
+        self.encoded: dict[str, str] = {}  # name of the parameter, by key of a momentum that is encoded
         self._beside = self._read_beside()
         self._keys = self._keys_of_entries(names, tied)
         self._small: dict[str, dict[str, Any]] = {}  # entries of wrappers, by parameter: values and small tensors
@@ -82,6 +102,7 @@ class IncomingState:
         """The groups as the optimizer's load_state_dict takes them."""
         saved = saved_groups(self._contents.objects)
         self.saved_count = len(saved)
+        self._was_8_bit: set[int] = set()  # ids of parameters
         for group in saved:
             group["params"] += [name for name, first in tied.items() if first in group["params"]]
         live_groups = self._optimizer.param_groups
@@ -100,6 +121,8 @@ class IncomingState:
             values = {k: v for k, v in live.items() if k != "params"}
             if j is not None:
                 values = self._check_values(values_for(saved[j], live), live, j)
+                if _to_dtype(saved[j]["momentum_dtype"]) == torch.int8:
+                    self._was_8_bit |= {id(p) for p in live["params"]}
             count = len(live["params"])
             groups.append({**values, "params": list(range(number, number + count))})
             number += count
@@ -107,13 +130,13 @@ class IncomingState:
 
     def _check_values(self, values: Group, live: Group, number: int) -> Group:
         """The hyper-parameters of the checkpoint's group of this number, for a live group."""
-        missing = [key for key in KEYS if key not in values]
+        missing = [key for key in KEYS if key not in values and key not in _ADDED]
         if missing:
             raise ValueError(f"parameter group {number} of the checkpoint has no {', '.join(missing)}")
-        if self._contents.cast:
-            values["momentum_dtype"] = live["momentum_dtype"]
-        elif isinstance(values["momentum_dtype"], str):  # saved from state_dict(), through torch's own functions
-            values["momentum_dtype"] = DTYPES.get(values["momentum_dtype"], values["momentum_dtype"])
+        dtypes = saved, kept = _to_dtype(values["momentum_dtype"]), live["momentum_dtype"]
+        values["momentum_dtype"] = kept if self._contents.cast or dtypes.count(torch.int8) == 1 else saved
+        values["master_weights"] = live["master_weights"]
+        values.setdefault("rounding_step", 0)
         try:
             check_group({**live, **values})
         except OverflowError as error:
@@ -152,25 +175,55 @@ class IncomingState:
             raise ValueError(f"the state of {name} in the checkpoint has {len(keys)} entries, more than any save")
         for entry in keys:
             check_entry_name(name, entry)
-        columns = {column.name: column for column in state_columns(p, self._group_of[id(p)])}
-        missing = [column for column in columns if column not in keys]
+        group, own = self._group_of[id(p)], self._optimizer.state.get(p) or {}
+        columns = {column.name: column for column in state_columns(p, group)}
+        missing = [column for column in columns if column not in keys and column not in (EXP_AVG_SCALE, REMAINDER)]
         if missing and p.requires_grad:
             if keys:
                 raise ValueError(
                     f"the state of {name} in the checkpoint has {sorted(keys)}, but no {', '.join(missing)}"
                 )
             self._fresh.append(name)
-        shape = self._logical.shape(p)
+        shape, routes = self._logical.shape(p), Routes()
+        self._routes[name] = routes
+        if EXP_AVG in keys:
+            self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
+        elif EXP_AVG_SCALE in keys:
+            raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
+        remainder = has_remainder(self._contents, name, p, group, own)
+        if MODEL + name in self._contents.tensors:
+            route_remainder(routes, self._contents, name, keys, shape, remainder)
         for entry, key in keys.items():
             stored = self._contents.tensors.get(key)
+            if entry in CONVERTED:
+                continue
             if entry in columns:
-                self._contents.check_tensor(key, self._dtype(p, entry, key), columns[entry].shape(shape))
+                routes.read[entry], routes.dtypes[entry] = key, self._dtype(p, entry, key)
+                self._contents.check_tensor(key, routes.dtypes[entry], columns[entry].shape(shape))
             elif stored is not None and stored.shape == shape:
                 self._like_param.setdefault(name, {})[entry] = stored.torch_dtype
             elif stored is not None and stored.nbytes > max_entry_bytes(shape):
                 raise ValueError(f"{key} has {stored.nbytes} bytes and not the parameter's shape")
             else:
                 self._small.setdefault(name, {})[entry] = self._contents.value(key)
+
+    def _route_momentum(self, routes: Routes, name: str, p: Tensor, keys: Mapping[str, str], eight_bits: bool) -> None:
+        contents, key, shape = self._contents, keys[EXP_AVG], self._logical.shape(p)
+        stored = contents.tensor(key, shape)
+        scale = stored_scale(contents, keys, shape)
+        if eight_bits:
+            route_codes(routes, contents, keys, scale, has_whole_blocks(p, self._logical))
+            if routes.encoded:
+                self.encoded[key] = name
+            return
+        dtype = self._dtype(p, EXP_AVG, key)
+        routes.read[EXP_AVG], routes.dtypes[EXP_AVG] = key, dtype
+        # What loses nothing needs no cast=True, as for the weight.
+        wider = contents.is_master(name) and p.dtype == dtype == torch.float32 and stored.itemsize <= 4
+        if scale is not None or id(p) in self._was_8_bit or wider:
+            set_conversion(contents, key, scale)
+        else:
+            contents.check_tensor(key, dtype, shape)
 
     def _dtype(self, p: Tensor, entry: str, key: str) -> torch.dtype:
         """The dtype of a column of p's state: as it is here, or as `make_room` will make it."""
@@ -210,21 +263,49 @@ class IncomingState:
             for entry, t in self._new[name].items():
                 tensors[self._keys[name][entry]] = self._logical(p, t)
         for name, p in self._params.items():
-            for entry in self._saved_columns(name, p):
-                tensors[self._keys[name][entry]] = self._logical(p, self._optimizer.state[p][entry])
+            for entry, key in self._routes[name].read.items():
+                tensors[key] = self._logical(p, self._optimizer.state[p][entry])
         return tensors
+
+    def beside(self) -> list[Tensor]:
+        """Tensors that the load changes beside those that it reads into, once `make_room` has been called."""
+        state = self._optimizer.state
+        return [
+            state[p][column]
+            for name, p in self._params.items()
+            for column in self._columns_beside(name, p)
+            if self._routes[name].filled
+        ]
+
+    def staged(self, key: str) -> tuple[Tensor, Callable[[], None]]:
+        """Memory to read a momentum into that is encoded.
+
+        Args:
+            key: a key of ``encoded``.
+
+        Returns:
+            A tensor to read into, float32, in the shape of the whole parameter; and a function to call then.
+        """
+        p = self._params[self.encoded[key]]
+        codes = self._logical(p, self._optimizer.state[p][EXP_AVG])
+        runs = code_runs(parts_of(codes), parts_of(self._optimizer.state[p][EXP_AVG_SCALE]))
+        buffers = [run.empty() for run in runs]
+
+        def encode() -> None:
+            for run, (buffer, _) in zip(runs, buffers, strict=True):
+                run.take(buffer)
+
+        return self._logical.like(p, codes, [view for _, views in buffers for view in views]), encode
 
     def _make_columns(self, undo: ExitStack) -> None:
         """Makes the columns of every parameter that lacks one that the checkpoint holds."""
         optimizer = self._optimizer
         lacking: dict[str, tuple[StateColumn, ...]] = {}
         for name, p in self._params.items():
-            own, saved = optimizer.state.get(p) or {}, self._saved_columns(name, p)
-            if any(entry not in own for entry in saved):
-                keys, columns = self._keys[name], state_columns(p, self._group_of[id(p)])
-                lacking[name] = tuple(
-                    replace(c, dtype=self._dtype(p, c.name, keys[c.name])) if c.name in saved else c for c in columns
-                )
+            own, routes = optimizer.state.get(p) or {}, self._routes[name]
+            if any(entry not in own for entry in routes.filled):
+                columns = state_columns(p, self._group_of[id(p)])
+                lacking[name] = tuple(replace(c, dtype=routes.dtypes.get(c.name, c.dtype)) for c in columns)
         if isinstance(optimizer, ShardedLion):
             if lacking:
                 new = {self._params[name]: columns for name, columns in lacking.items()}
@@ -241,10 +322,10 @@ class IncomingState:
             for (p, _), t in zip(pairs, made, strict=True):
                 optimizer.state[p] = {**optimizer.state.get(p, {}), entry: t}
 
-    def _saved_columns(self, name: str, p: Tensor) -> list[str]:
-        """Names of the columns of p's state that the checkpoint holds."""
-        keys = self._keys.get(name, {})
-        return [column.name for column in state_columns(p, self._group_of[id(p)]) if column.name in keys]
+    def _columns_beside(self, name: str, p: Tensor) -> list[str]:
+        """Names of the columns of p's state that the checkpoint does not hold."""
+        columns = state_columns(p, self._group_of[id(p)])
+        return [column.name for column in columns if column.name not in self._routes[name].read]
 
     def apply(self) -> None:
         """Loads groups and entries once the tensors are loaded. Under `ShardedLion` a collective call."""
@@ -253,8 +334,13 @@ class IncomingState:
         name_of = {id(p): name for name, p in self._params.items()}
         columns: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(params):
-            if saved := self._saved_columns(name_of[id(p)], p):
-                columns[i] = {entry: optimizer.state[p][entry] for entry in saved}
+            name = name_of[id(p)]
+            routes, beside = self._routes[name], self._columns_beside(name, p)
+            if routes.filled:
+                for entry in beside:
+                    if entry not in routes.filled:  # such as the remainder of a weight that was saved in bfloat16
+                        _fill_zeros(optimizer.state[p][entry])
+                columns[i] = {entry: optimizer.state[p][entry] for entry in (*routes.read, *beside)}
         for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
             del optimizer.state[key]
         optimizer.load_state_dict({"state": columns, "param_groups": self._groups})
@@ -273,6 +359,17 @@ class IncomingState:
                 f"({', '.join(self._fresh[:5])}): their state starts at zero. If they are to stay frozen, call "
                 "requires_grad_(False) on them before load()"
             )
+
+
+def _fill_zeros(t: Tensor) -> None:
+    with torch.no_grad():
+        for part in parts_of(t):
+            part.zero_()
+
+
+def _to_dtype(value: Any) -> Any:
+    """A dtype that was given by its name, as in a state_dict() that torch's own functions have saved."""
+    return DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 def _on_device(entries: dict[str, Any], p: Tensor) -> dict[str, Any]:
