@@ -16,7 +16,9 @@ from .update import codecs
 from .update.state import EXP_AVG, StateColumn
 
 BLOCK = codecs.BLOCK
-PIECE = 1 << 20  # elements that are converted at a time, a multiple of BLOCK: a conversion needs several temporary tensors
+PIECE = (
+    1 << 20
+)  # elements that are converted at a time, a multiple of BLOCK: a conversion needs several temporary tensors
 
 
 def scales_of(numel: int) -> int:

@@ -42,7 +42,8 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(THREADS - 1)]
+    count = min(THREADS, len(remaining)) - 1
+    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(count)]
     started = []
     for helper in helpers:
         with contextlib.suppress(RuntimeError):  # the interpreter is ending: this thread does all the work

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..dtypes import DTYPES
 from ..fsdp import new_state
-from ..param_groups import KEYS, Group, check_group, state_columns, warn
+from ..param_groups import KEYS, Group, check_group, keep_storage, state_columns, warn
 from ..sharded_lion import ShardedLion, shard_with_columns
 from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 from .codes import code_runs
@@ -133,11 +133,12 @@ class IncomingState:
         missing = [key for key in KEYS if key not in values and key not in _ADDED]
         if missing:
             raise ValueError(f"parameter group {number} of the checkpoint has no {', '.join(missing)}")
-        dtypes = saved, kept = _to_dtype(values["momentum_dtype"]), live["momentum_dtype"]
-        values["momentum_dtype"] = kept if self._contents.cast or dtypes.count(torch.int8) == 1 else saved
-        values["master_weights"] = live["master_weights"]
-        values.setdefault("rounding_step", 0)
+        if self._contents.cast:
+            values["momentum_dtype"] = live["momentum_dtype"]
+        else:  # the name of one was saved from state_dict(), through torch's own functions
+            values["momentum_dtype"] = _to_dtype(values["momentum_dtype"])
         try:
+            keep_storage(values, live)
             check_group({**live, **values})
         except OverflowError as error:
             raise ValueError(f"parameter group {number} of the checkpoint: {error}") from error
