@@ -2,7 +2,7 @@
 
 Blocks are counted in the memory order of the codes' tensor, which is the parameter's where this library made it. Of a
 sharded parameter each rank converts its own part: blocks begin at the start of that part, and the scales are a plain
-1-D tensor for it.
+1-D tensor for it. Nothing is communicated.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fsdp import local, new_state
+from .fsdp import local, placed_like
 from .memory_order import flat, is_dense, laid_out_like
 from .update import codecs
-from .update.state import EXP_AVG, StateColumn
 
 BLOCK = codecs.BLOCK
-PIECE = (
-    1 << 20
-)  # elements that are converted at a time, a multiple of BLOCK: a conversion needs several temporary tensors
+PIECE = 1 << 20  # elements that are converted at a time, a multiple of BLOCK: a conversion needs several temporaries
 
 
 def scales_of(numel: int) -> int:
@@ -35,13 +32,12 @@ def decoded(codes: Tensor, scale: Tensor, like: Tensor) -> Tensor:
         like: the parameter.
 
     Returns:
-        float32, in the shape, sharding and memory order of ``like`` and on its device. Exact.
+        float32, in the shape, sharding and memory order of ``like``, on the device of ``codes``. Exact.
     """
-    m = new_state([like], [StateColumn(EXP_AVG, torch.float32)])[0]
-    source = _dense(local(codes))
-    numbers = decoded_run(flat(source), scale.to(source.device))
-    local(m).copy_(numbers.as_strided(source.shape, source.stride()))
-    return m
+    part = local(codes)
+    part = part if is_dense(part) else part.contiguous()
+    m = decoded_run(flat(part), scale.to(part.device)).as_strided(part.shape, part.stride())
+    return placed_like(laid_out_like(m, _dense_layout(like)), like)
 
 
 def encoded(m: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,13 +51,17 @@ def encoded(m: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Codes, int8, in the shape, sharding and memory order of ``like``; scales, float32, shape (ceil(n / 128),) for
-        the n elements that this rank holds. Both are on the device of ``like``.
+        the n elements that this rank holds. Both are on the device of ``m``.
     """
-    codes = new_state([like], [StateColumn(EXP_AVG, torch.int8)])[0]
+    layout = _dense_layout(like)
+    codes, scale = encoded_run(flat(laid_out_like(local(m).detach(), layout)))
+    return placed_like(codes.as_strided(layout.shape, layout.stride()), like), scale
+
+
+def in_order_of(like: Tensor, codes: Tensor) -> bool:
+    """Whether the blocks of codes, in the shape of ``like``, are counted as those of ``like`` are."""
     part = local(codes)
-    run, scale = encoded_run(flat(laid_out_like(local(m), part)).to(part.device))
-    flat(part).copy_(run)
-    return codes, scale
+    return is_dense(part) and laid_out_like(part, _dense_layout(like)) is part
 
 
 def decoded_run(codes: Tensor, scale: Tensor) -> Tensor:
@@ -81,6 +81,6 @@ def encoded_run(m: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _dense(t: Tensor) -> Tensor:
-    """t itself if it is dense, else a copy that is."""
-    return t if is_dense(t) else t.contiguous()
+def _dense_layout(like: Tensor) -> Tensor:
+    """A tensor without memory, with the shape and strides that the momentum of a parameter has on this rank."""
+    return torch.empty_like(local(like), device="meta", memory_format=torch.preserve_format)
