@@ -70,6 +70,9 @@ ATTACKS: dict[str, tuple[Callable[[State], Any], str]] = {
     "master weights, a list": (put(master__short=["short"]), r"master\.short says .* marked by \['short'\]"),
     "master weights of momentum": (put(**{"master.": True}), r"master\. says that model\. "),
     "remainder in int32": (with_remainder(torch.ones(129).int()), r"short\.remainder is int32 .*; expected int16"),
+    "remainder with fractions": (with_remainder(torch.full((129,), 0.5)), r"short\.remainder has 0.5 in the check"),
+    "remainder out of range": (with_remainder(torch.full((129,), 2.0**15)), r"short\.remainder has 32768.0 in"),
+    "remainder of NaN": (with_remainder(torch.full((129,), float("nan"))), r"short\.remainder has nan in the che"),
     "remainder of another shape": (with_remainder(torch.ones(3).short()), r"short\.remainder has shape \(3,\)"),
 }  # fmt: skip
 
@@ -93,7 +96,8 @@ def test_bad_checkpoints_change_nothing(here: tuple[str, str], tmp_path: Path) -
             assert run.groups() == groups, attack
 
 
-def test_remainders_that_nobody_keeps_are_not_dropped_silently(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float32], ids=["int16", "float32"])
+def test_remainders_that_nobody_keeps_are_not_dropped_silently(dtype: torch.dtype, tmp_path: Path) -> None:
     """What torch's own functions save, through Writer: weights in bfloat16, and remainders beside them."""
     saved = Trained("master", "fp32", 1, range(2))
     checkpoint.save(tmp_path / "step-1", saved.model, saved.optimizer)
@@ -101,7 +105,7 @@ def test_remainders_that_nobody_keeps_are_not_dropped_silently(tmp_path: Path) -
     for name, p in saved.model.named_parameters():
         del state[f"master.{name}"]
         state[f"model.{name}"] = p.detach()
-        state[f"optim.state.{name}.remainder"] = saved.optimizer.state[p]["remainder"]
+        state[f"optim.state.{name}.remainder"] = saved.optimizer.state[p]["remainder"].to(dtype)
     write(tmp_path / "step-2", state)
     run = Trained("master", "fp32", 2, range(1)).load(tmp_path / "step-2")
     assert_same_tensors(run.everything(), saved.everything(), "with master weights")
