@@ -152,3 +152,25 @@ def test_parameters_that_are_frozen(tmp_path: Path) -> None:
     never.model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"model\.matrix is float32 in the checkpoint and torch.bfloat16 here"):
         never.load(tmp_path / "step-2")
+
+
+@pytest.mark.parametrize("saved", [("bf16", "bf16"), ("master", "int8"), ("fp32", "fp32")], ids=" ".join)
+def test_a_hook_that_raises_changes_nothing(saved: tuple[str, str], tmp_path: Path) -> None:
+    """Not the remainders and scales either, which are no tensors that are read into."""
+    run = Trained(*saved, seed=1, steps=FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    other = Trained("master", "int8", 2, FIRST)
+    before, groups = other.everything(), other.groups()
+
+    def hook(_: object) -> None:
+        assert_same_tensors(other.weights(), run.weights(), "loaded already")
+        raise OSError("a hook that fails")
+
+    handle = other.optimizer.register_load_state_dict_post_hook(hook)
+    with pytest.raises(OSError, match="a hook that fails"):
+        other.load(tmp_path / "step-1")
+    assert_same_tensors(other.everything(), before, "put back")
+    assert other.groups() == groups
+    handle.remove()
+    other.load(tmp_path / "step-1")
+    assert_same_tensors(other.weights(), run.weights(), "loaded")
