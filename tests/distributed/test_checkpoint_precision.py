@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from lion_dist import checkpoint
 from tests.asserts import assert_same_tensors
@@ -91,6 +93,27 @@ def test_pairs(tmp_path: Path) -> None:
     }  # fmt: skip
     table = over_world_sizes(saves, loads, tmp_path)
     assert len(table) == 6 * 7 + 7 * 2
+
+
+def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
+    """What torch's own functions make of the state and save through Writer, checkpoint.load reads."""
+    ways = [Way("stage1", "master", "int8"), Way("fsdp2", "master", "int8")]
+    for way in ways:
+        run = way.start(SEED, dist.group.WORLD).train(range(FIRST))
+        state = {
+            "model": get_model_state_dict(run.wrapped),
+            "optim": get_optimizer_state_dict(run.wrapped, run.optimizer),
+        }
+        dcp.save(state, storage_writer=checkpoint.Writer(folder / way.strategy))
+        weights, momenta = kept(run)
+        for here in (*ways, Way("fsdp1", "master", "fp32")):
+            run = here.start(SEED + 1, dist.group.WORLD).train(range(20, 21))
+            checkpoint.load(folder / way.strategy, run.wrapped, run.optimizer)
+            assert_loaded(run, here, way, weights, momenta, f"{way.strategy} by dcp.save -> {here.strategy}")
+
+
+def test_what_torchs_functions_save(tmp_path: Path) -> None:
+    run_ranks(body_torch_doors, 2, tmp_path, (tmp_path,))
 
 
 @pytest.mark.exhaustive

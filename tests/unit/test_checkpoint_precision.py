@@ -13,9 +13,12 @@ from lion_dist import checkpoint
 from lion_dist.memory_order import flat
 from lion_dist.update import codecs
 from tests.asserts import assert_same_bits, assert_same_tensors
-from tests.scenarios.precisions import MOMENTA, SHAPES, WEIGHTS, Trained, contents
+from tests.scenarios.precisions import MOMENTA, SHAPES, WEIGHTS, Trained, contents, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:lion_dist. lr:UserWarning")  # bfloat16 weights that stand still
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:lion_dist. lr:UserWarning"),  # bfloat16 weights that stand still
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 FIRST, MORE = range(4), range(4, 7)
 
 
@@ -174,3 +177,17 @@ def test_a_hook_that_raises_changes_nothing(saved: tuple[str, str], tmp_path: Pa
     handle.remove()
     other.load(tmp_path / "step-1")
     assert_same_tensors(other.weights(), run.weights(), "loaded")
+
+
+def test_a_checkpoint_of_a_version_without_these_forms(tmp_path: Path) -> None:
+    """Its groups lack their keys."""
+    run = Trained("fp32", "fp32", 1, FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    state = contents(tmp_path / "step-1")
+    for key in ("master_weights", "rounding_step"):
+        del state[f"optim.param_groups.0.{key}"]
+    write(tmp_path / "step-2", state)
+    for weights, momentum in (("fp32", "fp32"), ("master", "int8")):
+        other = Trained(weights, momentum, 2, FIRST).load(tmp_path / "step-2")
+        assert_same_tensors(other.weights(), run.weights(), weights)
+        assert other.groups()[0]["rounding_step"] == (len(FIRST) if momentum == "int8" else 0)
