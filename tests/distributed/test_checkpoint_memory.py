@@ -45,8 +45,9 @@ def body_memory(rank: int, world_size: int, folder: Path, form: str) -> tuple[fl
     numel = int(SHARD_BYTES / size / 4) * world_size
     model = nn.ParameterList(torch.ones(numel, dtype=dtype, device=device) for _ in range(4))
     optimizer = ShardedLion(model.parameters(), **options)
-    small = nn.Linear(8, 8).to(device)
-    checkpoint.async_save(folder / "warm", small, ShardedLion(small.parameters())).result()  # imports, threads, groups
+    small = nn.Linear(8, 8).to(device, dtype)
+    first = ShardedLion(small.parameters(), **options)
+    checkpoint.async_save(folder / "warm", small, first).result()  # imports, kernels, threads, groups
     before = reset_peak()
     checkpoint.save(folder / "c", model, optimizer)
     saved = peak() - before
