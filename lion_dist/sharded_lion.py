@@ -18,22 +18,21 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_stage, make_grad_source
 from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
-from .master_weights import NamedTensors, describe, find, put
+from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
+from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
 from .sharding.collectives import Membership
-from .sharding.replicas import (
-    DeferredCheck, bits_checksum, broadcast, broadcast_dense, describe_dense, refuse_differing,
-)  # fmt: skip
+from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import Shard, whole_state
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .stepper import Stepper
 from .uncompiled import uncompiled
 from .update.lion_update import check_use_triton
-from .update.state import REMAINDER, StateColumn
+from .update.state import StateColumn
 
 
 @uncompiled
@@ -196,13 +195,8 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def take_master_weights(self, named: NamedTensors) -> None:
-        """Sets parameters and their remainders to float32 weights, as `Lion.take_master_weights` does; a collective
-        call, with the same weights on every rank."""
-        with Agreement(self._group, "ShardedLion.take_master_weights()") as agreement:
-            found = find(self.param_groups, self.state, named)
-            agreement.says(describe(found, bits_checksum))
-        self.init_state()
-        put(found, lambda p: self.state[p][REMAINDER])
+        """As `Lion.take_master_weights`; a collective call, with the same weights on every rank."""
+        take_on_all_ranks(self, named, self._group, self.init_state)
 
     # Steps --------------------------------------------------------------------------------------
 
