@@ -25,7 +25,7 @@ class RoundingWarnings:
     """Warns once if weight decay rounds to nothing, and once if the update itself does.
 
     Weight decay changes a weight by lr * weight_decay of its value in each step. The update rounds to nothing if lr is
-    below half a unit in the last place of most 16-bit weights.
+    below half a unit in the last place of most 16-bit weights. Weights with master weights are float32 here.
 
     Both may be negligible during warm-up, so the check uses the largest lr that the schedule is known to reach when it
     looks at the weights. It does not check again if lr is lowered later, by hand or by a load, since that may be the
@@ -64,14 +64,14 @@ class RoundingWarnings:
         decay = lr * hyper.weight_decay
         for dtype in set(map(_DTYPE, group["params"])) & set(STORAGE_DTYPES):
             # Half the distance from a weight to its neighbour is at least eps/4 of the weight.
-            vanishes = decay <= torch.finfo(dtype).eps / 4
+            kept_in = _kept_in(dtype, group)
+            vanishes = decay <= torch.finfo(kept_in).eps / 4
             if vanishes and any(p.dtype == dtype and takes_part(p) for p in group["params"]):
                 self._decay_done = True
-                precision = "float32 weights (autocast keeps compute in 16 bits), or " if dtype in _HALVES else ""
                 warn(
-                    f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {dtype} weights, so "
-                    f"weight decay rounds to nothing. Use {precision}a larger weight_decay (Lion wants 3 to 10 times "
-                    "AdamW's)."
+                    f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {kept_in} weights, so "
+                    f"weight decay rounds to nothing. Use {_more_bits({kept_in})}a larger weight_decay (Lion wants 3 "
+                    "to 10 times AdamW's)."
                 )
                 return
 
@@ -92,7 +92,7 @@ class RoundingWarnings:
                 self._looked.add(i)
                 self._idle = [(j, p) for j, p in self._idle if j != i]
                 self._idle += [(i, p) for p in params if not takes_part(p)]
-                halves = (local(p) for p in params if p.dtype in _HALVES and takes_part(p))
+                halves = (local(p) for p in params if _kept_in(p.dtype, group) in _HALVES and takes_part(p))
                 weights += [(lr, w) for w in halves if is_plain(w) and w.numel()]
         self._reads -= waited
         if not weights:
@@ -100,12 +100,25 @@ class RoundingWarnings:
         share = _share_that_stays(weights)
         if share > 0.5:
             self._update_done = True
-            largest, dtypes = max(lr for lr, _ in weights), sorted({str(w.dtype) for _, w in weights})
+            largest, dtypes = max(lr for lr, _ in weights), {w.dtype for _, w in weights}
             warn(
                 f"lr = {largest:.3g} is below half a unit in the last place of {share:.0%} of the "
-                f"{' and '.join(dtypes)} weights other than 0, so that their update rounds to nothing and they do not "
-                "move. Use float32 weights (autocast keeps compute in 16 bits), or a larger lr."
+                f"{' and '.join(sorted(map(str, dtypes)))} weights other than 0, so that their update rounds to "
+                f"nothing and they do not move. Use {_more_bits(dtypes)}a larger lr."
             )
+
+
+def _kept_in(dtype: torch.dtype, group: Group) -> torch.dtype:
+    """The dtype in which the rule runs on weights of a dtype: float32 for bfloat16 weights with master weights."""
+    return torch.float32 if dtype == torch.bfloat16 and group.get("master_weights") else dtype
+
+
+def _more_bits(dtypes: set[torch.dtype]) -> str:
+    """The advice for weights of these dtypes, as the beginning of a list."""
+    if dtypes == {torch.float32}:
+        return ""
+    masters = "master_weights=True, or " if dtypes == {torch.bfloat16} else ""
+    return f"{masters}float32 weights (autocast keeps compute in 16 bits), or "
 
 
 def _on_gpu(lr: float | Tensor) -> bool:
