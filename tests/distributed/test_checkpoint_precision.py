@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from lion_dist import checkpoint
 from tests.asserts import assert_same_tensors
 from tests.harness import DEADLINE_S, run_ranks
+from tests.scenarios.checkpoint_form_runs import Way, assert_loaded, kept
+from tests.scenarios.checkpoint_forms import MOMENTA, WEIGHTS
 from tests.scenarios.checkpoint_toy import FIRST, MORE, OVER_TWO_DIMENSIONS, SEED, STRATEGIES
-from tests.scenarios.precision_runs import Way, assert_loaded, kept
-from tests.scenarios.precisions import MOMENTA, WEIGHTS
 
 Ways = tuple[tuple[str, str, str], ...]
 

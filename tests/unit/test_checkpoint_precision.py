@@ -13,7 +13,7 @@ from lion_dist import checkpoint
 from lion_dist.memory_order import flat
 from lion_dist.update import codecs
 from tests.asserts import assert_same_bits, assert_same_tensors
-from tests.scenarios.precisions import MOMENTA, SHAPES, WEIGHTS, Trained, contents, write
+from tests.scenarios.checkpoint_forms import MOMENTA, SHAPES, WEIGHTS, Trained, contents, write
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lion_dist. lr:UserWarning"),  # bfloat16 weights that stand still

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lion_dist import checkpoint
 from tests.asserts import assert_same_tensors
-from tests.scenarios.precisions import Trained, contents, write
+from tests.scenarios.checkpoint_forms import Trained, contents, write
 
 M, SCALE = "optim.state.short.exp_avg", "optim.state.short.exp_avg_scale"
 REMAINDER = "optim.state.short.remainder"

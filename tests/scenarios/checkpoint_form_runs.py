@@ -15,8 +15,8 @@ from lion_dist.checkpoint.logical import flat_slices
 from lion_dist.memory_order import flat
 from lion_dist.update import codecs
 from tests.asserts import assert_same_bits
+from tests.scenarios.checkpoint_forms import MOMENTA, WEIGHTS
 from tests.scenarios.checkpoint_toy import OVER_TWO_DIMENSIONS, Run
-from tests.scenarios.precisions import MOMENTA, WEIGHTS
 
 IN_PARTS = ("fsdp1", "fsdp2", *OVER_TWO_DIMENSIONS)  # strategies that cut parameters within blocks
 
