@@ -294,6 +294,9 @@ class Lion(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state_dict that every torch optimizer has. A group's ``momentum_dtype`` is its name ("float32").
 
+        Of parameters that FSDP or tensor parallelism shards, 8-bit momenta and remainders are shown as float32, which
+        torch can gather and reshard, and such a momentum has one ``exp_avg_scale`` of 1.
+
         For parameters that FSDP or tensor parallelism shards, it first makes missing state (see `init_state`), because
         torch's checkpoints load only the entries that the optimizer's state_dict already shows. It does the same for
         parameters for which a wrapper keeps entries, because `load_state_dict` refuses those without an ``exp_avg``.
@@ -328,7 +331,9 @@ class Lion(Optimizer):
         are matched by position too, since those functions have put the parameters in order. A state_dict whose
         ``param_names`` are damaged is refused if this optimizer has names.
 
-        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Momenta of sharded
+        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Where either the saved
+        group or this optimizer's has 8-bit momenta, and not both, this optimizer's ``momentum_dtype`` stays, and
+        momenta are converted. ``master_weights`` stays, too: missing remainders are zeros. Momenta of sharded
         parameters must be sharded like these, as torch's own functions return them (``set_optimizer_state_dict``,
         ``FSDP.optim_state_dict_to_load``). Groups take the saved hyper-parameters, as in every torch optimizer. Other
         entries of the state are loaded as torch's optimizers load them: tensors of a floating-point parameter in its

@@ -56,13 +56,13 @@ def find(groups: Sequence[Group], state: Mapping[Any, Any], named: NamedTensors)
     return [_checked(name, t, *place[name], state) for name, t in pairs]
 
 
-def put(found: Sequence[MasterWeight], remainder_of: Callable[[Tensor], Tensor | None]) -> None:
+def put(found: Sequence[MasterWeight], remainder_of: Callable[[Tensor], Tensor]) -> None:
     """Writes master weights.
 
     Args:
         found: as `find` returned them.
-        remainder_of: returns where the remainder of a parameter is kept, a tensor of any kind whose ``copy_`` takes one
-            of the shape of this rank's part of the parameter; None if it is kept nowhere.
+        remainder_of: returns where the remainder of a parameter is kept: a tensor, or a DTensor or BoxTensor that holds
+            a part of it.
     """
     for _, p, weight, keeps_remainder in found:
         part = local(p).detach()
@@ -72,9 +72,8 @@ def put(found: Sequence[MasterWeight], remainder_of: Callable[[Tensor], Tensor |
             continue
         rounded, r = split(weight)
         part.copy_(rounded)
-        remainder = remainder_of(p) if keeps_remainder else None
-        if remainder is not None:
-            remainder.copy_(r)
+        if keeps_remainder:
+            local(remainder_of(p)).copy_(r)
     dtensors = [p for _, p, _, _ in found if is_dtensor(p)]
     torch.autograd.graph.increment_version(dtensors)  # only the versions of their local tensors have risen
 
