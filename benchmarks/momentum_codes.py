@@ -11,14 +11,16 @@ Signs that differ: the share of elements at which sign(beta1*m + (1-beta1)*g) di
     float32 one that was given the same gradients. Lost: the sum of |c| over these elements, over the sum of all |c|.
 Spread: standard deviation, within a block, of the logarithm of the gradients' root mean squares.
 
-Gradients are simulated, and those of examples/train.py (preset tiny, trained with float32 Lion). FlashLion's own kernel
-runs in Triton's interpreter where there is no GPU (TRITON_INTERPRET=1, flashoptim on PYTHONPATH).
+Follow: the share of momenta that have the gradient's sign 800 steps after it changed, which it did after 800 steps, for
+    gradients of 1/1000 to 1 of their block's largest, which does not change.
+
+Gradients are simulated, and those of examples/train.py (preset tiny, trained with float32 Lion). momentum_walks.py has
+the comparison with FlashLion's own kernel, which needs a GPU or TRITON_INTERPRET=1, and flashoptim on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -28,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_dist import Lion
 from lion_dist.update import codecs
 from lion_dist.update.codecs import BLOCK, GOLDEN, seed_of
 
 from .byte_model import Training, make_config
+from .momentum_walks import share, spread_gradients, walks
 
 SPREADS = (0.5, 1.0, 1.75, 2.5)
 Store = Callable[[Tensor, int], Tensor]  # momenta, shape (blocks, BLOCK), and the step -> what is read back later
@@ -63,19 +65,19 @@ def floats(mantissa: int) -> Tensor:
     return 2**exponent * (1 + k / 2**mantissa - exponent) - 1
 
 
-# Levels, and the operations on one element, beside the division by the scale, that encoding and decoding take.
-# Special: a function that GPUs compute in a unit of a sixteenth or an eighth of the rate of additions (log2, exp2, a
-# reciprocal, a root), or a division, which is made of one. Inexact: the code's neighbours must be computed and compared,
-# or levels would depend on the backend's rounding of the special function.
+# Levels, and the operations on one element, beside those with the scale, that encoding and decoding take. Special: a
+# logarithm, exponential, root or reciprocal, which GPUs compute at an eighth or a quarter of the rate of additions. Its
+# last bits differ between backends, so that for equal codes two neighbouring levels must be computed and compared.
+FLOATS = "add; add integers, shift / shift, add integers; subtract"
 CODES: dict[str, tuple[Tensor, str]] = {
-    "linear": (powers(1), "multiply, add dither, floor | convert"),
-    "softsign": (softsign(), "3, a division; inexact | 3, a division"),
-    "square": (powers(2), "a root, 2; inexact | 1 multiply"),
-    "cube": (powers(3), "log2, exp2, 3; inexact | 2 multiplies"),
-    "logarithm": (logarithm(), "log2, 3, a case for 0; inexact | exp2, 1, a case for 0"),
-    "float, 3 bits": (floats(3), "add, add integers, shift | shift, add integers, subtract"),
-    "float, 4 bits": (floats(4), "add, add integers, shift | shift, add integers, subtract"),
-    "float, 5 bits": (floats(5), "add, add integers, shift | shift, add integers, subtract"),
+    "linear": (powers(1), "multiply, add, floor / convert"),
+    "softsign": (softsign(), "special, add, 2 multiplies, add, floor, comparison / special, subtract, multiply"),
+    "square": (powers(2), "special, multiply, add, floor, comparison / multiply"),
+    "cube": (powers(3), "2 special, 2 multiplies, add, floor, comparison / 2 multiplies"),
+    "logarithm": (logarithm(), "special, multiply, add, floor, comparison, case for 0 / special, multiply, case for 0"),
+    "float, 3 bits": (floats(3), FLOATS),
+    "float, 4 bits": (floats(4), FLOATS),
+    "float, 5 bits": (floats(5), FLOATS),
 }
 ROUNDINGS = ("nearest", "random", "Weyl")
 OURS, FLOAT32, BFLOAT16, FLASHLION = "codecs.py", "float32", "bfloat16", "FlashLion's rule, blocks of 32"
@@ -182,21 +184,13 @@ def simulated(spread: float, blocks: int, steps: int, betas: tuple[float, float]
     return compared.means(compared.differ, steps // 3)
 
 
-def spread_gradients(numel: int, period: int) -> Tensor:
-    """Gradients of 1/1000 to 1 of the largest of their block, which is the first of every ``period``; float32."""
-    generator = torch.Generator().manual_seed(2)
-    g = 10 ** (-3 * torch.rand(numel, generator=generator))
-    g[::period] = 1.0
-    return g
-
-
 def that_follow(store: Store, blocks: int, steps: int = 800, beta2: float = 0.99) -> float:
     """The share of momenta that have the gradient's sign ``steps`` after it changed, which it did after ``steps``."""
-    g = spread_gradients(blocks * BLOCK, 32).view(blocks, BLOCK).double()
-    m = torch.zeros_like(g)
+    before, after = (g.view(blocks, BLOCK).double() for g in spread_gradients(blocks * BLOCK))
+    m = torch.zeros_like(before)
     for step in range(2 * steps):
-        m = store(beta2 * m + (1 - beta2) * (g if step < steps else -g), step)
-    return float((m < 0).float().mean())
+        m = store(beta2 * m + (1 - beta2) * (before if step < steps else after), step)
+    return share(m < 0)
 
 
 # Gradients of a training ----------------------------------------------------------------------------
@@ -235,7 +229,7 @@ def real(betas: tuple[float, float], steps: int, every: int) -> dict[str, Any]:
         "spread": spreads(squares.sqrt()), "relative": relative(compared.exact),
         "mean_differ": compared.means(compared.differ, steps // 2),
         "mean_lost": compared.means(compared.lost, steps // 2),
-        "differ": compared.differ,
+        "differ": {name: [round(x, 5) for x in values] for name, values in compared.differ.items()},
     }  # fmt: skip
 
 
@@ -253,79 +247,6 @@ def relative(m: Tensor) -> dict[str, float]:
     """Quantiles over elements of |m| / largest |m| of the block. Blocks of zeros do not count."""
     largest = m.abs().amax(1, keepdim=True)
     return quantiles((m.abs() / largest)[largest[:, 0] > 0].flatten())
-
-
-# FlashLion ------------------------------------------------------------------------------------------
-
-Walk = Callable[[Tensor], Tensor]  # takes gradients, shape (n,), makes a step of lr 1, returns the weights
-
-
-def lion_walk(numel: int, momentum_dtype: torch.dtype) -> Walk:
-    p = torch.nn.Parameter(torch.zeros(numel))
-    optimizer = Lion([p], lr=1.0, betas=(0.9, 0.99), momentum_dtype=momentum_dtype)
-
-    def step(g: Tensor) -> Tensor:
-        p.grad = g
-        optimizer.step()
-        return p.detach().clone()
-
-    return step
-
-
-def flashlion_walk(numel: int) -> Walk:
-    """FlashLion's fused kernel with its quantised momentum, without the checks around it, which ask for a GPU."""
-    from flashoptim import optimizers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        # In Triton's interpreter: there is no GPU to ask, and NumPy no longer converts arrays of one element to indices.
-        optimizers._get_sm_count = lambda: 1
-        optimizers.range = lambda *bounds: range(*(int(getattr(x, "handle", x).data.item()) for x in bounds))
-    p, m = (torch.zeros(numel, dtype=dtype, device=device) for dtype in (torch.float32, torch.int8))
-    scales = torch.zeros(-(-numel // 32), dtype=torch.float16, device=device)
-
-    def step(g: Tensor) -> Tensor:
-        optimizers._fused_momentum_step(
-            m, scales, p, g.to(device), None, lr=1.0, mom_coef=0.99, update_coef=0.9, weight_decay=0.0, do_lion=True
-        )
-        return p.cpu().clone()
-
-    return step
-
-
-def wrong_way(walk: Walk, g: float, steps: int = 40, numel: int = 1024) -> float:
-    """Steps against the mean of the gradients +g, +g, +g, -g/2, repeated; the mean over elements."""
-    before, wrong = torch.zeros(numel), 0.0
-    for step in range(steps):
-        after = walk(torch.full((numel,), -g / 2 if step % 4 == 3 else g))
-        wrong += float((after > before).float().mean())
-        before = after
-    return wrong
-
-
-def walk_follows(walk: Walk, scale: float, steps: int = 800, numel: int = 1024) -> float:
-    """The share of weights that move with the gradient, once it is zero, ``steps`` after it changed its sign (of a
-    momentum's sign, which a step with a gradient of zero shows)."""
-    g = scale * spread_gradients(numel, 32)
-    for step in range(2 * steps):
-        before = walk(g if step < steps else -g)
-    return float((walk(torch.zeros(numel)) > before).float().mean())
-
-
-def walks() -> dict[str, dict[str, float]]:
-    """Wrong-way steps and the share that follows, of Lion and, where it is installed, FlashLion."""
-    makers: dict[str, Callable[[], Walk]] = {
-        "Lion, float32 momentum": lambda: lion_walk(1024, torch.float32),
-        "Lion, int8 momentum": lambda: lion_walk(1024, torch.int8),
-    }
-    if importlib.util.find_spec("flashoptim"):
-        makers["FlashLion's kernel"] = lambda: flashlion_walk(1024)
-    rows = {}
-    for name, make in makers.items():
-        rows[name] = {f"wrong {g:g}": wrong_way(make(), g) for g in (1e-3, 1e-6, 1e-10)}
-        rows[name] |= {f"follow {scale:g}": walk_follows(make(), scale) for scale in (1.0, 1e-6)}
-        print(name, rows[name], flush=True)
-    return rows
 
 
 # Output ---------------------------------------------------------------------------------------------
@@ -375,7 +296,7 @@ def report(found: dict[str, Any]) -> str:
         parts.append(table(
             [key, *runs[0][key]], [[run["betas"], *(f"{x:.4f}" for x in run[key].values())] for run in runs]
         ))  # fmt: skip
-    parts.append(table(["code", "encode | decode".replace("|", "/")], [[code, cost.replace("|", "/")] for code, (_, cost) in CODES.items()]))
+    parts.append(table(["code", "encode / decode"], [[code, cost] for code, (_, cost) in CODES.items()]))
     walked = found["walks"]
     parts.append(table(["", *next(iter(walked.values()))], [[name, *row.values()] for name, row in walked.items()]))
     return "\n\n".join(parts)
@@ -383,9 +304,9 @@ def report(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each training")
-    parser.add_argument("--every", type=int, default=4, help="of so many blocks of a parameter, one is compared")
-    parser.add_argument("--blocks", type=int, default=128, help="of the simulations")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--every", type=int, default=32, help="of so many blocks of a parameter, one is compared")
+    parser.add_argument("--blocks", type=int, default=32, help="of the simulations")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, help="the picture")
     options = parser.parse_args()

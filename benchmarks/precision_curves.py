@@ -160,8 +160,10 @@ def main() -> None:
             print(f"seed {one['seed']}, {one['precision']}: {one['val_loss']:.4f} ({one['seconds']} s)", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{machine}, torch {torch.__version__}, preset {options.preset}, {options.steps} steps, ", end="")
-    print(f"{options.seeds} seeds, {options.jobs} at a time: {time.monotonic() - began:.0f} s\n\n{summary(found['runs'])}")
+    what = (
+        f"{machine}, torch {torch.__version__}, preset {options.preset}, {options.steps} steps, {options.seeds} seeds"
+    )
+    print(f"\n{what}, {options.jobs} at a time: {time.monotonic() - began:.0f} s\n\n{summary(found['runs'])}")
 
 
 if __name__ == "__main__":
