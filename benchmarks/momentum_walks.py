@@ -77,16 +77,20 @@ def wrong_way(walk: Walk, g: float, steps: int = 40, numel: int = 1024) -> float
     return wrong
 
 
-def walk_follows(walk: Walk, scale: float, steps: int = 800, numel: int = 1024) -> float:
-    """As `that_follow`. A momentum's sign is shown by a step with a gradient of zero."""
+def walk_follows(walk: Walk, scales: tuple[float, ...], steps: int = 800, numel: int = 512) -> dict[str, float]:
+    """As `momentum_codes.that_follow`, by scale of the gradients. A step with a gradient of zero shows a momentum's
+    sign."""
     before, after = spread_gradients(numel)
     for step in range(2 * steps):
-        weights = walk(scale * (before if step < steps else after))
-    return share(walk(torch.zeros(numel)) > weights)
+        g = before if step < steps else after
+        weights = walk(torch.cat([scale * g for scale in scales]))
+    moved = (walk(torch.zeros(numel * len(scales))) > weights).view(len(scales), numel)
+    return {f"follow, {scale:g}": share(of) for scale, of in zip(scales, moved, strict=True)}
 
 
 def walks() -> dict[str, dict[str, float]]:
-    """Wrong-way steps and the share that follows, of Lion and, where it is installed, FlashLion."""
+    """Wrong-way steps of 40, by scale of the gradients, and the share that follows: of Lion and, where it is installed,
+    FlashLion."""
     makers: dict[str, Callable[[], Walk]] = {
         "Lion, float32 momentum": lambda: lion_walk(1024, torch.float32),
         "Lion, int8 momentum": lambda: lion_walk(1024, torch.int8),
@@ -95,7 +99,7 @@ def walks() -> dict[str, dict[str, float]]:
         makers["FlashLion's kernel"] = lambda: flashlion_walk(1024)
     rows = {}
     for name, make in makers.items():
-        rows[name] = {f"wrong {g:g}": wrong_way(make(), g) for g in (1e-3, 1e-6, 1e-10)}
-        rows[name] |= {f"follow {scale:g}": walk_follows(make(), scale) for scale in (1.0, 1e-6)}
+        rows[name] = {f"wrong way, {g:g}": wrong_way(make(), g) for g in (1e-3, 1e-6, 1e-10)}
+        rows[name] |= walk_follows(make(), (1.0, 1e-6))
         print(name, rows[name], flush=True)
     return rows
