@@ -3,11 +3,12 @@
 from typing import Any
 
 from . import deepspeed
+from .grad_norm import clip_grad_norm_
 from .lion import Lion
 from .sharded_lion import ShardedLion
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint", "deepspeed"]
+__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint", "clip_grad_norm_", "deepspeed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "ATEN_TO_COPY", "EXTRA_STATE", "FSDP_FLATTENED", "LAST_LR", "LOCAL_TENSOR", "SPEC", "WRAPPER_PREFIXES",
     "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id", "data_getter",
-    "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_", "foreach_zero_", "in_compiled_autograd",
+    "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_", "foreach_mul_", "foreach_norm",
+    "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "non_persistent_buffers", "post_accumulate_grad_hooks", "queue_backward_callback", "recompile_limit",
     "value_like_param", "version_of",
@@ -85,6 +86,8 @@ def post_accumulate_grad_hooks(p: Tensor) -> list[Callable[[Tensor], None]]:
 foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_div_: Callable[..., None] = torch._foreach_div_
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
+foreach_norm: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
 foreach_zero_: Callable[..., None] = torch._foreach_zero_
 
 # The function that GradScaler.unscale_ calls. The placeholder for gradients that have been reduced raises an error when
