@@ -138,6 +138,18 @@ def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[
     return [made[i] if i in made else _zeros(p, columns[i]) for i, p in enumerate(params)]
 
 
+def placed_like(t: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor, as a DTensor placed like another one; itself if ``like`` is no DTensor."""
+    if not is_dtensor(like):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        t.detach(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def _zeros(p: Tensor, column: StateColumn) -> Tensor:
     if column.block > 1:
         # A plain tensor: blocks begin at the start of this rank's part, so nothing can be said of the whole parameter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -12,7 +12,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, local, new_state
+from .fsdp import is_dtensor, is_flat_view, new_state
+from .lion_state import as_shown, copy_columns
+from .master_weights import NamedTensors, find, put
 from .members import Members
 from .param_groups import (
     check_params,
@@ -29,8 +31,6 @@ from .param_groups import (
 from .rounding import RoundingWarnings
 from .state_dicts import (
     IN_ORDER_OF_NAMES,
-    KeptAsIs,
-    Misfit,
     check_and_wrap_state,
     check_is_dict,
     unwrap,
@@ -38,7 +38,7 @@ from .state_dicts import (
 )
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
-from .update.state import StateColumn
+from .update.state import REMAINDER, StateColumn
 
 
 @dataclass
@@ -294,6 +294,9 @@ class Lion(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state_dict that every torch optimizer has. A group's ``momentum_dtype`` is its name ("float32").
 
+        Of parameters that FSDP or tensor parallelism shards, 8-bit momenta and remainders are shown as float32, which
+        torch can gather and reshard, and such a momentum has one ``exp_avg_scale`` of 1.
+
         For parameters that FSDP or tensor parallelism shards, it first makes missing state (see `init_state`), because
         torch's checkpoints load only the entries that the optimizer's state_dict already shows. It does the same for
         parameters for which a wrapper keeps entries, because `load_state_dict` refuses those without an ``exp_avg``.
@@ -304,7 +307,7 @@ class Lion(Optimizer):
         """
         if any(self._shows_state(p, group) for group in self.param_groups for p in group["params"]):
             self.init_state()
-        state_dict = with_named_dtypes(super().state_dict())
+        state_dict = as_shown(with_named_dtypes(super().state_dict()), self.param_groups)
         if any(is_flat_view(p) for group in self.param_groups for p in group["params"]):
             state_dict[IN_ORDER_OF_NAMES] = True
         return state_dict
@@ -328,7 +331,9 @@ class Lion(Optimizer):
         are matched by position too, since those functions have put the parameters in order. A state_dict whose
         ``param_names`` are damaged is refused if this optimizer has names.
 
-        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Momenta of sharded
+        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Where either the saved
+        group or this optimizer's has 8-bit momenta, and not both, this optimizer's ``momentum_dtype`` stays, and
+        momenta are converted. ``master_weights`` stays, too: missing remainders are zeros. Momenta of sharded
         parameters must be sharded like these, as torch's own functions return them (``set_optimizer_state_dict``,
         ``FSDP.optim_state_dict_to_load``). Groups take the saved hyper-parameters, as in every torch optimizer. Other
         entries of the state are loaded as torch's optimizers load them: tensors of a floating-point parameter in its
@@ -341,7 +346,7 @@ class Lion(Optimizer):
         # As the last of the pre-hooks it sees what the others made of the state_dict.
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             checked = check_and_wrap_state(given, self.param_groups, self.defaults, self.state)
-            self._copy_state(checked)
+            copy_columns(checked, self.param_groups, self.state)
             return checked
 
         check_is_dict(state_dict)
@@ -351,33 +356,28 @@ class Lion(Optimizer):
         finally:
             handle.remove()
 
-    def _copy_state(self, checked: dict[str, Any]) -> None:
-        """Puts copies in place of the state's tensors in a checked state_dict, as they will lie in the state."""
-        copies: dict[
-            str, list[tuple[dict[str, Any], Tensor, Any, StateColumn]]
-        ] = {}  # entry, parameter, source, column
-        for group, live in zip(checked["param_groups"], self.param_groups, strict=True):
-            for i, p in zip(group["params"], live["params"], strict=True):
-                entry = checked["state"].get(i, {})
-                for column in state_columns(p, group):
-                    given = entry.get(column.name)
-                    if isinstance(given, Misfit):
-                        continue
-                    if given is not None:
-                        t = given.value
-                        dtype = column.loaded_dtype(t.dtype)
-                        own = self.state.get(p, {}).get(column.name)
-                        if t is own and t.dtype == dtype and local(t).device == local(p).device:
-                            continue  # loaded in place, as lion_dist.checkpoint does
-                    elif checked["state"] and p.requires_grad and is_flat_view(p) and not p.numel():
-                        # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
-                        t, dtype = p.detach(), column.dtype
-                    else:
-                        continue
-                    entry = checked["state"].setdefault(i, entry)
-                    copies.setdefault(column.name, []).append((entry, p, t, replace(column, dtype=dtype)))
-        for name, of_column in copies.items():
-            made = new_state([p for _, p, _, _ in of_column], [column for *_, column in of_column])
-            for t, (entry, _, source, _) in zip(made, of_column, strict=True):
-                local(t).copy_(local(source))
-                entry[name] = KeptAsIs(t)
+    @torch.no_grad()
+    def take_master_weights(self, named: NamedTensors) -> None:
+        """Sets parameters, and the remainders of those that have master weights, to float32 weights.
+
+        So a model that was converted to bfloat16 goes on with all bits of the float32 weights::
+
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+            model.bfloat16()
+            optimizer = Lion(model.named_parameters(), master_weights=True)
+            optimizer.take_master_weights(weights)
+
+        Args:
+            named: names and float32 tensors, as pairs or a mapping. Names are those of the optimizer's parameters,
+                which must have been given with names; what wrappers such as DDP add to a name is ignored. Tensors have
+                the shapes of the parameters and, where these are sharded, their sharding; a plain tensor for a DTensor
+                is cut. Parameters that are not listed stay as they are. A frozen parameter that was never stepped
+                has no remainder: it is rounded.
+
+        Raises:
+            ValueError, TypeError: the optimizer has no names, or a name, shape, sharding or dtype does not fit; nothing
+                has been changed.
+        """
+        found = find(self.param_groups, self.state, named)
+        self.init_state()
+        put(found, lambda p: self.state[p][REMAINDER])

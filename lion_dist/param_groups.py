@@ -145,6 +145,26 @@ def complete_loaded_groups(groups: Sequence[Group], previous: Sequence[Group], d
         complete_group(group, *previous[i : i + 1], defaults)
 
 
+def keep_storage(loaded: Group, live: Group) -> None:
+    """Gives a loaded group the live group's decisions on how state is stored, in place.
+
+    These are ``master_weights`` and, where exactly one of the two groups has an 8-bit momentum, ``momentum_dtype``. A
+    loaded group without a ``rounding_step`` takes the live one.
+
+    Args:
+        loaded: a group of a state_dict or a checkpoint.
+        live: the optimizer's group.
+
+    Raises:
+        TypeError: a momentum cannot have the loaded ``momentum_dtype``.
+    """
+    dtypes = [to_dtype(group.get("momentum_dtype", live["momentum_dtype"])) for group in (loaded, live)]
+    if dtypes.count(torch.int8) == 1:
+        loaded["momentum_dtype"] = live["momentum_dtype"]
+    loaded["master_weights"] = live["master_weights"]
+    loaded.setdefault("rounding_step", live["rounding_step"])
+
+
 def warn_of_unknown_keys(group: Group, others: Iterable[Group]) -> None:
     """Warns of keys that neither Lion nor known other code reads, such as a typing error.
 

@@ -18,9 +18,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_stage, make_grad_source
 from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
+from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
+from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
 from .sharding.collectives import Membership
@@ -188,6 +190,11 @@ class ShardedLion(Optimizer):
             agreement.says(describe_dense(given, self._group))
         self._grads.settle()
         broadcast_dense(given, self._group)
+
+    @torch.no_grad()
+    def take_master_weights(self, named: NamedTensors) -> None:
+        """As `Lion.take_master_weights`; a collective call, with the same weights on every rank."""
+        take_on_all_ranks(self, named, self._group, self.init_state)
 
     # Steps --------------------------------------------------------------------------------------
 

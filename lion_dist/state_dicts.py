@@ -17,19 +17,21 @@ from torch import Tensor
 from ._torch_compat import value_like_param
 from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
-from .fsdp import is_dtensor, misfit
+from .fsdp import is_dtensor, is_flat_view, local, misfit
 from .hyper_values import shown
 from .param_groups import (
     Group,
     check_steppable,
     complete_group,
+    keep_storage,
     names_of,
     normalize_group,
     state_columns,
     warn_of_unknown_keys,
 )
 from .param_names import pair_groups
-from .update.state import EXP_AVG, StateColumn
+from .saved_momentum import in_kept_form, shows_float32
+from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 # Entries that only other optimizers have. Lion would misread the momentum beside one of them, or lose it.
 FOREIGN_ENTRIES = frozenset({
@@ -99,8 +101,9 @@ def check_and_wrap_state(
     Returns:
         A copy. Groups, and parameters in each, are in the order of the optimizer's, and hyper-parameters in the form in
         which they are stored. In the entry of each parameter, every value is in a `KeptAsIs`: columns as they were
-        given, everything else as a copy that was cast and moved by torch's own rule. Entries that belong to no
-        parameter are as they were given.
+        given, but for momenta that are kept in another form (saved_momentum.py); everything else as a copy that was
+        cast and moved by torch's own rule. Entries that belong to no parameter are as they were given. A missing
+        remainder counts as zeros; one that the parameter has no use for is left out.
 
     Raises:
         ValueError, TypeError: names the first thing that does not fit. Nothing has been changed.
@@ -121,10 +124,15 @@ def check_and_wrap_state(
     if any(isinstance(i, str) for i in ids):
         names.update(i for i in saved_state if isinstance(i, str))
     checked: dict[Any, Any] = {}
+    float32 = shows_float32(groups)
     for i, entry in saved_state.items():
         if i in place:
             p, saved = place[i]
-            checked[i] = _wrapped(i, entry, p, state_columns(p, saved), subclasses, state.get(p, {}), saved_groups)
+            columns, own = state_columns(p, saved), state.get(p, {})
+            _check_entry(i, entry, p, columns)
+            casts = float32 and is_flat_view(p) and p.dtype == torch.bfloat16
+            entry = in_kept_form(i, entry, p, columns, own, casts)
+            checked[i] = _wrapped(i, entry, p, columns, subclasses, own, saved_groups)
         elif isinstance(i, (int, Tensor)) or (i in names and isinstance(entry, Mapping) and EXP_AVG in entry):
             raise ValueError(f"the state_dict has state for parameter {shown(i)}, which is in none of its groups")
         else:
@@ -151,6 +159,7 @@ def _check_form(state_dict: Any) -> tuple[Sequence[Group], dict[Any, Any]]:
 def _completed(saved: Group, live: Group, defaults: Group) -> Group:
     group = dict(saved)
     complete_group(group, live, defaults)
+    keep_storage(group, live)
     normalize_group(group)
     if "param_names" in live:
         group["param_names"] = live["param_names"]
@@ -159,14 +168,14 @@ def _completed(saved: Group, live: Group, defaults: Group) -> Group:
 
 def _wrapped(
     i: Any,
-    entry: Any,
+    entry: Mapping[str, Any],
     p: Tensor,
     columns: Sequence[StateColumn],
     subclasses: tuple[type, ...],
     own: Mapping[str, Any],
     groups: Sequence[Group],
 ) -> dict[str, KeptAsIs]:
-    """Checks the entry of a parameter, and wraps its values.
+    """Checks the values in the entry of a parameter, and wraps them.
 
     Args:
         i: key of the entry.
@@ -177,13 +186,12 @@ def _wrapped(
         own: the optimizer's present entry.
         groups: all groups of the state_dict.
     """
-    _check_entry(i, entry, p, columns)
     wrapped: dict[str, KeptAsIs] = {}
     names = {column.name: column for column in columns}
     for key, value in entry.items():
-        if key not in names:
+        if key not in names and key not in (EXP_AVG_SCALE, REMAINDER):
             wrapped[key] = KeptAsIs(value if own.get(key) is value else _copy_for(p, i, key, value, groups))
-        elif _fits(i, names[key], value, p, subclasses):
+        elif key in names and _fits(i, names[key], value, p, subclasses):
             wrapped[key] = KeptAsIs(value)
         else:
             wrapped[key] = Misfit(value if own.get(key) is value else value.detach().clone())
@@ -195,7 +203,9 @@ def _check_entry(i: Any, entry: Any, p: Tensor, columns: Sequence[StateColumn]) 
     if not isinstance(entry, Mapping):
         raise ValueError(f"state of parameter {shown(i)} is a {type(entry).__name__}; expected a dict with {EXP_AVG!r}")
     foreign = FOREIGN_ENTRIES & entry.keys()
-    missing = any(column.name not in entry for column in columns)
+    # Momenta of numbers have no scales, and weights that were loaded without remainders have remainders of zeros.
+    needed = [column for column in columns if column.name != EXP_AVG_SCALE and not column.of_param]
+    missing = any(column.name not in entry for column in needed)
     if foreign or (entry and missing and takes_part(p)):
         names = " and ".join(repr(column.name) for column in columns)
         expected = f"and {sorted(foreign)} is not Lion's" if foreign else f"and Lion's has {names}"
@@ -229,8 +239,10 @@ def _fits(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type
 def _check_column(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tuple[type, ...]) -> None:
     """Raises ValueError or TypeError where t cannot be this column of p's state."""
     check_steppable(p, f"the state_dict has state for parameter {shown(i)}, which")
-    who, shape, dtypes = f"{column.name} of parameter {shown(i)}", column.shape(p.shape), column.loadable
-    if isinstance(t, Tensor) and (reason := misfit(t, p, shape)):
+    who, dtypes = f"{column.name} of parameter {shown(i)}", column.loadable
+    # Blocks are counted in this rank's part.
+    shape = column.shape(p.shape if column.block == 1 else local(p).shape)
+    if column.block == 1 and isinstance(t, Tensor) and (reason := misfit(t, p, shape)):
         raise ValueError(f"{who} {reason}")
     if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout != torch.strided:
         got = f"{tuple(t.shape)} {t.dtype} {t.layout}" if isinstance(t, Tensor) else type(t).__name__

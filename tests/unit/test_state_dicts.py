@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion
+from lion_dist import Lion, lion
 from lion_dist.param_groups import describe_groups
 from tests.asserts import assert_loaded, assert_same_bits
 from tests.mutations import mutated
@@ -253,15 +253,15 @@ def test_damaged_state_dicts_are_refused_whole_or_loaded(seeds: range) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_load_of_a_damaged_state_dict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = Lion._copy_state
+    copied = lion.copy_columns
 
-    def lost(self: Lion, checked: dict[str, Any]) -> None:
-        copied(self, checked)
+    def lost(checked: dict[str, Any], *rest: Any) -> None:
+        copied(checked, *rest)
         for entry in checked["state"].values():
             if isinstance(entry, dict) and "exp_avg" in entry:
                 entry["exp_avg"].value.zero_()
 
-    monkeypatch.setattr(Lion, "_copy_state", lost)
+    monkeypatch.setattr(lion, "copy_columns", lost)
     with pytest.raises(AssertionError, match="was loaded wrong"):
         load_damaged(range(20))
 

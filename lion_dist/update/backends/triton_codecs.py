@@ -70,24 +70,28 @@ def decode(codes, scale):
 
 @triton.jit
 def scales(largest):
-    """Scales of blocks whose largest momenta these are, and their inverses, which are 0 where the scale is."""
+    """Scales of blocks whose largest momenta these are, and their inverses, which are 0 where the scale is. The largest
+    is NaN where a block has no number: it counts as 0."""
     scale = (tl.div_rn(largest, _LARGEST_LEVEL).to(tl.int32, bitcast=True) & _SCALE_MASK).to(tl.float32, bitcast=True)
     scale = tl.where(largest > 0, tl.maximum(scale, _SMALLEST_SCALE), 0.0)
     return scale, tl.where(largest > 0, tl.div_rn(1.0, scale), 0.0)
 
 
 @triton.jit
-def encode(m, is_number, inverse, random):
+def encode(m, inverse, random):
     """The codes of codecs.encode.
 
+    [Note: Twice w] The low byte of the bits of 2 * w, without its last FRACTION bits, is the code.
+
     Args:
-        m: float32.
-        is_number: where it does not hold, the code is NaN's.
-        inverse: of the block's scale, broadcast to m.
+        m: float32, NaN where the code is to be NaN's.
+        inverse: twice that of the block's scale, broadcast to m.
         random: see `random_bits`.
     """
-    w = tl.minimum(tl.abs(m) * inverse + 1.0, _LAST_W)
+    w = tl.abs(m) * inverse + 2.0
+    bits = tl.minimum(w, 2 * _LAST_W).to(tl.int32, bitcast=True) | (m.to(tl.int32, bitcast=True) & -0x80000000)
     dither = (random >> (32 - _FRACTION)).to(tl.int32, bitcast=True)
-    k = ((w.to(tl.int32, bitcast=True) + dither) >> _FRACTION) - (_ONE_BITS >> _FRACTION)
-    k = tl.where(m < 0, -k, k)
-    return tl.where(is_number, k, _NAN_CODE).to(tl.int8)
+    # Where the sign bit is set this is a multiple of 256 less the code's size.
+    k = tl.abs((bits + dither) >> _FRACTION)
+    # Of m itself the comparison could be made before the inverse is known, and would occupy predicate registers.
+    return tl.where(w == w, k, _NAN_CODE).to(tl.int8)

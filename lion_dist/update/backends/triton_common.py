@@ -28,7 +28,8 @@ NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
 _NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
 _NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
 INFINITY = tl.constexpr(OVERFLOW[torch.float32])
-_OVERFLOW_BFLOAT16 = tl.constexpr(OVERFLOW[torch.bfloat16])
+# The product of a float32 and this number is infinite just where the float32 rounds to infinity in bfloat16.
+_TO_INFINITY_BFLOAT16 = tl.constexpr(float.fromhex("0x1.00804p+0"))
 _OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
 
 
@@ -86,10 +87,11 @@ def blend(g, m, hyper, grad_scale, M: tl.constexpr):
     m = m.to(tl.float32)
     c = beta1_64.to(tl.float32) * m + of_g1 * g
     m = beta2_64.to(tl.float32) * m + of_g2 * g
+    # x * 0 is 0 where x is finite, else NaN. A comparison and a selection would go to the busier half of the units.
     if (tl.float32 == M) | (tl.int8 == M):
-        c = tl.where(tl.abs(m) < INFINITY, c, float("nan"))
+        c = tl.fma(m, 0.0, c)
     elif tl.bfloat16 == M:
-        c = tl.where(tl.abs(m) < _OVERFLOW_BFLOAT16, c, float("nan"))
+        c = tl.fma(m * _TO_INFINITY_BFLOAT16, 0.0, c)
     else:
         c = tl.where(tl.abs(m) < _OVERFLOW_FLOAT16, c, float("nan"))
     return c, m

@@ -97,13 +97,12 @@ def _pack_block(
     WORD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     AT_ONCE: tl.constexpr = 16 if WHOLE else 1
+    M_AT_ONCE: tl.constexpr = AT_ONCE if SCALE is None or not WHOLE else LANES
     lanes = tl.arange(0, LANES)
     if SCALE is None:
-        M_AT_ONCE: tl.constexpr = AT_ONCE
         word = tl.arange(0, BLOCK // LANES)
         offsets = word[:, None] * LANES + lanes[None, :]
     else:  # blocks that share a scale, their words, and the lanes of those
-        M_AT_ONCE: tl.constexpr = LANES if WHOLE else 1
         blocks = tl.arange(0, BLOCK // SCALE_BLOCK)
         word = blocks[:, None] * (SCALE_BLOCK // LANES) + tl.arange(0, SCALE_BLOCK // LANES)[None, :]
         offsets = word[:, :, None] * LANES + lanes[None, None, :]
@@ -124,12 +123,11 @@ def _pack_block(
         store_rounded(m_pointer, m, finite, mask, M)
         packed = tl.sum(code << (2 * lanes[None, :]), axis=1)
     else:
-        size = tl.where(finite, tl.abs(m), 0.0)
-        if not WHOLE:
-            size = tl.where(mask, size, 0.0)
+        m += c - c  # see [Note: Not finite]
+        size = tl.abs(m) if WHOLE else tl.where(mask, tl.abs(m), 0.0)
         scale, inverse = scales(tl.max(tl.max(size, axis=2), axis=1))
         random = random_bits(row, start, offsets, hyper)
-        tl.store(m_pointer, encode(m, finite, inverse[:, None, None], random), mask=mask)
+        tl.store(m_pointer, encode(m, (inverse * 2.0)[:, None, None], random), mask=mask)
         tl.store(scale_pointer, scale, mask=scale_mask)
         packed = tl.sum(code << (2 * lanes[None, None, :]), axis=2)
     # Bits behind the end of a segment, up to a whole word, are padding.

@@ -1,0 +1,92 @@
+"""What `Lion` shows of its state in a state_dict, and how a state_dict becomes its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fsdp import is_dtensor, is_flat_view, local, new_state, placed_like
+from .momentum_codes import decoded
+from .param_groups import Group, state_columns
+from .saved_momentum import shows_float32
+from .state_dicts import KeptAsIs, Misfit
+from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
+
+
+def as_shown(packed: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
+    """A shallow copy of a state_dict in which torch can gather and shard what belongs to sharded parameters.
+
+    An 8-bit momentum is shown as float32, sharded as its parameter, with a scale of shape () that is 1: its own scales
+    belong to blocks of this rank's part, which neither torch nor a run on other ranks could use. A remainder is shown
+    as float32 too, because neither NCCL nor gloo sends int16, and under FSDP1 the momentum beside it as well (see
+    `saved_momentum.shows_float32`). Nothing is lost: the same cut loads the same bits.
+
+    Args:
+        packed: a state_dict.
+        groups: the optimizer's groups.
+    """
+    state = dict(packed["state"])
+    float32 = shows_float32(groups)
+    for saved, live in zip(packed["param_groups"], groups, strict=True):
+        for i, p in zip(saved["params"], live["params"], strict=True):
+            if i in state and (is_dtensor(p) or is_flat_view(p)):
+                state[i] = _shown(state[i], p, float32 and is_flat_view(p) and p.dtype == torch.bfloat16)
+    return {**packed, "state": state}
+
+
+def _shown(entry: Mapping[str, Any], p: Tensor, float32: bool) -> dict[str, Any]:
+    """An entry of a sharded parameter; ``float32``: whether its momentum is shown in this dtype."""
+    shown = dict(entry)
+    if _has_codes(entry, p):
+        shown[EXP_AVG] = decoded(entry[EXP_AVG], entry[EXP_AVG_SCALE], p)
+        shown[EXP_AVG_SCALE] = torch.ones((), device=local(p).device)
+    for name in (EXP_AVG, REMAINDER) if float32 else (REMAINDER,):
+        if name in shown:
+            shown[name] = placed_like(local(shown[name]).float(), shown[name])
+    return shown
+
+
+def _has_codes(entry: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether an entry holds an 8-bit momentum of p. A frozen parameter may have changed since its last step."""
+    codes = entry.get(EXP_AVG) if EXP_AVG_SCALE in entry else None
+    return isinstance(codes, Tensor) and codes.dtype == torch.int8 and codes.shape == p.shape
+
+
+def copy_columns(checked: dict[str, Any], groups: Sequence[Group], state: Mapping[Any, Any]) -> None:
+    """Puts copies in place of the state's tensors in a checked state_dict, as they will lie in the state.
+
+    Args:
+        checked: as `check_and_wrap_state` returned it.
+        groups, state: those of the optimizer.
+    """
+    # By column: entry, parameter, source, column.
+    copies: dict[str, list[tuple[dict[str, Any], Tensor, Tensor, StateColumn]]] = {}
+    for group, live in zip(checked["param_groups"], groups, strict=True):
+        for i, p in zip(group["params"], live["params"], strict=True):
+            entry = checked["state"].get(i, {})
+            for column in state_columns(p, group):
+                given = entry.get(column.name)
+                if isinstance(given, Misfit):
+                    continue
+                if given is not None:
+                    t = given.value
+                    dtype = column.loaded_dtype(t.dtype)
+                    own = state.get(p, {}).get(column.name)
+                    if t is own and t.dtype == dtype and local(t).device == local(p).device:
+                        continue  # loaded in place, as lion_dist.checkpoint does
+                elif checked["state"] and p.requires_grad and is_flat_view(p) and not p.numel():
+                    # FSDP1 hands over nothing for what this rank has nothing of; other ranks have, and so state.
+                    t, dtype = p.detach(), column.dtype
+                else:
+                    continue
+                entry = checked["state"].setdefault(i, entry)
+                copies.setdefault(column.name, []).append((entry, p, t, replace(column, dtype=dtype)))
+    for name, of_column in copies.items():
+        made = new_state([p for _, p, _, _ in of_column], [column for *_, column in of_column])
+        for t, (entry, _, source, _) in zip(made, of_column, strict=True):
+            local(t).copy_(local(source))
+            entry[name] = KeptAsIs(t)
