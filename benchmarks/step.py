@@ -1,7 +1,6 @@
 """The optimizer's step on one GPU: lion_dist.Lion, its peers and the floor, all from one run.
 
     python -m benchmarks.step                  # the table of RESULTS.md, some minutes; peers: pip install -e '.[bench]'
-    python -m benchmarks.step --sweep          # block size x warps of our kernel
     python -m benchmarks.step --check          # holds the numbers against limits.json; exits 1 if one is worse
     (from the repository's root; --json PATH keeps every reading, --quick gives a rough table sooner)
 
@@ -33,7 +32,7 @@ import torch
 from . import step_check
 from .measure import DEVICE, Spread, copy_bandwidth, cycles_a_ms, freed
 from .peer_steps import COMPILED, PEERS, Peer, missing
-from .step_extras import Extra, run_extras, sweep
+from .step_extras import Extra, run_extras
 from .step_model import MODES, Model, Reading, llama_shapes, make_ours, measure
 
 OURS = "lion_dist"
@@ -145,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every reading here")
     parser.add_argument("--quick", action="store_true", help="fewer readings, no torch.compile, no 2^31 elements")
-    parser.add_argument("--sweep", action="store_true", help="only try block sizes and warps of our kernel")
     parser.add_argument("--check", action="store_true", help="only compare with limits.json; exits 1 if worse")
     args = parser.parse_args(argv)
     # In bf16 the decay of this model rounds to nothing, which is what is measured.
@@ -168,18 +166,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     cycles = cycles_a_ms()
     raw: dict[str, Any] = {"environment": environment}
-    if args.sweep:
-        raw["sweep"] = sweep(repeats // 2 + 1, cycles)
-    else:
-        leave_out = {COMPILED} if args.quick else set()
-        modes = []
-        for mode in MODES:
-            with freed():
-                modes.append(run_mode(mode, repeats, cycles, leave_out))
-        extras = run_extras(repeats, cycles, large=not args.quick)
-        report(modes, extras, environment)
-        raw["modes"] = [asdict(m) for m in modes]
-        raw["extras"] = [asdict(e) for e in extras]
+    leave_out = {COMPILED} if args.quick else set()
+    modes = []
+    for mode in MODES:
+        with freed():
+            modes.append(run_mode(mode, repeats, cycles, leave_out))
+    extras = run_extras(repeats, cycles, large=not args.quick)
+    report(modes, extras, environment)
+    raw["modes"] = [asdict(m) for m in modes]
+    raw["extras"] = [asdict(e) for e in extras]
     print(f"\n{time.perf_counter() - began:.0f} s in all")
     if args.json:
         args.json.write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""Measurements of ours alone in benchmarks.step: further models, and the sweep of block sizes and warps."""
+"""Measurements of ours alone in benchmarks.step: further models."""
 
 from __future__ import annotations
 
@@ -91,39 +91,3 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
         else:
             add("one tensor of 2^31 + 128, bf16", past_int32, check_slices)
     return extras
-
-
-# The sweep ------------------------------------------------------------------------------------------
-
-
-def sweep(repeats: int, cycles: float) -> dict[str, Any]:
-    """Device time of our step for every block size and number of warps, in three passes that would show drift."""
-    from lion_dist.update.backends import triton_step  # needs triton, which the rest of benchmarks.step may lack
-
-    configs = [(block, warps) for block in (512, 1024, 2048, 4096, TILE) for warps in (2, 4, 8)]
-    raw: dict[str, Any] = {}
-    with freed():
-        bandwidth = copy_bandwidth(repeats)
-    for mode, dtype in MODES.items():
-        with freed():
-            model = Model.random(llama_shapes(), dtype)
-            floor = model.step_bytes / statistics.median(bandwidth) * 1e3
-            step = make_ours(model.groups())
-            times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
-            shipped = triton_step.LAUNCH[dtype.itemsize, False, False]
-            try:
-                for config in configs * 3:
-                    triton_step.LAUNCH[dtype.itemsize, False, False] = config
-                    step()  # compiles in the first pass
-                    (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
-                    times[config] += readings
-            finally:
-                triton_step.LAUNCH[dtype.itemsize, False, False] = shipped
-            del model, step
-        raw[mode] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
-        print(f"\n{mode}, ms a step (fraction of the floor, {floor:.2f} ms); shipped: {shipped[0]}, {shipped[1]} warps")
-        print("\n| BLOCK | 2 warps | 4 warps | 8 warps |\n|---|---|---|---|")
-        for block in dict.fromkeys(block for block, _ in configs):
-            medians = [statistics.median(times[block, warps]) for warps in (2, 4, 8)]
-            print(f"| {block} | " + " | ".join(f"{ms:.3f} ({floor / ms:.3f})" for ms in medians) + " |")
-    return raw

@@ -1,7 +1,7 @@
 """The step with master weights and with an 8-bit momentum on one GPU, beside its peers and the floor, all in one run.
 
     python -m benchmarks.step_precision            # the table, a minute; peers: pip install -e '.[bench]'
-    python -m benchmarks.step_precision --sweep    # block size x warps of our kernel, for the same mixes of dtypes
+    python -m benchmarks.step_precision --sweep    # block sizes, warps and registers of our kernel, the same mixes
     (from the repository's root; --json PATH keeps every reading, --only WORD... takes the rows with such words)
 
 Model and times: as in benchmarks.step; gradients have the same addresses in every step. Every row has a model of its
@@ -224,11 +224,12 @@ def run(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int, 
 
 # The sweep ------------------------------------------------------------------------------------------
 
-BLOCKS, PER_THREAD = (512, 1024, 2048, 4096), (8, 16, 32)  # elements of a block and of a thread
+BLOCKS, PER_THREAD = (512, 1024), (8, 16)  # elements of a block and of a thread
+REGISTERS = {8: (40, 48, 56), 16: (64, 80, 96)}  # most registers of a thread, by its elements
 
 
 def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int, cycles: float) -> dict[str, Any]:
-    """Device times of our step for block sizes and numbers of warps, in two passes that would show drift.
+    """Device times of our step for block sizes, warps and registers, in two passes that would show drift.
 
     Returns:
         The readings, by name.
@@ -242,10 +243,10 @@ def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int
             continue
         with measure.freed():
             shipped = triton_step.LAUNCH[contestant.launch]
-            configs = [(b, b // (32 * n)) for b in BLOCKS for n in PER_THREAD if 1 <= b // (32 * n) <= 16]
+            configs = [(b, b // (32 * n), r) for b in BLOCKS for n in PER_THREAD for r in REGISTERS[n]]
             row = build(contestant, shapes, {})
             row.host_us = measure.host_us(row.step, lambda: None, 3)
-            times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
+            times: dict[tuple[int, int, int], list[float]] = {config: [] for config in configs}
             copy_ms: list[float] = []
             try:
                 for config in configs * 2:
@@ -259,18 +260,19 @@ def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int
             row.copy_ms = copy_ms
             floor = row.floor_ms()
             del row
-        raw[contestant.name] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
+        raw[contestant.name] = {"floor_ms": floor, "ms": {f"{b}x{w}x{r}": t for (b, w, r), t in times.items()}}
         medians = {config: statistics.median(t) for config, t in times.items()}
-        print(f"\n{contestant.name}: fraction of the floor, {floor:.3f} ms; shipped: {shipped[0]} x {shipped[1]} warps")
-        for (block, warps), ms in sorted(medians.items(), key=lambda item: item[1]):
-            print(f"  {block} x {warps}: {floor / ms:.3f} ({ms:.3f} ms)", flush=True)
+        print(f"\n{contestant.name}: fraction of the floor, {floor:.3f} ms; shipped: {shipped}")
+        print("  elements a block, warps, most registers a thread")
+        for config, ms in sorted(medians.items(), key=lambda item: item[1]):
+            print(f"  {config}: {floor / ms:.3f} ({ms:.3f} ms)", flush=True)
     return raw
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every reading here")
-    parser.add_argument("--sweep", action="store_true", help="only try block sizes and warps of our kernel")
+    parser.add_argument("--sweep", action="store_true", help="only try block sizes, warps and registers of our kernel")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose names have such a word")
     parser.add_argument("--repeats", type=int, default=21, help="readings of each row")
     args = parser.parse_args(argv)

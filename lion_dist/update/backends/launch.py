@@ -20,7 +20,8 @@ def _kind(argument: Tensor | int | None) -> Any:
 
 
 def launch(
-    kernel: Any, programs: int, arguments: Sequence[Tensor | int | None], constants: Sequence[Any], num_warps: int
+    kernel: Any, programs: int, arguments: Sequence[Tensor | int | None], constants: Sequence[Any], num_warps: int,
+    max_registers: int | None = None,
 ) -> None:
     """Launches a kernel on the device of its first argument, a tensor, which must be the current device.
 
@@ -30,14 +31,16 @@ def launch(
         arguments: values of the other parameters, in order. None counts as a constexpr.
         constants: values of the constexpr parameters, in order.
         num_warps: number of warps of a program.
+        max_registers: number of registers that a thread may use; None leaves it to the compiler.
     """
-    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None, num_warps)
+    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None, num_warps, max_registers)
     key += (*map(_kind, arguments), *constants)
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(programs, 1, 1)](*arguments, *constants)
         return
     # No fused multiply-add: every product and sum is rounded on its own, as in reference.py.
-    compiled = kernel[(programs,)](*arguments, *constants, num_warps=num_warps, enable_fp_fusion=False)
+    options = {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}  # an option of NVIDIA's
+    compiled = kernel[(programs,)](*arguments, *constants, num_warps=num_warps, enable_fp_fusion=False, **options)
     if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled

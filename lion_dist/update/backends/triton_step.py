@@ -37,14 +37,15 @@ from .triton_common import (
 )
 
 # Bytes of a parameter element, whether the momentum has 8 bits, whether there are master weights -> (elements a block,
-# warps a block).
-LAUNCH = {
-    (4, False, False): (1024, 4),
-    (2, False, False): (1024, 2),
-    (2, False, True): (1024, 2),
-    (4, True, False): (1024, 4),
-    (2, True, False): (1024, 2),
-    (2, True, True): (1024, 2),
+# warps a block, most registers a thread). The masked path, which few blocks take, needs twice the registers of the other.
+# With as many, half as many threads would fit on the GPU, so the limit makes it spill instead.
+LAUNCH: dict[tuple[int, bool, bool], tuple[int, int, int | None]] = {
+    (4, False, False): (1024, 4, None),
+    (2, False, False): (512, 1, 64),
+    (2, False, True): (512, 2, 56),
+    (4, True, False): (512, 1, 80),
+    (2, True, False): (512, 2, 40),
+    (2, True, True): (512, 2, 48),
 }
 
 
@@ -144,7 +145,7 @@ def lion_step(
         active: as of `StepTensors`, on the table's device; None: all segments with a gradient are stepped.
     """
     scale, remainder = mix.place(EXP_AVG_SCALE), mix.place(REMAINDER)
-    block, num_warps = LAUNCH[mix.param.itemsize, scale is not None, remainder is not None]
+    block, num_warps, max_registers = LAUNCH[mix.param.itemsize, scale is not None, remainder is not None]
     table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(table.rows):
         launch(
@@ -157,4 +158,5 @@ def lion_step(
                 table.row_width, block,
             ),
             num_warps,
+            max_registers,
         )  # fmt: skip
