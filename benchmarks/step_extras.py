@@ -110,15 +110,15 @@ def sweep(repeats: int, cycles: float) -> dict[str, Any]:
             floor = model.step_bytes / statistics.median(bandwidth) * 1e3
             step = make_ours(model.groups())
             times: dict[tuple[int, int], list[float]] = {config: [] for config in configs}
-            shipped = triton_step.LAUNCH[dtype.itemsize]
+            shipped = triton_step.LAUNCH[dtype.itemsize, False, False]
             try:
                 for config in configs * 3:
-                    triton_step.LAUNCH[dtype.itemsize] = config
+                    triton_step.LAUNCH[dtype.itemsize, False, False] = config
                     step()  # compiles in the first pass
                     (readings,) = device_ms([step], lambda: None, [500.0], repeats, cycles)
                     times[config] += readings
             finally:
-                triton_step.LAUNCH[dtype.itemsize] = shipped
+                triton_step.LAUNCH[dtype.itemsize, False, False] = shipped
             del model, step
         raw[mode] = {"floor_ms": floor, "ms": {f"{b}x{w}": t for (b, w), t in times.items()}}
         print(f"\n{mode}, ms a step (fraction of the floor, {floor:.2f} ms); shipped: {shipped[0]}, {shipped[1]} warps")

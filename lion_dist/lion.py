@@ -14,14 +14,17 @@ from ._torch_compat import disable_dynamo
 from .frozen import takes_part
 from .fsdp import is_dtensor, is_flat_view, new_state
 from .lion_state import as_shown, copy_columns
+from .master_weights import NamedTensors, find, put
 from .members import Members
 from .param_groups import (
+    check_kept_form,
     check_params,
     check_steppable,
     complete_group,
     complete_loaded_groups,
     count_step,
     hyper_parameters,
+    kept_form,
     make_defaults,
     normalize_group,
     state_columns,
@@ -37,7 +40,7 @@ from .state_dicts import (
 )
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
-from .update.state import StateColumn
+from .update.state import REMAINDER, StateColumn
 
 
 @dataclass
@@ -219,6 +222,7 @@ class Lion(Optimizer):
             and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
             and members.state_ids == list(map(id, self.state.values()))
             and not any(map(takes_part, members.idle))
+            and members.forms == list(map(kept_form, self.param_groups))
         ):
             return members, {}
         return self._find_members()
@@ -234,8 +238,8 @@ class Lion(Optimizer):
             ``state``.
 
         Raises:
-            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, or a column has
-                different blocks in different groups.
+            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, a column has
+                different blocks in different groups, or the form of a momentum is not that of its group.
         """
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []
@@ -250,6 +254,8 @@ class Lion(Optimizer):
                 if not takes_part(p) and (only_taking_part or lacking):
                     idle.append(p)
                     continue
+                if takes_part(p):
+                    check_kept_form(p, own, group)
                 if lacking:
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
                 for column in lacking:
@@ -274,7 +280,8 @@ class Lion(Optimizer):
         everyone = frozenset(range(len(params)))
         absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
         dtensors = any(map(is_dtensor, params))
-        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids), new
+        forms = list(map(kept_form, self.param_groups))
+        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids, forms), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}
@@ -292,6 +299,9 @@ class Lion(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state_dict that every torch optimizer has. A group's ``momentum_dtype`` is its name ("float32").
+
+        Of parameters that FSDP or tensor parallelism shards, 8-bit momenta and remainders are shown as float32, which
+        torch can gather and reshard, and such a momentum has one ``exp_avg_scale`` of 1.
 
         For parameters that FSDP or tensor parallelism shards, it first makes missing state (see `init_state`), because
         torch's checkpoints load only the entries that the optimizer's state_dict already shows. It does the same for
@@ -327,7 +337,9 @@ class Lion(Optimizer):
         are matched by position too, since those functions have put the parameters in order. A state_dict whose
         ``param_names`` are damaged is refused if this optimizer has names.
 
-        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Momenta of sharded
+        Each momentum keeps the dtype it was saved in, unless its group has a ``momentum_dtype``. Where either the saved
+        group or this optimizer's has 8-bit momenta, and not both, this optimizer's ``momentum_dtype`` stays, and
+        momenta are converted. ``master_weights`` stays, too: missing remainders are zeros. Momenta of sharded
         parameters must be sharded like these, as torch's own functions return them (``set_optimizer_state_dict``,
         ``FSDP.optim_state_dict_to_load``). Groups take the saved hyper-parameters, as in every torch optimizer. Other
         entries of the state are loaded as torch's optimizers load them: tensors of a floating-point parameter in its
@@ -349,3 +361,29 @@ class Lion(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def take_master_weights(self, named: NamedTensors) -> None:
+        """Sets parameters, and the remainders of those that have master weights, to float32 weights.
+
+        So a model that was converted to bfloat16 goes on with all bits of the float32 weights::
+
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+            model.bfloat16()
+            optimizer = Lion(model.named_parameters(), master_weights=True)
+            optimizer.take_master_weights(weights)
+
+        Args:
+            named: names and float32 tensors, as pairs or a mapping. Names are those of the optimizer's parameters,
+                which must have been given with names; what wrappers such as DDP add to a name is ignored. Tensors have
+                the shapes of the parameters and, where these are sharded, their sharding; a plain tensor for a DTensor
+                is cut. Parameters that are not listed stay as they are. A frozen parameter that was never stepped
+                has no remainder: it is rounded.
+
+        Raises:
+            ValueError, TypeError: the optimizer has no names, or a name, shape, sharding or dtype does not fit; nothing
+                has been changed.
+        """
+        found = find(self.param_groups, self.state, named)
+        self.init_state()
+        put(found, lambda p: self.state[p][REMAINDER])

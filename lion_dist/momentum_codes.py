@@ -7,6 +7,8 @@ sharded parameter each rank converts its own part: blocks begin at the start of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,17 @@ def in_order_of(like: Tensor, codes: Tensor) -> bool:
     """Whether the blocks of codes, in the shape of ``like``, are counted as those of ``like`` are."""
     part = local(codes)
     return is_dense(part) and laid_out_like(part, _dense_layout(like)) is part
+
+
+def cast(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """A momentum in another dtype: itself if it has it, else a plain tensor or DTensor as ``m`` is, in its layout.
+
+    A NaN gets the form in which Lion stores it. Conversions of torch leave other bits.
+    """
+    if m.dtype == dtype:
+        return m
+    part = local(m).to(dtype)
+    return placed_like(part.masked_fill_(part.isnan(), math.nan), m)
 
 
 def decoded_run(codes: Tensor, scale: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _by_name(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
     """
     there, here = [list(g["param_names"]) for g in saved], [list(g["param_names"]) for g in groups]
     if set(chain(*there)) != set(chain(*here)):  # one of the models may be wrapped
-        plain_there, plain_here = list(map(_unwrapped, there)), list(map(_unwrapped, here))
+        plain_there, plain_here = list(map(without_wrappers, there)), list(map(without_wrappers, here))
         if set(chain(*plain_there)) == set(chain(*plain_here)):
             there, here = plain_there, plain_here
     if there == here:
@@ -97,7 +97,8 @@ def _by_name(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
     return found
 
 
-def _unwrapped(names: Sequence[str]) -> list[str]:
+def without_wrappers(names: Sequence[str]) -> list[str]:
+    """Names without the parts that wrappers such as DDP put into them."""
     return [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
 
 

@@ -19,7 +19,7 @@ from .dtypes import dtype_name
 from .frozen import is_freed
 from .fsdp import is_flat_view, local, misfit
 from .hyper_values import shown
-from .momentum_codes import BLOCK, decoded, decoded_run, encoded, encoded_run, in_order_of, scales_of
+from .momentum_codes import BLOCK, cast, decoded, decoded_run, encoded, encoded_run, in_order_of, scales_of
 from .param_groups import Group, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import memory_order
@@ -78,7 +78,7 @@ def in_kept_form(
         found = _from_codes(who, m, _checked_scales(who, m, scale, p), p, kept[EXP_AVG].dtype)
     elif m.dtype in _FLOATS:
         if casts and scale is None and kept[EXP_AVG].dtype != torch.int8:
-            m = m.to(kept[EXP_AVG].dtype)
+            m = cast(m, kept[EXP_AVG].dtype)
         found = _from_numbers(who, m, scale, p, kept[EXP_AVG].dtype, own)
     else:
         raise ValueError(
@@ -86,6 +86,7 @@ def in_kept_form(
             f"{EXP_AVG_SCALE}. Is this the state_dict of another model?"
         )
     if REMAINDER in rest:
+        _refuse_shared(who, m, rest[REMAINDER], p)
         rest[REMAINDER] = _integers(who, rest[REMAINDER], p)
     return {**found, **rest}
 
@@ -104,6 +105,16 @@ def _is_readable(t: Tensor) -> bool:
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.layout != torch.strided:
         return False
     return not t.is_meta and not is_freed(t)
+
+
+def _refuse_shared(who: str, m: Tensor, remainder: Any, p: Tensor) -> None:
+    """Raises ValueError where FSDP1 has written the remainders over the momentum."""
+    if is_flat_view(p) and isinstance(remainder, Tensor) and torch.equal(m, remainder) and m.any():
+        raise ValueError(
+            f"{EXP_AVG} and {REMAINDER} {who} are the same numbers: FSDP.optim_state_dict with FULL_STATE_DICT returns "
+            "one memory for all state of a parameter unless it copies from a GPU to the CPU, so the momentum is lost: "
+            "save through torch.distributed.checkpoint.state_dict.get_optimizer_state_dict or lion_dist.checkpoint"
+        )
 
 
 def _integers(who: str, remainder: Any, p: Tensor) -> Any:
@@ -154,7 +165,7 @@ def _from_codes(who: str, codes: Tensor, scale: Tensor, p: Tensor, dtype: torch.
             return {EXP_AVG: codes, EXP_AVG_SCALE: scale}
         return {EXP_AVG: _decoded_boxes(who, codes, scale, p, dtype)}
     if dtype != torch.int8:
-        return {EXP_AVG: decoded(codes, scale, p).to(dtype)}
+        return {EXP_AVG: cast(decoded(codes, scale, p), dtype)}
     if not in_order_of(p, codes):
         codes, scale = encoded(decoded(codes, scale, p), p)
     return {EXP_AVG: codes, EXP_AVG_SCALE: scale}
@@ -166,11 +177,11 @@ def _from_numbers(
     """A momentum of numbers in the form of ``dtype``. Numbers that have no scale stay in the dtype they have."""
     if scale is not None:
         factor = _factor(who, scale)
-        boxed = isinstance(m, BoxTensor)
-        if factor != 1:
-            m = m.map(lambda part: part.float() * factor) if boxed else m.float() * factor  # type: ignore[attr-defined]
-        if dtype != torch.int8:
-            m = m.to(dtype)
+        to = torch.float32 if dtype == torch.int8 else dtype
+        if isinstance(m, BoxTensor):
+            m = m.map(lambda part: cast(part.float() * factor, to), torch.empty(0, dtype=to, device=m.device))
+        else:
+            m = cast(m if factor == 1 else m.float() * factor, to)
     if dtype != torch.int8:
         return {EXP_AVG: m}
     codes, scale = _encoded_boxes(who, m, p, own) if isinstance(m, BoxTensor) else encoded(m, p)
@@ -205,7 +216,7 @@ def _runs(scale: BoxTensor, p: Tensor) -> _Runs:
 
 def _boxes_of(p: Tensor, runs: _Runs, numbers: Sequence[Tensor], dtype: torch.dtype) -> BoxTensor:
     like = torch.empty(0, dtype=dtype, device=p.device)
-    pairs = [(start, t.to(dtype)) for (start, _), t in zip(runs, numbers, strict=True)]
+    pairs = [(start, cast(t, dtype)) for (start, _), t in zip(runs, numbers, strict=True)]
     return BoxTensor.of_runs(p.shape, p.stride(), pairs, like)
 
 

@@ -18,9 +18,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_stage, make_grad_source
 from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
+from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
+from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
 from .sharding.collectives import Membership
@@ -162,9 +164,7 @@ class ShardedLion(Optimizer):
 
     def _adopt(self, unfrozen: list[int], call: str = "ShardedLion.step() after unfreezing parameters") -> None:
         """Shards frozen parameters, given by their indices, that take part by now; a collective call."""
-        sharded = [p for shard in self._shards for p in shard.params]
-        new = self._frozen.prepare(unfrozen, sharded, self.param_groups, call)
-        if new:
+        if new := self._frozen.prepare(unfrozen, self._shards, self.param_groups, call):
             self._shard(new)
 
     def init_state(self) -> None:
@@ -190,6 +190,11 @@ class ShardedLion(Optimizer):
             agreement.says(describe_dense(given, self._group))
         self._grads.settle()
         broadcast_dense(given, self._group)
+
+    @torch.no_grad()
+    def take_master_weights(self, named: NamedTensors) -> None:
+        """As `Lion.take_master_weights`; a collective call, with the same weights on every rank."""
+        take_on_all_ranks(self, named, self._group, self.init_state)
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -285,9 +290,8 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def check_replicas(self) -> None:
-        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits.
-
-        With param_sync="signs" the remainders of master weights are replicated, and are compared too.
+        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits. With
+        param_sync="signs" the remainders of master weights are replicated, and are compared too.
 
         Raises:
             RuntimeError: on every rank, where a replica differs; it names the parameters and the ranks.

@@ -193,7 +193,8 @@ class Shard:
         """Yields the whole state of each parameter in turn, by column name; a collective call.
 
         Yields:
-            Contiguous tensors on the CPU, in the shape that the column gives to the parameter's state. Where ``keep``
+            Tensors on the CPU, in the shape that the column gives to the parameter's state, contiguous or, where a
+            column has blocks, in the memory order of the parameter. Where ``keep``
             is False, this rank only contributes its part, and the dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
@@ -224,7 +225,8 @@ class Shard:
                 if i in tails:
                     t = tails[i]
                     flat(whole, head.numel()).copy_(staged.narrow(0, t.offset // column.block, column.numel(t.length)))
-                state[column.name] = whole.contiguous()
+                # Blocks are counted in memory order, which contiguous() would change.
+                state[column.name] = whole if any(c.block > 1 for c in self.columns) else whole.contiguous()
             offset += length
             yield {column.name: state[column.name] for column in self.columns if keep}
 

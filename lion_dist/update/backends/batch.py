@@ -23,6 +23,10 @@ class Mix(NamedTuple):
     state: tuple[torch.dtype, ...]
     columns: tuple[str, ...]
 
+    def place(self, column: str) -> int | None:
+        """Index of a state column of this name; None if there is none."""
+        return self.columns.index(column) if column in self.columns else None
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hypers import StepHypers
 from ..segments import Segment, SegmentTable, StepTensors
-from ..state import EXP_AVG
+from ..state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from . import triton_norm, triton_signs, triton_step
 from .batch import SIGNS, Mix, Prepared
 
@@ -27,6 +27,8 @@ class TritonBatch:
     def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, mix: Mix) -> None:
         # Kernels know the columns by their places in a row.
         assert mix.columns[0] in (EXP_AVG, SIGNS), f"the first state column must be {EXP_AVG}, got {mix.columns}"
+        assert (mix.state[0] == torch.int8) == (EXP_AVG_SCALE in mix.columns), f"8 bits, or a scale, alone: {mix}"
+        assert mix.param == torch.bfloat16 or REMAINDER not in mix.columns, f"a remainder of {mix.param}"
         self._table = SegmentTable(tensors, segments, device)
         self._mix = mix
 
@@ -42,12 +44,12 @@ class TritonBatch:
     def pack_signs(self, prepared: Prepared, hypers: StepHypers, signs: Tensor, checksum: Tensor, salt: int) -> None:
         device, tensors = self._table.device, prepared.tensors
         triton_signs.pack_signs(
-            self._table, self._mix.grad, hypers.table(device), hypers.grad_scale(device), tensors.active,
+            self._table, self._mix, hypers.table(device), hypers.grad_scale(device), tensors.active,
             tensors.state_of(0)[EXP_AVG], signs, checksum, salt,
         )  # fmt: skip
 
     def apply_signs(self, active: Tensor | None, table: Tensor, agree: Tensor) -> None:
-        triton_signs.apply_signs(self._table, self._mix.param, table, active, agree.view(torch.uint8))
+        triton_signs.apply_signs(self._table, self._mix, table, active, agree.view(torch.uint8))
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor:
         return triton_norm.sum_of_squares(self._table, self._mix.grad, prepared.tensors.active)

@@ -6,24 +6,30 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, WEIGHT_DECAY
-from ..segments import ENTRY, GROUP, LENGTH, PARAM, STATE, TILE, TILE_0
+from ..reference import BETA1, BETA2, GRAD_SIGN, HYPER_COLUMNS, LR, NAN_BITS, OVERFLOW, SEED, WEIGHT_DECAY
+from ..segments import ENTRY, FIRST, GROUP, LENGTH, PARAM, STATE, TILE, TILE_0
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
 
 # Module constants that a kernel reads must be constexpr.
 TILE_SIZE = tl.constexpr(TILE)
 PARAM_COLUMN, _LENGTH, GROUP_COLUMN = tl.constexpr(PARAM), tl.constexpr(LENGTH), tl.constexpr(GROUP)
-_TILE_0, _ENTRY = tl.constexpr(TILE_0), tl.constexpr(ENTRY)
+_TILE_0, _ENTRY, FIRST_COLUMN = tl.constexpr(TILE_0), tl.constexpr(ENTRY), tl.constexpr(FIRST)
 EXP_AVG_COLUMN = tl.constexpr(STATE)  # the momentum is the first state column
 HYPERS_WIDTH = tl.constexpr(HYPER_COLUMNS)
 LR_COLUMN, _WEIGHT_DECAY, _GRAD_SIGN = tl.constexpr(LR), tl.constexpr(WEIGHT_DECAY), tl.constexpr(GRAD_SIGN)
-_BETA1, _BETA2 = tl.constexpr(BETA1), tl.constexpr(BETA2)
-_NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
+_BETA1, _BETA2, SEED_COLUMN = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(SEED)
+NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
 _NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
 _NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
 INFINITY = tl.constexpr(OVERFLOW[torch.float32])
-_OVERFLOW_BFLOAT16 = tl.constexpr(OVERFLOW[torch.bfloat16])
+# The product of a float32 and this number is infinite just where the float32 rounds to infinity in bfloat16.
+_TO_INFINITY_BFLOAT16 = tl.constexpr(float.fromhex("0x1.00804p+0"))
 _OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
 
 
@@ -55,7 +61,7 @@ def store_rounded(pointer, x, is_number, mask, DTYPE: tl.constexpr):
     """Rounds float32 x to DTYPE and stores it. Where ``is_number`` does not hold, it stores NaN in its canonical form,
     reference.NAN_BITS."""
     if tl.float32 == DTYPE:
-        bits = tl.where(is_number, x.to(tl.int32, bitcast=True), _NAN_FLOAT32)
+        bits = tl.where(is_number, x.to(tl.int32, bitcast=True), NAN_FLOAT32)
     elif tl.bfloat16 == DTYPE:
         bits = tl.where(is_number, x.to(tl.bfloat16).to(tl.int16, bitcast=True), _NAN_BFLOAT16).to(tl.int16)
     else:
@@ -66,7 +72,7 @@ def store_rounded(pointer, x, is_number, mask, DTYPE: tl.constexpr):
 @triton.jit
 def blend(g, m, hyper, grad_scale, M: tl.constexpr):
     """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
-    returned c is NaN or infinite, and NaN must be stored for parameter and momentum."""
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum. Where M is int8, m is decoded."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
     beta1_64 = tl.load(hyper + _BETA1)
     beta2_64 = tl.load(hyper + _BETA2)
@@ -81,10 +87,11 @@ def blend(g, m, hyper, grad_scale, M: tl.constexpr):
     m = m.to(tl.float32)
     c = beta1_64.to(tl.float32) * m + of_g1 * g
     m = beta2_64.to(tl.float32) * m + of_g2 * g
-    if tl.float32 == M:
-        c = tl.where(tl.abs(m) < INFINITY, c, float("nan"))
+    # x * 0 is 0 where x is finite, else NaN. A comparison and a selection would go to the busier half of the units.
+    if (tl.float32 == M) | (tl.int8 == M):
+        c = tl.fma(m, 0.0, c)
     elif tl.bfloat16 == M:
-        c = tl.where(tl.abs(m) < _OVERFLOW_BFLOAT16, c, float("nan"))
+        c = tl.fma(m * _TO_INFINITY_BFLOAT16, 0.0, c)
     else:
         c = tl.where(tl.abs(m) < _OVERFLOW_FLOAT16, c, float("nan"))
     return c, m
@@ -95,3 +102,16 @@ def moved(p, change, lr64, hyper):
     """reference.parameter_rule, in float32."""
     decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
     return p.to(tl.float32) * decay - change
+
+
+@triton.jit
+def elements(address, DTYPE: tl.constexpr, start, offsets, HINT: tl.constexpr):
+    """Pointers to elements of a run of memory.
+
+    Args:
+        address: of the run's first element.
+        start, offsets: the elements' indices in the run are their sum.
+        HINT: number that the address is a multiple of. It is what lets a 16-byte access be made of an address that came
+            from memory.
+    """
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), HINT) + start + offsets

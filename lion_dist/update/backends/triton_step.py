@@ -2,7 +2,8 @@
 
 A program works on one block of elements: it finds its segment through the tile map, then reads p, g and m, and writes p
 and m, as 1-D memory. Blocks that are whole and 16-byte aligned (normally all but the last of a segment) take a path
-whose accesses the compiler can vectorise; the others are masked.
+whose accesses the compiler can vectorise; the others are masked. With an 8-bit momentum the elements are a matrix whose
+rows share a scale.
 
 No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are chosen by
 measurement (benchmarks/RESULTS.md).
@@ -15,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import TILE, SegmentTable
+from ..segments import STATE, TILE, SegmentTable
+from ..state import EXP_AVG_SCALE, REMAINDER
 from .batch import Mix
 from .launch import launch
+from .triton_codecs import SCALE_BLOCK, decode, encode, join, random_bits, scales, store_split
 from .triton_common import (
     EXP_AVG_COLUMN,
     GROUP_COLUMN,
@@ -27,40 +30,83 @@ from .triton_common import (
     TILE_SIZE,
     TRITON_DTYPES,
     blend,
+    elements,
     find_block,
     moved,
     store_rounded,
 )
 
-# Bytes of a parameter element -> (elements a block, warps a block).
-LAUNCH = {4: (1024, 4), 2: (1024, 2)}
+# Bytes of a parameter element, whether the momentum has 8 bits, whether there are master weights -> (elements a block,
+# warps a block).
+LAUNCH = {
+    (4, False, False): (1024, 4),
+    (2, False, False): (1024, 2),
+    (2, False, True): (1024, 2),
+    (4, True, False): (1024, 4),
+    (2, True, False): (1024, 2),
+    (2, True, True): (1024, 2),
+}
 
 
 @triton.jit
 def _step_block(
-    p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P: tl.constexpr, M: tl.constexpr
+    row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, REMAINDER: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    g = tl.load(g_pointer, mask=mask)
+    # Bytes that a thread reads of a tensor at once, if the block is whole and aligned.
+    AT_ONCE: tl.constexpr = 16 if WHOLE else 1
+    # Of 8 bits as many elements as of the widest tensor: otherwise they would be exchanged among threads.
+    WIDEST: tl.constexpr = max(P.primitive_bitwidth, G.primitive_bitwidth)
+    M_AT_ONCE: tl.constexpr = AT_ONCE if SCALE is None or not WHOLE else 128 // WIDEST
+    if SCALE is None:
+        offsets = tl.arange(0, BLOCK)
+    else:
+        blocks = tl.arange(0, BLOCK // SCALE_BLOCK)
+        offsets = blocks[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
+    mask = None if WHOLE else start + offsets < length
+    g = tl.load(elements(g_address, G, start, offsets, AT_ONCE), mask=mask)
+    m_pointer = elements(m_address, M, start, offsets, M_AT_ONCE)
     m = tl.load(m_pointer, mask=mask)
+    p_pointer = elements(p_address, P, start, offsets, AT_ONCE)
     p = tl.load(p_pointer, mask=mask)
+    if REMAINDER is not None:
+        r_pointer = elements(r_address, tl.int16, start, offsets, AT_ONCE)
+        p = join(p, tl.load(r_pointer, mask=mask))
+    if SCALE is not None:
+        scale_pointer = elements(tl.load(row + SCALE), tl.float32, start // SCALE_BLOCK, blocks, 4)
+        scale_mask = None if WHOLE else start + blocks * SCALE_BLOCK < length
+        m = decode(m, tl.load(scale_pointer, mask=scale_mask)[:, None])
     c, m = blend(g, m, hyper, grad_scale, M)
     lr64 = tl.load(hyper + LR_COLUMN)
     lr = lr64.to(tl.float32)
     # [Note: Not finite] x - x is +0 where x is finite, else NaN, which sums pass on. A condition would have to be kept
     # for each element until it is stored, and predicate registers are few: that took 9 % of the time in 16 bits.
     zero = c - c
-    # lr * sign: one product for each sign, not for each element.
-    change = tl.where(c > 0, lr, tl.where(c < 0, -lr, lr * 0.0)) + zero
+    # The comparisons become numbers in one instruction each, and occupy no predicate registers.
+    change = lr * ((c > 0).to(tl.float32) - (c < 0).to(tl.float32)) + zero
     p = moved(p, change, lr64, hyper)
-    store_rounded(m_pointer, m, zero == zero, mask, M)
+    if SCALE is None:
+        store_rounded(m_pointer, m, zero == zero, mask, M)
     if lr != 0:
-        store_rounded(p_pointer, p, p == p, mask, P)
+        if REMAINDER is None:
+            store_rounded(p_pointer, p, p == p, mask, P)
+        else:
+            store_split(p_pointer, r_pointer, p, mask)
+    if SCALE is not None:
+        m += zero
+        size = tl.abs(m) if WHOLE else tl.where(mask, tl.abs(m), 0.0)
+        scale, inverse = scales(tl.max(size, axis=1))  # the maximum ignores NaN
+        random = random_bits(row, start, offsets, hyper)
+        tl.store(m_pointer, encode(m, (inverse * 2.0)[:, None], random), mask=mask)
+        tl.store(scale_pointer, scale, mask=scale_mask)
 
 
 @triton.jit
 def _lion_kernel(
     rows, tile_segments, grad_addresses, active, hypers, grad_scale,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, REMAINDER: tl.constexpr,
+    ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS_PER_TILE: tl.constexpr = TILE_SIZE // BLOCK
     program = tl.program_id(0)
@@ -68,23 +114,21 @@ def _lion_kernel(
     segment, row, start, length, takes_part = find_block(rows, tile_segments, tile, block, active, ROW, BLOCK)
     p_address = tl.load(row + PARAM_COLUMN)
     m_address = tl.load(row + EXP_AVG_COLUMN)
+    r_address = p_address if REMAINDER is None else tl.load(row + REMAINDER)
     group = tl.load(row + GROUP_COLUMN)
     g_address = tl.load(grad_addresses + segment)
     if takes_part & (g_address != 0):
         hyper = hypers + group * HYPERS_WIDTH
-        offsets = tl.arange(0, BLOCK)
-        if (start + BLOCK <= length) & (((p_address | g_address | m_address) % 16) == 0):
-            # The hint is what lets a 16-byte access be made of an address that came from memory.
-            p_pointer = tl.multiple_of(p_address.to(tl.pointer_type(P)), 16) + start + offsets
-            g_pointer = tl.multiple_of(g_address.to(tl.pointer_type(G)), 16) + start + offsets
-            m_pointer = tl.multiple_of(m_address.to(tl.pointer_type(M)), 16) + start + offsets
-            _step_block(p_pointer, g_pointer, m_pointer, None, hyper, grad_scale, P, M)
+        if (start + BLOCK <= length) & (((p_address | g_address | m_address | r_address) % 16) == 0):
+            _step_block(
+                row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                P, G, M, SCALE, REMAINDER, BLOCK, WHOLE=True,
+            )  # fmt: skip
         else:
-            mask = start + offsets < length
-            p_pointer = p_address.to(tl.pointer_type(P)) + start + offsets
-            g_pointer = g_address.to(tl.pointer_type(G)) + start + offsets
-            m_pointer = m_address.to(tl.pointer_type(M)) + start + offsets
-            _step_block(p_pointer, g_pointer, m_pointer, mask, hyper, grad_scale, P, M)
+            _step_block(
+                row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                P, G, M, SCALE, REMAINDER, BLOCK, WHOLE=False,
+            )  # fmt: skip
 
 
 def lion_step(
@@ -93,13 +137,14 @@ def lion_step(
     """Steps every active segment of the table, in one launch on the table's device.
 
     Args:
-        table: with the gradients of this step; dtypes as in ``mix``, the momentum as its first state column.
+        table: with the gradients of this step; dtypes and columns as in ``mix``, its first state column the momentum.
         mix: storage dtypes.
         hypers: float64, shape (groups, HYPER_COLUMNS), on the table's device.
         grad_scale: float32, shape (), on the table's device, or None for 1.
         active: as of `StepTensors`, on the table's device; None: all segments with a gradient are stepped.
     """
-    block, num_warps = LAUNCH[mix.param.itemsize]
+    scale, remainder = mix.place(EXP_AVG_SCALE), mix.place(REMAINDER)
+    block, num_warps = LAUNCH[mix.param.itemsize, scale is not None, remainder is not None]
     table.keep_for_launch(hypers, grad_scale, active)
     with torch.cuda.device_of(table.rows):
         launch(
@@ -108,6 +153,7 @@ def lion_step(
             (table.rows, table.tile_segments, table.grad_addresses, active, hypers, grad_scale),
             (
                 TRITON_DTYPES[mix.param], TRITON_DTYPES[mix.grad], TRITON_DTYPES[mix.state[0]],
+                None if scale is None else STATE + scale, None if remainder is None else STATE + remainder,
                 table.row_width, block,
             ),
             num_warps,

@@ -1,0 +1,84 @@
+"""Master weights and 8-bit momenta on a GPU: the bits of reference.py on the CPU, in one launch and in two halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lion_dist import Lion
+from lion_dist.update.lion_update import LionUpdate
+from lion_dist.update.segments import TILE
+from tests.asserts import assert_same_bits
+from tests.scenarios.precise_runs import BF16, F32, HYPERS, I8, KINDS, Kind, Runs, Whole
+
+from .common import GPU, needs_gpu
+
+pytestmark = needs_gpu
+
+# Around a block that shares a scale, around what a program steps, and around a tile; several tiles.
+LENGTHS = (1, 2, 127, 128, 129, 1023, 1024, 1025, TILE - 1, TILE, TILE + 1, 3 * TILE + 5)
+SHIFTS = (
+    (0, 0, 0, 0),
+    (1, 0, 0, 0),
+    (0, 0, 0, 0),
+    (0, 3, 0, 0),
+    (0, 0, 0, 0),
+    (0, 0, 5, 0),
+    (0, 0, 0, 1),
+    (8, 8, 16, 8),
+)
+BOTH = Kind(BF16, BF16, I8, True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_mix_gives_the_references_bits(kind: Kind) -> None:
+    """Each length meets the aligned path and an unaligned one."""
+    whole = Whole([kind], [n for n in LENGTHS for _ in range(2)], LionUpdate(None), GPU, SHIFTS)
+    for number, (scale, inactive) in enumerate([(None, ()), (0.37, (3, 8)), (1e-38, ()), (-1e30, (1,)), (1.0, ())]):
+        whole.step([h._replace(seed=h.seed ^ number) for h in HYPERS], scale, inactive)
+        whole.check(f"step {number}")
+
+
+def test_groups_with_other_columns() -> None:
+    kinds = [BOTH, Kind(F32, F32, F32, False), Kind(BF16, F32, BF16, True), Kind(F32, BF16, I8, False)]
+    whole = Whole(kinds, LENGTHS, LionUpdate(None), GPU)
+    for number in range(3):
+        whole.step(HYPERS, inactive=(4,) if number == 1 else ())
+        whole.check(f"step {number}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_two_halves_give_the_references_bits(kind: Kind) -> None:
+    firsts = [128 * (i % 5) for i in range(len(LENGTHS))]
+    runs = Runs(kind, firsts, LENGTHS, GPU)
+    update = LionUpdate(None)
+    for number, agree in enumerate((True, False, True)):
+        runs.step(update, None, [h._replace(seed=h.seed ^ number) for h in HYPERS], agree)
+        runs.check(f"step {number}")
+
+
+@pytest.mark.filterwarnings("ignore:lion_dist. lr . weight_decay")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("master", [False, True])
+def test_lion_on_a_gpu_equals_lion_on_the_cpu(dtype: torch.dtype, master: bool) -> None:
+    """Whole optimizers, whose steps count for the rounding; some gradients are missing in some steps."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(300, 7), (1,), (TILE + 3,), (129,)]
+    cpu = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    gpu = [p.detach().to(GPU, copy=True).requires_grad_() for p in cpu]
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "momentum_dtype": "int8", "master_weights": master}
+    ours, theirs = Lion(gpu, **options), Lion(cpu, **options)
+    for number in range(10):
+        for i, (p, q) in enumerate(zip(gpu, cpu, strict=True)):
+            g = torch.randn(q.shape, generator=generator).to(dtype)
+            q.grad = None if i == number % 5 else g
+            p.grad = None if i == number % 5 else g.to(GPU)
+        ours.step()
+        theirs.step()
+    for i, (p, q) in enumerate(zip(gpu, cpu, strict=True)):
+        assert_same_bits(p.detach().cpu(), q.detach(), f"parameter {i}")
+        assert list(ours.state[p]) == list(theirs.state[q])
+        for name, t in theirs.state[q].items():
+            assert_same_bits(ours.state[p][name].cpu(), t, f"{name} {i}")
