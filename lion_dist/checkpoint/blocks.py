@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.boxes import Box, cut
-from .codes import PIECE
+from .codes import PIECE, PIECE_ON_GPU
 from .computed import ComputedPart
 
 THREADS = 4  # threads of a rank; copies, checksums and file accesses all release the interpreter's lock
@@ -42,7 +42,8 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(THREADS - 1)]
+    count = min(THREADS, len(remaining)) - 1
+    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(count)]
     started = []
     for helper in helpers:
         with contextlib.suppress(RuntimeError):  # the interpreter is ending: this thread does all the work
@@ -108,9 +109,10 @@ def copy_elements(source: Tensor | ComputedPart, start: int, out: Tensor) -> Non
     if isinstance(source, Tensor) and source.is_contiguous():
         out.copy_(source.reshape(-1)[start : start + out.numel()])
         return
-    at, whole = 0, isinstance(source, Tensor)
+    size = out.numel() if isinstance(source, Tensor) else PIECE_ON_GPU if source.is_cuda else PIECE
+    at = 0
     while at < out.numel():
-        stop = out.numel() if whole else min(at + PIECE, out.numel())
+        stop = min(at + size, out.numel())
         for box in cut(source.shape, start + at, start + stop):
             out[at : at + box.numel].view(box.sizes).copy_(source[box.slices()])
             at += box.numel

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..update.codecs import BLOCK, decode, encode
 
-PIECE = 1 << 17  # elements that are converted at a time, a multiple of BLOCK: it takes several temporary tensors
+# Elements that are converted at a time, a multiple of BLOCK: it takes several temporary tensors.
+PIECE = 1 << 14
+PIECE_ON_GPU = 1 << 20
 
 
 class CodeRun(NamedTuple):
@@ -50,8 +52,9 @@ class CodeRun(NamedTuple):
             m: float32, 1-D, in memory order.
         """
         codes = self.codes
-        for at in range(0, self.numel, PIECE):
-            stop = min(at + PIECE, self.numel)
+        size = PIECE_ON_GPU if m.is_cuda else PIECE
+        for at in range(0, self.numel, size):
+            stop = min(at + size, self.numel)
             some, scale = encode(m[at:stop])
             codes[at:stop].copy_(some)
             self.scale[at // BLOCK : -(-stop // BLOCK)].copy_(scale)

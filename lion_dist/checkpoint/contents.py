@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ class Contents:
     def fetch(self, key: str, limit: int) -> Tensor:
         """As `Reader.fetch`."""
         return self._reader.fetch(key, limit)
+
+    def scan(self, key: str, check: Callable[[Tensor], None]) -> None:
+        """As `Reader.scan`."""
+        self._reader.scan(key, check)
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> TensorEntry:
         """The entry of a tensor. Raises ValueError unless there is one of this shape."""

@@ -58,6 +58,11 @@ def as_float32(values: Tensor, where: Where) -> Tensor:
     return values.float()
 
 
+def as_int16(values: Tensor, where: Where) -> Tensor:
+    """Integers of 16 bits."""
+    return values.to(torch.int16)
+
+
 def decoded(scale: Tensor) -> Conversion:
     """The momenta of 8-bit codes.
 

@@ -25,7 +25,7 @@ from ..param_groups import Group, remainder_column
 from ..update.codecs import BLOCK
 from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from .contents import Contents
-from .conversions import as_float32, decoded, remainders, rounded, scaled
+from .conversions import as_float32, as_int16, decoded, remainders, rounded, scaled
 from .keys import MODEL, STATE
 
 CONVERTED = (EXP_AVG, EXP_AVG_SCALE, REMAINDER)  # entries that are handled here
@@ -112,10 +112,10 @@ def route_remainder(
     """
     weight, key = contents.tensors[MODEL + name].torch_dtype, keys.get(REMAINDER)
     if key is not None and weight == torch.bfloat16:  # saved by torch's functions, through Writer
-        if contents.tensor(key, shape).torch_dtype != torch.int16:
-            raise ValueError(f"{key} is {contents.tensors[key].dtype} in the checkpoint; expected int16")
+        _check_remainder(contents, key, shape)
         if remainder:
             routes.read[REMAINDER] = key
+            contents.convert(key, as_int16)
         elif not contents.cast:
             raise ValueError(
                 f"{key} belongs to master weights, which this optimizer does not keep for the parameter: make the "
@@ -125,6 +125,22 @@ def route_remainder(
     elif remainder and weight != torch.bfloat16:
         routes.read[REMAINDER] = STATE + name + "." + REMAINDER
         contents.convert(routes.read[REMAINDER], remainders, MODEL + name)
+
+
+def _check_remainder(contents: Contents, key: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless remainders are int16 or, as under FSDP, the same integers in float32."""
+    dtype = contents.tensor(key, shape).torch_dtype
+    if dtype == torch.int16:
+        return
+    if dtype != torch.float32:
+        raise ValueError(f"{key} is {contents.tensors[key].dtype} in the checkpoint; expected int16, or float32")
+
+    def check(values: Tensor) -> None:
+        bad = values[~((values == values.round()) & (values >= -(2**15)) & (values < 2**15))]
+        if len(bad):
+            raise ValueError(f"{key} has {bad[0].item()} in the checkpoint; expected integers of 16 bits")
+
+    contents.scan(key, check)
 
 
 # Momenta --------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ The state that Lion keeps for a parameter is described by columns (`param_groups
 - Columns that the checkpoint holds are loaded, also where the parameter is frozen here.
 - If a parameter was frozen when it was saved and is trained here, the checkpoint has no columns for it. They start at
   zero, as in torch's optimizers, and a warning says so.
+- Weights, remainders and momenta that were saved in another form than they have here are converted as they are read,
+  or encoded once they are read: see incoming_columns.py.
 - Other entries belong to a wrapper, and are loaded as they were saved.
 """
 
@@ -21,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..dtypes import DTYPES
 from ..fsdp import new_state
-from ..param_groups import KEYS, Group, check_group, state_columns, warn
+from ..param_groups import KEYS, Group, check_group, keep_storage, state_columns, warn
 from ..sharded_lion import ShardedLion, shard_with_columns
 from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 from .codes import code_runs
@@ -133,11 +135,12 @@ class IncomingState:
         missing = [key for key in KEYS if key not in values and key not in _ADDED]
         if missing:
             raise ValueError(f"parameter group {number} of the checkpoint has no {', '.join(missing)}")
-        dtypes = saved, kept = _to_dtype(values["momentum_dtype"]), live["momentum_dtype"]
-        values["momentum_dtype"] = kept if self._contents.cast or dtypes.count(torch.int8) == 1 else saved
-        values["master_weights"] = live["master_weights"]
-        values.setdefault("rounding_step", 0)
+        if self._contents.cast:
+            values["momentum_dtype"] = live["momentum_dtype"]
+        else:  # the name of one was saved from state_dict(), through torch's own functions
+            values["momentum_dtype"] = _to_dtype(values["momentum_dtype"])
         try:
+            keep_storage(values, live)
             check_group({**live, **values})
         except OverflowError as error:
             raise ValueError(f"parameter group {number} of the checkpoint: {error}") from error
@@ -175,8 +178,7 @@ class IncomingState:
             raise ValueError(f"the state of {name} in the checkpoint has {len(keys)} entries, more than any save")
         for entry in keys:
             check_entry_name(name, entry)
-        group, own = self._group_of[id(p)], self._optimizer.state.get(p) or {}
-        columns = {column.name: column for column in state_columns(p, group)}
+        columns = {column.name: column for column in state_columns(p, self._group_of[id(p)])}
         missing = [column for column in columns if column not in keys and column not in (EXP_AVG_SCALE, REMAINDER)]
         if missing and p.requires_grad:
             if keys:
@@ -184,15 +186,8 @@ class IncomingState:
                     f"the state of {name} in the checkpoint has {sorted(keys)}, but no {', '.join(missing)}"
                 )
             self._fresh.append(name)
-        shape, routes = self._logical.shape(p), Routes()
+        shape, routes = self._logical.shape(p), self._find_routes(name, p, keys, columns)
         self._routes[name] = routes
-        if EXP_AVG in keys:
-            self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
-        elif EXP_AVG_SCALE in keys:
-            raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
-        remainder = has_remainder(self._contents, name, p, group, own)
-        if MODEL + name in self._contents.tensors:
-            route_remainder(routes, self._contents, name, keys, shape, remainder)
         for entry, key in keys.items():
             stored = self._contents.tensors.get(key)
             if entry in CONVERTED:
@@ -206,6 +201,19 @@ class IncomingState:
                 raise ValueError(f"{key} has {stored.nbytes} bytes and not the parameter's shape")
             else:
                 self._small.setdefault(name, {})[entry] = self._contents.value(key)
+
+    def _find_routes(self, name: str, p: Tensor, keys: Mapping[str, str], columns: Mapping[str, StateColumn]) -> Routes:
+        """Where the momentum and the remainder of a parameter come from."""
+        routes = Routes()
+        if EXP_AVG in keys:
+            self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
+        elif EXP_AVG_SCALE in keys:
+            raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
+        if MODEL + name in self._contents.tensors:
+            own = self._optimizer.state.get(p) or {}
+            remainder = has_remainder(self._contents, name, p, self._group_of[id(p)], own)
+            route_remainder(routes, self._contents, name, keys, self._logical.shape(p), remainder)
+        return routes
 
     def _route_momentum(self, routes: Routes, name: str, p: Tensor, keys: Mapping[str, str], eight_bits: bool) -> None:
         contents, key, shape = self._contents, keys[EXP_AVG], self._logical.shape(p)

@@ -161,6 +161,16 @@ class Reader(StorageReader):
         self._read(self._blocks_of(name), copy)
         return found
 
+    def scan(self, name: str, check: Callable[[Tensor], None]) -> None:
+        """Reads and verifies a whole tensor block by block.
+
+        Args:
+            name: key of a tensor.
+            check: is called with the elements of each block, 1-D, from several threads.
+        """
+        dtype = self.manifest.tensors[name].torch_dtype
+        self._read(self._blocks_of(name), lambda _, buffer: check(as_tensor(buffer, dtype)))
+
     # Methods that torch.distributed.checkpoint calls ----------------------------------------------
 
     # torch passes keyword arguments to readers that have a parameter called kwargs, and expects them to read one
