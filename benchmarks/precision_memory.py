@@ -4,8 +4,8 @@
     python -m benchmarks.precision_memory --ranks 4
     python -m benchmarks.precision_memory --table 8       arithmetic for 8 ranks, as in docs/precision.md; runs nothing
 
-A rank makes a model of linear layers and a norm, and takes one step. Before the gradients are zeroed it counts the bytes
-of all tensors that are alive, each storage once:
+A rank makes a model of linear layers and a norm, and takes one step. Before the gradients are zeroed it counts the
+bytes of all tensors that are alive, each storage once:
 
 Weights: the parameters that it holds between steps. FSDP2 gathers others for a while in a forward and a backward.
 Gradients: ``p.grad``, or in stage 2 this rank's part of the averages. Buckets under way are not among them.

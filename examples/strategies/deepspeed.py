@@ -2,7 +2,8 @@
 
 The config file chooses the ZeRO stage and the precision. The command line's lr, betas, weight decay, clipping, batch
 size, accumulation and momentum replace those of the file, and `--dtype bf16` turns its `bf16` on. DeepSpeed keeps its
-own float32 master weights then, and refuses `--master-weights`. It clips to a norm of 1.0 if the file says nothing.
+own float32 master weights then. `--master-weights` and `--momentum int8` are refused. It clips to a norm of 1.0 if the
+file says nothing.
 """
 
 import json

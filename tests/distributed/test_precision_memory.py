@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks.precision_memory import PRECISIONS, SIGNS, STRATEGIES, arithmetic, count
+from benchmarks.precision_memory import PRECISIONS, SIGNS, STRATEGIES, Precision, arithmetic, count
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
 
-def body_counted(rank: int, world_size: int) -> None:
+def body_counted(rank: int, world_size: int, precisions: Sequence[Precision]) -> None:
     warnings.simplefilter("ignore")  # lr is too small for bfloat16 weights
     for name, strategy in STRATEGIES.items():
-        for precision in PRECISIONS:
+        for precision in precisions:
             counted, expected = count(strategy, precision), strategy.bytes(precision)
             signs = SIGNS if "signs" in name else 0
             held = counted.weights + counted.gradients + counted.state
@@ -25,7 +26,13 @@ def body_counted(rank: int, world_size: int) -> None:
 
 
 def test_what_is_held_is_what_the_document_says(tmp_path: Path) -> None:
-    run_ranks(body_counted, 2, tmp_path)
+    """In the precision that has every kind of state."""
+    run_ranks(body_counted, 2, tmp_path, (PRECISIONS[-1:],))
+
+
+@pytest.mark.exhaustive
+def test_what_is_held_in_every_precision(tmp_path: Path) -> None:
+    run_ranks(body_counted, 2, tmp_path, (PRECISIONS,))
 
 
 def test_the_tables_of_the_document_are_the_arithmetic() -> None:
