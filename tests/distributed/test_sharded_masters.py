@@ -44,7 +44,7 @@ def body_take(rank: int, world_size: int, sync: str) -> None:
     plain = Lion(plain_named.items(), lr=3e-4, weight_decay=0.1, master_weights=True)
     named = named_of(device)
     optimizer = ShardedLion(named.items(), lr=3e-4, weight_decay=0.1, master_weights=True, stage=1, param_sync=sync)
-    with pytest.raises((ValueError, RuntimeError), match="master weight long|rank 1"):
+    with pytest.raises((ValueError, RuntimeError), match=r"master weight long|rank 1"):
         optimizer.take_master_weights({**weights, "long": weights["long"] + rank})
     with pytest.raises((ValueError, RuntimeError), match="no parameters called"):
         optimizer.take_master_weights(weights if rank else {**weights, "other": weights["long"]})
