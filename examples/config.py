@@ -17,6 +17,8 @@ from model import GPTConfig
 from strategies import STRATEGIES
 
 PARAM_SYNCS = ("auto", "params", "signs")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTA = ("auto", "float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Config:
     resume: Annotated[bool, Option("continue from the last checkpoint in --out")] = False
     device: Annotated[str, Option("cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu"
     deterministic: Annotated[bool, Option("the same bits in every run on GPUs too, as always on CPUs")] = False
+
+    dtype: Annotated[str, Option("the weights' dtype: fp32 (GPUs compute in bfloat16 by autocast) or bf16")] = "fp32"
+    master_weights: Annotated[bool, Option("bf16 weights learn as fp32 ones do, for 2 more bytes each")] = False
+    momentum: Annotated[str, Option("the momentum's dtype: auto (the weights'), float32, bfloat16 or int8")] = "auto"
 
     steps: Annotated[int, Option("optimizer steps", least=1)] = 1000
     batch_size: Annotated[int, Option("windows per rank and micro-step", least=1)] = 8
@@ -72,8 +78,10 @@ class Config:
                 raise ValueError(f"{flag(name)} must be less than 1, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        if self.param_sync not in PARAM_SYNCS:
-            raise ValueError(f"--param-sync must be one of {', '.join(PARAM_SYNCS)}, got {self.param_sync!r}")
+        choices = {"param_sync": PARAM_SYNCS, "dtype": DTYPES, "momentum": MOMENTA}
+        for name, expected in choices.items():
+            if getattr(self, name) not in expected:
+                raise ValueError(f"{flag(name)} must be one of {', '.join(expected)}, got {getattr(self, name)!r}")
         if (self.strategy == "deepspeed") != (self.deepspeed_config is not None):
             raise ValueError(
                 "--strategy deepspeed needs --deepspeed_config, and no other strategy takes it: give both, such as "
@@ -87,6 +95,12 @@ class Config:
     def folder(self) -> Path:
         return self.out or Path("runs") / self.strategy
 
+    def precision(self) -> dict[str, Any]:
+        """The arguments of the optimizer that say in how many bits weights and momentum are kept. Those that have the
+        optimizer's own default are left out."""
+        chosen: dict[str, Any] = {"master_weights": True} if self.master_weights else {}
+        return chosen if self.momentum == "auto" else {**chosen, "momentum_dtype": self.momentum}
+
     def model(self) -> GPTConfig:
         return GPTConfig(self.layers, self.width, self.heads, self.seq_len)
 
@@ -94,7 +108,8 @@ class Config:
         """The options that a resumed run must have in common with the one that made the checkpoint: all that determine
         the weights. How the work is distributed (strategy, world size, batch_size, accumulation) may change."""
         names = ("layers", "width", "heads", "seq_len", "steps", "warmup", "lr", "beta1", "beta2", "weight_decay")
-        return {name: getattr(self, name) for name in (*names, "clip", "seed")}
+        more = ("clip", "seed", "dtype", "master_weights", "momentum")
+        return {name: getattr(self, name) for name in (*names, *more)}
 
 
 # `tiny` is for two CPU cores, which need two to three minutes for it; `small` (25 M parameters) is for a GPU.

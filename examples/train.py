@@ -5,6 +5,8 @@
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc_per_node 2 --max_restarts 3 examples/train.py
                                                                   continues by itself after a crash
     python examples/train.py --strategy single                    one process
+    torchrun --nproc_per_node 2 examples/train.py --dtype bf16 --master-weights --momentum int8
+                                                                  bfloat16 weights that learn as float32 weights do
     python examples/train.py --help
 
 (With that variable torchrun makes a new store for each restart. Without it, at least up to torch 2.13, restarted ranks
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 import lion_dist.checkpoint
 from checkpoint import KEPT, check_unused, find_checkpoint, path_of
-from config import Config, make_parser
+from config import DTYPES, Config, make_parser
 from data import Corpus, bigram_entropy, load_corpus, training_batch, unigram_entropy, validation_batches
 from model import GPT
 from report import History, peak_mib, printable, save_curve
@@ -120,10 +122,21 @@ def lr_factor(step: int, warmup: int, steps: int) -> float:
     return 0.55 + 0.45 * cos(pi * (step - warmup) / max(1, steps - warmup))
 
 
-def loss_on(module: nn.Module, windows: Tensor, device: torch.device, reduction: str = "mean") -> Tensor:
-    """The loss of predicting each byte of a window, except the first, from the bytes before it."""
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters in place. The buffers stay float32: they are the angles of the rotary embeddings."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
+def loss_on(
+    module: nn.Module, windows: Tensor, config: Config, device: torch.device, reduction: str = "mean"
+) -> Tensor:
+    """The loss of predicting each byte of a window, except the first, from the bytes before it.
+
+    On a GPU matrices multiply in bfloat16: float32 weights by way of autocast, bfloat16 weights as they are.
+    """
     windows = windows.to(device, non_blocking=True).long()
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and config.dtype == "fp32"):
         logits = module(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction=reduction)
 
@@ -137,7 +150,7 @@ def train_step(strategy: Single, corpus: Corpus, config: Config, world: World, s
         windows = training_batch(corpus.train, config.batch_size, config.seq_len, **place)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else strategy.no_sync():
-            loss = loss_on(strategy.wrapped, windows, world.device) / config.accumulation
+            loss = loss_on(strategy.wrapped, windows, config, world.device) / config.accumulation
             strategy.backward(loss, last)
         mean_loss += loss.detach()
     strategy.step(config.clip)
@@ -152,7 +165,7 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, world: World) -> 
     for windows in validation_batches(
         corpus.validation, config.eval_windows, config.batch_size, config.seq_len, **share
     ):
-        total[0] += loss_on(model, windows, world.device, reduction="sum")
+        total[0] += loss_on(model, windows, config, world.device, reduction="sum")
         total[1] += len(windows) * config.seq_len
     if world.size > 1:
         dist.all_reduce(total)
@@ -176,6 +189,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     stopping = Stopping(steps=config.log_every)
     torch.manual_seed(config.seed)
     model = GPT(config.model()).to(world.device)
+    cast_parameters(model, DTYPES[config.dtype])
     parameters = sum(p.numel() for p in model.parameters())  # counted before they are sharded
     groups = parameter_groups(model, config.weight_decay)
     strategy = STRATEGIES[config.strategy](model, groups, config)

@@ -113,6 +113,7 @@ def new_shards(
     groups: Sequence[Group],
     columns: Mapping[int, tuple[StateColumn, ...]],
     group: dist.ProcessGroup,
+    keep_whole: bool,
 ) -> list[Shard]:
     """Shards of parameters, whose state is zeros.
 
@@ -120,10 +121,16 @@ def new_shards(
         groups: the optimizer's parameter groups, which say what state their parameters have.
         columns: the state, by ``id`` of the parameter, where it is not what the group says.
         group: the ranks to shard over.
+        keep_whole: see `ParamSync.keeps_whole`.
     """
-    group_of = {id(p): param_group for param_group in groups for p in param_group["params"]}
-    all_columns = [columns.get(id(p)) or state_columns(p, group_of[id(p)]) for p in params]
-    return make_shards(params, all_columns, dist.get_world_size(group))
+    all_columns = [columns.get(id(p)) or own for p, own in zip(params, _columns_of(params, groups), strict=True)]
+    return make_shards(params, all_columns, dist.get_world_size(group), keep_whole)
+
+
+def _columns_of(params: Sequence[Tensor], groups: Sequence[Group]) -> list[tuple[StateColumn, ...]]:
+    """The state that the groups give to their parameters. Raises TypeError where a parameter cannot have it."""
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    return [state_columns(p, group_of[id(p)]) for p in params]
 
 
 class FrozenParams:
@@ -159,13 +166,16 @@ class FrozenParams:
         """Indices of the parameters that take part by now."""
         return [i for i, p in enumerate(self.params) if takes_part(p)]
 
-    def prepare(self, indices: Sequence[int], others: Sequence[Tensor], call: str) -> list[Tensor]:
+    def prepare(
+        self, indices: Sequence[int], shards: Sequence[Shard], groups: Sequence[Group], call: str
+    ) -> list[Tensor]:
         """Compares unfrozen parameters over the ranks and makes them equal, so that they can be sharded; a collective
         call.
 
         Args:
             indices: the unfrozen parameters.
-            others: all parameters that are sharded already.
+            shards: the shards of all parameters that are sharded already.
+            groups: the optimizer's parameter groups.
             call: the collective call, for error messages.
 
         Returns:
@@ -176,7 +186,8 @@ class FrozenParams:
         """
         new = [self.params[i] for i in indices]
         with Agreement(self._group, call) as agreement:
-            check_new(new, others, self._group)
+            check_new(new, [p for shard in shards for p in shard.params], self._group)
+            _columns_of(new, groups)
             agreement.says(
                 [
                     f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}, "

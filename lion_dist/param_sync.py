@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .param_groups import Group
 from .sharding.collectives import Membership
 from .sharding.exchange import REFUSED, ExchangeBuffer
 from .sharding.replicas import DeferredCheck, gathered, refuse_differing
@@ -65,7 +66,14 @@ class Step:
 
 
 class ParamSync(Protocol):
-    """Steps the parts of the parameters and synchronises them. Parts are counted as in the last `set_parts`."""
+    """Steps the parts of the parameters and synchronises them. Parts are counted as in the last `set_parts`.
+
+    Attributes:
+        keeps_whole: whether every rank writes whole parameters, and needs the whole state that is read and written with
+            them (`StateColumn.of_param`).
+    """
+
+    keeps_whole: bool
 
     def set_parts(self, parts: Sequence[Part]) -> None:
         """Takes other parts; the buffers of parts that stay are kept."""
@@ -91,8 +99,13 @@ class ParamSync(Protocol):
         refuse it, they agree.
         """
 
-    def check_load(self, params: Sequence[Tensor]) -> None:
-        """Raises RuntimeError, on every rank, where the next steps would not make replicas equal; a collective call."""
+    def check_load(self, params: Sequence[Tensor], state: Sequence[tuple[str, Tensor]]) -> None:
+        """Raises RuntimeError, on every rank, where the next steps would not make replicas equal; a collective call.
+
+        Args:
+            params: the parameters.
+            state: whole tensors that are loaded into columns ``of_param``, each with its name.
+        """
 
 
 class GatherParams:
@@ -100,6 +113,8 @@ class GatherParams:
 
     The ranks compare their steps before they make them, by 8 bytes a rank.
     """
+
+    keeps_whole = False
 
     def __init__(self, membership: Membership, deferred: DeferredCheck) -> None:
         self._membership = membership
@@ -155,7 +170,7 @@ class GatherParams:
         with suppress(ValueError):  # the caller raises an error that says more
             self._deferred.check()
 
-    def check_load(self, params: Sequence[Tensor]) -> None:
+    def check_load(self, params: Sequence[Tensor], state: Sequence[tuple[str, Tensor]]) -> None:
         pass  # the next step brings the owners' parameters to every rank
 
 
@@ -172,6 +187,8 @@ class GatherSigns:
     The buffer of the signs costs a quarter of a byte for each element of the parameters. A number of each rank's step
     travels with its signs; where the numbers differ, no signs are applied.
     """
+
+    keeps_whole = True
 
     def __init__(self, membership: Membership, deferred: DeferredCheck) -> None:
         self._membership = membership
@@ -216,8 +233,8 @@ class GatherSigns:
         with suppress(ValueError):  # the caller raises an error that says more
             self._deferred.check()
 
-    def check_load(self, params: Sequence[Tensor]) -> None:
-        refuse_differing(params, self._membership.group)  # signs would never bring replicas together again
+    def check_load(self, params: Sequence[Tensor], state: Sequence[tuple[str, Tensor]]) -> None:
+        refuse_differing(params, self._membership.group, state)  # signs would never bring replicas together again
 
 
 class _SignsOfPart:
@@ -232,7 +249,7 @@ class _SignsOfPart:
             for r in range(layout.world_size)
             for s in layout.slices(r)
         ]
-        self.signs = SignUpdate(part.update, everywhere, exchange.bytes)
+        self.signs = SignUpdate(part.update, everywhere, exchange.bytes, part.shard.whole)
         self._present: tuple[bytes, Tensor | None] = (b"", None)
 
     def present(self, grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -261,17 +278,21 @@ def check_param_sync(param_sync: str) -> None:
         raise ValueError(f'param_sync must be "auto", {known}, got {param_sync!r}')
 
 
-def make_param_sync(param_sync: str, membership: Membership, deferred: DeferredCheck) -> ParamSync:
+def make_param_sync(
+    param_sync: str, membership: Membership, deferred: DeferredCheck, groups: Sequence[Group]
+) -> ParamSync:
     """The synchronisation for an argument ``param_sync``.
 
     Args:
         deferred: takes the comparisons of steps.
+        groups: the optimizer's parameter groups.
     """
     if param_sync == "auto":
-        param_sync = "signs" if dist.get_world_size(membership.group) > 1 else "params"
-        reason = {
-            "signs": "exact as every replica holds whole weights",
-            "params": "as there is one rank and nothing to send",
-        }
-        logger.debug("param_sync: %s, %s", param_sync, reason[param_sync])
+        if dist.get_world_size(membership.group) == 1:
+            param_sync, reason = "params", "as there is one rank and nothing to send"
+        elif any(group["master_weights"] for group in groups):
+            param_sync, reason = "params", 'as "signs" would keep the remainders of master weights whole on every rank'
+        else:
+            param_sync, reason = "signs", "exact as every replica holds whole weights"
+        logger.debug("param_sync: %s, %s", param_sync, reason)
     return _SYNCS[param_sync](membership, deferred)

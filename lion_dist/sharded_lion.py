@@ -27,7 +27,7 @@ from .sharded_state import IncomingState, gather_whole, ordered, put_entries, wh
 from .sharding.agreement import Agreement, meet
 from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
-from .sharding.shard import Shard
+from .sharding.shard import Shard, whole_state
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .stepper import Stepper
 from .uncompiled import uncompiled
@@ -68,7 +68,8 @@ class ShardedLion(Optimizer):
         param_sync: how each rank's slices reach the other ranks. "params": an all-gather of the parameters, in place.
             "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
             replica: the same bits for a sixteenth (float32) of the bytes, but a replica that has come to differ is
-            never repaired (see `check_replicas`). "auto": "signs" where there are several ranks.
+            never repaired (see `check_replicas`), and every rank keeps the remainders of all master weights, 2 bytes an
+            element. "auto": "signs" where there are several ranks and no group of the constructor has master weights.
 
     Raises:
         RuntimeError: there is no process group, or other ranks, which the error names, failed or are absent. (If one
@@ -99,7 +100,7 @@ class ShardedLion(Optimizer):
         self._membership = Membership(self._group)
         self._grads = make_grad_source(stage, self._membership, math.ceil(bucket_mb * 2**20))
         self._deferred = DeferredCheck()
-        self._sync = make_param_sync(param_sync, self._membership, self._deferred)
+        self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
         self._frozen = FrozenParams(self._group)
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
         self._rounding = RoundingWarnings()
@@ -145,7 +146,8 @@ class ShardedLion(Optimizer):
 
     def _shard(self, params: Sequence[Tensor], columns: Mapping[int, tuple[StateColumn, ...]] | None = None) -> None:
         """Shards more parameters; a collective call. ``columns`` as for `new_shards`."""
-        self._set_shards(self._shards + new_shards(params, self.param_groups, columns or {}, self._group))
+        new = new_shards(params, self.param_groups, columns or {}, self._group, self._sync.keeps_whole)
+        self._set_shards(self._shards + new)
 
     @property
     def _shards(self) -> list[Shard]:
@@ -162,8 +164,7 @@ class ShardedLion(Optimizer):
 
     def _adopt(self, unfrozen: list[int], call: str = "ShardedLion.step() after unfreezing parameters") -> None:
         """Shards frozen parameters, given by their indices, that take part by now; a collective call."""
-        new = self._frozen.prepare(unfrozen, [p for shard in self._shards for p in shard.params], call)
-        if new:
+        if new := self._frozen.prepare(unfrozen, self._shards, self.param_groups, call):
             self._shard(new)
 
     def init_state(self) -> None:
@@ -289,7 +290,8 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def check_replicas(self) -> None:
-        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits.
+        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits. With
+        param_sync="signs" the remainders of master weights are replicated, and are compared too.
 
         Raises:
             RuntimeError: on every rank, where a replica differs; it names the parameters and the ranks.
@@ -297,18 +299,22 @@ class ShardedLion(Optimizer):
         """
         self._deferred.check(all=True)
         self._grads.settle()
-        refuse_differing(self._params(), self._group)
+        refuse_differing(self._params(), self._group, whole_state(self._shards))
 
     @torch.no_grad()
     def resync(self) -> None:
         """Gives every rank the parameters of the group's first rank; a collective call.
+
+        With param_sync="signs" it gives them the remainders of master weights too. With "params" each owner keeps those
+        of its slices: where its weight was another than the first rank's, the master weight is then that of the first
+        rank to half a unit in the last place of bfloat16.
 
         Raises:
             ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
         meet(self._group, "ShardedLion.resync()")
         self._grads.settle()
-        broadcast(self._params(), self._group)
+        broadcast([*self._params(), *(t for _, t in whole_state(self._shards))], self._group)
         self._deferred.check(all=True)
 
     # State --------------------------------------------------------------------------------------
@@ -376,10 +382,11 @@ class ShardedLion(Optimizer):
                 incoming.check(self.param_groups, self._shards, self._group)
                 agreement.says(incoming.describe(self.param_groups))
             self._grads.settle()
-            self._sync.check_load(self._params())
-        self._set_shards(incoming.choose_shards(self.param_groups, self._shards, self._group))
-        for shard in self._shards:
-            shard.take_state(incoming.state, self._rank)
+            self._sync.check_load(self._params(), incoming.of_params())
+        shards = incoming.choose_shards(self.param_groups, self._shards, self._group, self._sync.keeps_whole)
+        self._set_shards(shards)
+        for shard in shards:
+            shard.take_state(incoming.state, self._group)
         self._stepper.set_clipping(None)
         self._deferred.clear()
         with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):

@@ -2,6 +2,7 @@
 
 Whole state is gathered into plain tensors on the CPU. A rank's own part is local: `BoxTensor`s that are views of the
 shard. ``optimizer.state`` holds entries that make a BoxTensor whenever one is read, so that none outlives its shard.
+State that every rank keeps whole (`Shard.whole`) is shown as the plain tensors that it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class ShardEntry(MutableMapping[str, Any]):
     """One parameter's entry in ``optimizer.state``: a BoxTensor for each column, and what others keep beside them.
 
     The BoxTensors are views of the shard. A BoxTensor of the same cut, or a whole tensor of the same shape, that is
-    assigned to a column is copied into the shard. Columns cannot be deleted.
+    assigned to a column is copied into the shard. Columns cannot be deleted. Whole columns are plain tensors, and only
+    whole tensors can be assigned to them.
     """
 
     def __init__(self, shard: Shard, param: int, rank: int, others: Mapping[str, Any]) -> None:
@@ -41,20 +43,20 @@ class ShardEntry(MutableMapping[str, Any]):
         shard, _, _ = self._place
         return next((column for column in shard.columns if column.name == key), None)
 
-    def _boxes(self, column: Column) -> BoxTensor:
+    def _tensor(self, column: Column) -> Tensor:
         shard, param, rank = self._place
-        return shard.boxes(param, column, rank)
+        return shard.state(param, column, rank)
 
     def __getitem__(self, key: str) -> Any:
         column = self._column(key)
-        return self.others[key] if column is None else self._boxes(column)
+        return self.others[key] if column is None else self._tensor(column)
 
     def __setitem__(self, key: str, value: Any) -> None:
         column = self._column(key)
         if column is None:
             self.others[key] = value
             return
-        own = self._boxes(column)
+        own = self._tensor(column)
         if not isinstance(value, Tensor) or value.shape != own.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -236,16 +238,30 @@ class IncomingState:
         there = {id(p): shard.columns for shard in shards for p in shard.params}
         return all(there.get(p) == columns for p, columns in self.columns.items())
 
-    def choose_shards(self, groups: Sequence[Group], shards: list[Shard], group: dist.ProcessGroup) -> list[Shard]:
+    def of_params(self) -> list[tuple[str, Tensor]]:
+        """Whole tensors that are loaded into columns ``of_param``, each with its name, once `check` has been called."""
+        return [
+            (f"{column.name} of parameter {i}", given.contiguous())
+            for i, p in enumerate(self._params)
+            for column in self.columns.get(id(p), ())
+            if column.of_param and (given := self.state[id(p)].get(column.name)) is not None
+            if not isinstance(given, BoxTensor)
+        ]
+
+    def choose_shards(
+        self, groups: Sequence[Group], shards: list[Shard], group: dist.ProcessGroup, keep_whole: bool
+    ) -> list[Shard]:
         """The optimizer's shards, or new ones of zeros where those cannot take the state, once `check` has been called.
 
         Args:
             groups: the parameter groups as they were loaded.
+            group, keep_whole: as for `new_shards`.
         """
         if self._fits(shards):
             return shards
         sharded = {id(p) for shard in shards for p in shard.params} | self.columns.keys()
-        return new_shards([p for p in self._params if id(p) in sharded], groups, self.columns, group)
+        params = [p for p in self._params if id(p) in sharded]
+        return new_shards(params, groups, self.columns, group, keep_whole)
 
     def run_post_hooks(self, optimizer: Optimizer) -> None:
         """Runs the post hooks of load_state_dict, once Lion's state is loaded."""

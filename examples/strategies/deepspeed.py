@@ -1,7 +1,8 @@
 """DeepSpeed's engine, any ZeRO stage, with `"type": "Lion"` built as lion_dist's.
 
 The config file chooses the ZeRO stage and the precision. The command line's lr, betas, weight decay, clipping, batch
-size and accumulation replace those of the file. DeepSpeed clips to a norm of 1.0 if the file says nothing.
+size, accumulation and momentum replace those of the file, and `--dtype bf16` turns its `bf16` on. DeepSpeed keeps its
+own float32 master weights then, and refuses `--master-weights`. It clips to a norm of 1.0 if the file says nothing.
 """
 
 import json
@@ -35,11 +36,13 @@ class DeepSpeed(Single):
         lion_dist.deepspeed.register()
         assert self.config.deepspeed_config is not None
         options = json.loads(self.config.deepspeed_config.read_text()) | {
-            "optimizer": {"type": "Lion", "params": {"lr": lr, "betas": list(betas)}},
+            "optimizer": {"type": "Lion", "params": {"lr": lr, "betas": list(betas), **self.config.precision()}},
             "gradient_clipping": self.config.clip,
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.accumulation,
         }
+        if self.config.dtype == "bf16":
+            options["bf16"] = {**options.get("bf16", {}), "enabled": True}
         # lion_dist.checkpoint recognises the run's earlier checkpoints by its model: give it one without tensors.
         self.rest = nn.Module()
         self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=groups, config=options)

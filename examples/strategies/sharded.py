@@ -14,6 +14,7 @@ class Sharded(Single):
 
     def sync_bytes(self) -> int:
         """Bytes of what is gathered after a step: the parameters, or the update's signs, 2 bits per element."""
-        if self.config.param_sync == "params":
+        sync = self.config.param_sync
+        if sync == "params" or (sync == "auto" and self.config.master_weights):
             return self.parameter_bytes()
         return sum(p.numel() for p in self.model.parameters()) // 4

@@ -41,7 +41,7 @@ class Single:
         return model
 
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return Lion(groups, lr=lr, betas=betas)
+        return Lion(groups, lr=lr, betas=betas, **self.config.precision())
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()

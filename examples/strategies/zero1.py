@@ -10,7 +10,8 @@ from strategies.single import Groups
 
 class Zero1(Sharded, DDP):
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return ShardedLion(groups, lr=lr, betas=betas, stage=1, param_sync=self.config.param_sync)
+        sync, precision = self.config.param_sync, self.config.precision()
+        return ShardedLion(groups, lr=lr, betas=betas, stage=1, param_sync=sync, **precision)
 
     def bytes_sent_per_step(self, world_size: int, micro_steps: int) -> int:
         """DDP's all-reduce, then an all-gather of (W - 1) / W of the signs or parameters."""

@@ -11,7 +11,7 @@ from strategies.single import Groups
 
 class Zero2(Sharded):
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        return ShardedLion(groups, lr=lr, betas=betas, param_sync=self.config.param_sync)
+        return ShardedLion(groups, lr=lr, betas=betas, param_sync=self.config.param_sync, **self.config.precision())
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.optimizer.no_sync()

@@ -209,6 +209,11 @@ def load(
     the same names, shapes, dtypes and parameter groups. Groups may come in another order, and take the checkpoint's
     values, such as lr. The momentum of a parameter that is frozen here is loaded if the checkpoint holds one. The
     momentum of a parameter that is trained here and was frozen when it was saved starts at zero, with a warning.
+
+    Whether weights have remainders (master_weights) and whether momenta have 8 bits stays as it is in this optimizer:
+    master weights are saved in float32, and float32 weights and master weights are loaded into each other exactly;
+    8-bit momenta and others are converted into each other.
+
     Random number generators are set only if as many ranks load as saved.
 
     Args:
@@ -217,7 +222,9 @@ def load(
         optimizer: `Lion` or `ShardedLion` over parameters of the model. None loads only the weights, and ignores what
             else the checkpoint holds.
         schedulers: As many schedulers, in the same order, as were saved.
-        cast: Convert tensors that were saved in another dtype to the dtype of the model or momentum here.
+        cast: Convert tensors that were saved in another dtype to the dtype of the model or momentum here. Master
+            weights are loaded into bfloat16 parameters without a remainder only so; these are then the bfloat16
+            weights of the run that was saved.
         process_group: As for `save`.
 
     Returns:

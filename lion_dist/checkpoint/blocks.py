@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..sharding.boxes import Box, cut
+from .codes import PIECE, PIECE_ON_GPU
+from .computed import ComputedPart
 
 THREADS = 4  # threads of a rank; copies, checksums and file accesses all release the interpreter's lock
 
@@ -40,7 +42,8 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(THREADS - 1)]
+    count = min(THREADS, len(remaining)) - 1
+    helpers = [threading.Thread(target=run, name="lion_dist.checkpoint", daemon=True) for _ in range(count)]
     started = []
     for helper in helpers:
         with contextlib.suppress(RuntimeError):  # the interpreter is ending: this thread does all the work
@@ -58,7 +61,7 @@ def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
             del error
 
 
-def synchronize(tensors: list[Tensor]) -> None:
+def synchronize(tensors: Sequence[Tensor | ComputedPart]) -> None:
     """Waits for the devices of these tensors. Call it before and after other threads access them."""
     for device in {t.device for t in tensors if t.is_cuda}:
         torch.cuda.synchronize(device)
@@ -84,23 +87,35 @@ def as_tensor(buffer: memoryview, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype)
 
 
-def copy_out(source: Tensor, start: int, buffer: memoryview) -> None:
+def copy_out(source: Tensor | ComputedPart, start: int, buffer: memoryview) -> None:
     """Fills the buffer with elements of a tensor, in row-major order.
 
     Args:
-        source: tensor of any strides, on any device.
+        source: as for `copy_elements`.
         start: index of the first element, in row-major order.
         buffer: memory for a whole number of elements.
     """
-    out = as_tensor(buffer, source.dtype)
-    stop = start + out.numel()
-    if source.is_contiguous():
-        out.copy_(source.reshape(-1)[start:stop])
+    copy_elements(source, start, as_tensor(buffer, source.dtype))
+
+
+def copy_elements(source: Tensor | ComputedPart, start: int, out: Tensor) -> None:
+    """Copies elements of a tensor in row-major order.
+
+    Args:
+        source: tensor of any strides, on any device; or one that is computed here, piece by piece.
+        start: index of the first element, in row-major order.
+        out: where they are copied to, on the CPU, 1-D, of the same dtype.
+    """
+    if isinstance(source, Tensor) and source.is_contiguous():
+        out.copy_(source.reshape(-1)[start : start + out.numel()])
         return
+    size = out.numel() if isinstance(source, Tensor) else PIECE_ON_GPU if source.is_cuda else PIECE
     at = 0
-    for box in cut(source.shape, start, stop):
-        out[at : at + box.numel].view(box.sizes).copy_(source[box.slices()])
-        at += box.numel
+    while at < out.numel():
+        stop = min(at + size, out.numel())
+        for box in cut(source.shape, start + at, start + stop):
+            out[at : at + box.numel].view(box.sizes).copy_(source[box.slices()])
+            at += box.numel
 
 
 def copy_in(target: Tensor, wanted: Box, sizes: tuple[int, ...], start: int, block: Tensor) -> None:

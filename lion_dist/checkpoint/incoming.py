@@ -6,7 +6,7 @@ all of it. Every parameter, buffer and extra state of this rank's model must be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._torch_compat import load_state_dict_post_hooks, load_state_dict_pre_hooks
-from ..fsdp import local
-from ..sharding.box_tensor import BoxTensor
 from .contents import Contents
 from .generators import saved_states, set_generators
+from .incoming_columns import check_weight, has_remainder
 from .incoming_state import LISTED, IncomingState
 from .keys import EXTRA, MODEL
-from .logical import Logical
+from .logical import Logical, parts_of
 from .model_state import ModelState
 from .names import Names
 from .ranks import Ranks
@@ -63,7 +62,8 @@ class Incoming:
         self._model = ModelState.read(model, names, logical)
         tied = contents.untie(names)
         self.tensors: dict[str, Tensor] = {**self._model.params, **self._model.buffers}
-        self.unclaimed = self._check_model(contents, {*names.aliases, *tied.values()})
+        masters = set[str]() if optimizer is None else _with_remainders(contents, optimizer, names)
+        self.unclaimed = self._check_model(contents, masters, {*names.aliases, *tied.values()})
         self._extra_states = {key: contents.value(key) for key in self._model.extra}
         self._state: IncomingState | None = None
         self._schedulers: list[tuple[Any, dict[str, Any]]] = []
@@ -76,11 +76,12 @@ class Incoming:
             self._generators = saved_states(contents, ranks)
             self.hooked = bool(load_state_dict_pre_hooks(optimizer) or load_state_dict_post_hooks(optimizer))
 
-    def _check_model(self, contents: Contents, other_names: set[str]) -> set[str]:
+    def _check_model(self, contents: Contents, masters: Container[str], other_names: set[str]) -> set[str]:
         """Compares the model's tensors and extra states with the checkpoint's.
 
         Args:
             contents: the checkpoint.
+            masters: names of parameters that have remainders here.
             other_names: further names of parameters that are here.
 
         Returns:
@@ -89,7 +90,10 @@ class Incoming:
         there = set(contents.keys(MODEL))
         here = self.tensors.keys() | self._model.extra.keys()
         _check_none_missing(here - there, "model", "checkpoint")
-        for key, t in self.tensors.items():
+        for key, t in self._model.params.items():
+            name = key.removeprefix(MODEL)
+            check_weight(contents, name, t.dtype, tuple(t.shape), name in masters)
+        for key, t in self._model.buffers.items():
             contents.check_tensor(key, t.dtype, tuple(t.shape))
         return there - here - {MODEL + name for name in other_names}
 
@@ -108,7 +112,8 @@ class Incoming:
             copy: let ``undo`` also put back the tensors that are loaded later, from a copy on the CPU.
         """
         if copy:
-            remember_elements(undo, [part for t in self.tensors.values() for part in _parts(t)])
+            beside = [] if self._state is None else self._state.beside()
+            remember_elements(undo, [part for t in (*self.tensors.values(), *beside) for part in parts_of(t)])
         for i, (scheduler, state) in enumerate(self._schedulers):
             remember_scheduler(undo, scheduler)
             _attempt(f"scheduler {i}, a {type(scheduler).__name__},", scheduler.load_state_dict, state)
@@ -116,6 +121,16 @@ class Incoming:
             module = self._model.extra[key]
             remember_module(undo, module)
             _attempt(f"{key}, of a {type(module).__name__},", module.set_extra_state, state)
+
+    @property
+    def encoded(self) -> Collection[str]:
+        """Keys of momenta that are read one after another into memory from `staged`."""
+        return () if self._state is None else self._state.encoded
+
+    def staged(self, key: str) -> tuple[Tensor, Callable[[], None]]:
+        """As `IncomingState.staged`."""
+        assert self._state is not None
+        return self._state.staged(key)
 
     def apply(self) -> None:
         """Loads groups and entries once the tensors are loaded. Under `ShardedLion` a collective call."""
@@ -136,9 +151,14 @@ def _attempt(who: str, load: Callable[[Any], object], state: Any) -> None:
         raise ValueError(f"{who} does not take what was saved: {type(error).__name__}: {error}") from error
 
 
-def _parts(t: Any) -> list[Tensor]:
-    """The plain tensors that hold this rank's elements of a tensor."""
-    return list(t.parts) if isinstance(t, BoxTensor) else [local(t)]
+def _with_remainders(contents: Contents, optimizer: Optimizer, names: Names) -> set[str]:
+    """Names of the optimizer's parameters that have remainders here."""
+    return {
+        names.of(p)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if has_remainder(contents, names.of(p), p, group, optimizer.state.get(p) or {})
+    }
 
 
 def check_claimed(ranks: Sequence[set[str]]) -> None:

@@ -5,12 +5,14 @@ The state that Lion keeps for a parameter is described by columns (`param_groups
 - Columns that the checkpoint holds are loaded, also where the parameter is frozen here.
 - If a parameter was frozen when it was saved and is trained here, the checkpoint has no columns for it. They start at
   zero, as in torch's optimizers, and a warning says so.
+- Weights, remainders and momenta that were saved in another form than they have here are converted as they are read,
+  or encoded once they are read: see incoming_columns.py.
 - Other entries belong to a wrapper, and are loaded as they were saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,16 +23,34 @@ from torch.optim import Optimizer
 
 from ..dtypes import DTYPES
 from ..fsdp import new_state
-from ..param_groups import KEYS, Group, check_group, state_columns, warn
+from ..param_groups import KEYS, Group, check_group, keep_storage, state_columns, warn
 from ..sharded_lion import ShardedLion, shard_with_columns
-from ..update.state import StateColumn
+from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
+from .codes import code_runs
 from .contents import Contents
 from .groups import match_groups, named_groups, saved_groups, values_for
-from .keys import BESIDE, STATE, split_entry
-from .logical import Logical
+from .incoming_columns import (
+    CONVERTED,
+    Routes,
+    has_remainder,
+    route_codes,
+    route_remainder,
+    set_conversion,
+    stored_scale,
+)
+from .keys import BESIDE, MODEL, STATE, split_entry
+from .logical import Logical, parts_of
 from .names import Names
-from .optimizer_state import MAX_BESIDE, MAX_ENTRIES, check_entry_name, max_entry_bytes, params_by_name
+from .optimizer_state import (
+    MAX_BESIDE,
+    MAX_ENTRIES,
+    check_entry_name,
+    has_whole_blocks,
+    max_entry_bytes,
+    params_by_name,
+)
 
+_ADDED = ("master_weights", "rounding_step")  # keys that groups saved by a version without them lack
 LISTED = "listed."  # in `IncomingState.unclaimed`: prefix of a name that a parameter group of the checkpoint lists
 
 
@@ -68,6 +88,8 @@ class IncomingState:
         live = zip(optimizer.param_groups, self._groups, strict=True)
         loaded = [({**group, **values}, group["params"]) for group, values in live]
         self._group_of: dict[int, Group] = {id(p): group for group, params in loaded for p in params}
+        self._routes: dict[str, Routes] = {}
+        self.encoded: dict[str, str] = {}  # name of the parameter, by key of a momentum that is encoded
         self._beside = self._read_beside()
         self._keys = self._keys_of_entries(names, tied)
         self._small: dict[str, dict[str, Any]] = {}  # entries of wrappers, by parameter: values and small tensors
@@ -82,6 +104,7 @@ class IncomingState:
         """The groups as the optimizer's load_state_dict takes them."""
         saved = saved_groups(self._contents.objects)
         self.saved_count = len(saved)
+        self._was_8_bit: set[int] = set()  # ids of parameters
         for group in saved:
             group["params"] += [name for name, first in tied.items() if first in group["params"]]
         live_groups = self._optimizer.param_groups
@@ -100,6 +123,8 @@ class IncomingState:
             values = {k: v for k, v in live.items() if k != "params"}
             if j is not None:
                 values = self._check_values(values_for(saved[j], live), live, j)
+                if _to_dtype(saved[j]["momentum_dtype"]) == torch.int8:
+                    self._was_8_bit |= {id(p) for p in live["params"]}
             count = len(live["params"])
             groups.append({**values, "params": list(range(number, number + count))})
             number += count
@@ -107,14 +132,15 @@ class IncomingState:
 
     def _check_values(self, values: Group, live: Group, number: int) -> Group:
         """The hyper-parameters of the checkpoint's group of this number, for a live group."""
-        missing = [key for key in KEYS if key not in values]
+        missing = [key for key in KEYS if key not in values and key not in _ADDED]
         if missing:
             raise ValueError(f"parameter group {number} of the checkpoint has no {', '.join(missing)}")
         if self._contents.cast:
             values["momentum_dtype"] = live["momentum_dtype"]
-        elif isinstance(values["momentum_dtype"], str):  # saved from state_dict(), through torch's own functions
-            values["momentum_dtype"] = DTYPES.get(values["momentum_dtype"], values["momentum_dtype"])
+        else:  # the name of one was saved from state_dict(), through torch's own functions
+            values["momentum_dtype"] = _to_dtype(values["momentum_dtype"])
         try:
+            keep_storage(values, live)
             check_group({**live, **values})
         except OverflowError as error:
             raise ValueError(f"parameter group {number} of the checkpoint: {error}") from error
@@ -153,24 +179,59 @@ class IncomingState:
         for entry in keys:
             check_entry_name(name, entry)
         columns = {column.name: column for column in state_columns(p, self._group_of[id(p)])}
-        missing = [column for column in columns if column not in keys]
+        missing = [column for column in columns if column not in keys and column not in (EXP_AVG_SCALE, REMAINDER)]
         if missing and p.requires_grad:
             if keys:
                 raise ValueError(
                     f"the state of {name} in the checkpoint has {sorted(keys)}, but no {', '.join(missing)}"
                 )
             self._fresh.append(name)
-        shape = self._logical.shape(p)
+        shape, routes = self._logical.shape(p), self._find_routes(name, p, keys, columns)
+        self._routes[name] = routes
         for entry, key in keys.items():
             stored = self._contents.tensors.get(key)
+            if entry in CONVERTED:
+                continue
             if entry in columns:
-                self._contents.check_tensor(key, self._dtype(p, entry, key), columns[entry].shape(shape))
+                routes.read[entry], routes.dtypes[entry] = key, self._dtype(p, entry, key)
+                self._contents.check_tensor(key, routes.dtypes[entry], columns[entry].shape(shape))
             elif stored is not None and stored.shape == shape:
                 self._like_param.setdefault(name, {})[entry] = stored.torch_dtype
             elif stored is not None and stored.nbytes > max_entry_bytes(shape):
                 raise ValueError(f"{key} has {stored.nbytes} bytes and not the parameter's shape")
             else:
                 self._small.setdefault(name, {})[entry] = self._contents.value(key)
+
+    def _find_routes(self, name: str, p: Tensor, keys: Mapping[str, str], columns: Mapping[str, StateColumn]) -> Routes:
+        """Where the momentum and the remainder of a parameter come from."""
+        routes = Routes()
+        if EXP_AVG in keys:
+            self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
+        elif EXP_AVG_SCALE in keys:
+            raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
+        if MODEL + name in self._contents.tensors:
+            own = self._optimizer.state.get(p) or {}
+            remainder = has_remainder(self._contents, name, p, self._group_of[id(p)], own)
+            route_remainder(routes, self._contents, name, keys, self._logical.shape(p), remainder)
+        return routes
+
+    def _route_momentum(self, routes: Routes, name: str, p: Tensor, keys: Mapping[str, str], eight_bits: bool) -> None:
+        contents, key, shape = self._contents, keys[EXP_AVG], self._logical.shape(p)
+        stored = contents.tensor(key, shape)
+        scale = stored_scale(contents, keys, shape)
+        if eight_bits:
+            route_codes(routes, contents, keys, scale, has_whole_blocks(p, self._logical))
+            if routes.encoded:
+                self.encoded[key] = name
+            return
+        dtype = self._dtype(p, EXP_AVG, key)
+        routes.read[EXP_AVG], routes.dtypes[EXP_AVG] = key, dtype
+        # What loses nothing needs no cast=True, as for the weight.
+        wider = contents.is_master(name) and p.dtype == dtype == torch.float32 and stored.itemsize <= 4
+        if scale is not None or id(p) in self._was_8_bit or wider:
+            set_conversion(contents, key, scale)
+        else:
+            contents.check_tensor(key, dtype, shape)
 
     def _dtype(self, p: Tensor, entry: str, key: str) -> torch.dtype:
         """The dtype of a column of p's state: as it is here, or as `make_room` will make it."""
@@ -210,21 +271,49 @@ class IncomingState:
             for entry, t in self._new[name].items():
                 tensors[self._keys[name][entry]] = self._logical(p, t)
         for name, p in self._params.items():
-            for entry in self._saved_columns(name, p):
-                tensors[self._keys[name][entry]] = self._logical(p, self._optimizer.state[p][entry])
+            for entry, key in self._routes[name].read.items():
+                tensors[key] = self._logical(p, self._optimizer.state[p][entry])
         return tensors
+
+    def beside(self) -> list[Tensor]:
+        """Tensors that the load changes beside those that it reads into, once `make_room` has been called."""
+        state = self._optimizer.state
+        return [
+            state[p][column]
+            for name, p in self._params.items()
+            for column in self._columns_beside(name, p)
+            if self._routes[name].filled
+        ]
+
+    def staged(self, key: str) -> tuple[Tensor, Callable[[], None]]:
+        """Memory to read a momentum into that is encoded.
+
+        Args:
+            key: a key of ``encoded``.
+
+        Returns:
+            A tensor to read into, float32, in the shape of the whole parameter; and a function to call then.
+        """
+        p = self._params[self.encoded[key]]
+        codes = self._logical(p, self._optimizer.state[p][EXP_AVG])
+        runs = code_runs(parts_of(codes), parts_of(self._optimizer.state[p][EXP_AVG_SCALE]))
+        buffers = [run.empty() for run in runs]
+
+        def encode() -> None:
+            for run, (buffer, _) in zip(runs, buffers, strict=True):
+                run.take(buffer)
+
+        return self._logical.like(p, codes, [view for _, views in buffers for view in views]), encode
 
     def _make_columns(self, undo: ExitStack) -> None:
         """Makes the columns of every parameter that lacks one that the checkpoint holds."""
         optimizer = self._optimizer
         lacking: dict[str, tuple[StateColumn, ...]] = {}
         for name, p in self._params.items():
-            own, saved = optimizer.state.get(p) or {}, self._saved_columns(name, p)
-            if any(entry not in own for entry in saved):
-                keys, columns = self._keys[name], state_columns(p, self._group_of[id(p)])
-                lacking[name] = tuple(
-                    replace(c, dtype=self._dtype(p, c.name, keys[c.name])) if c.name in saved else c for c in columns
-                )
+            own, routes = optimizer.state.get(p) or {}, self._routes[name]
+            if any(entry not in own for entry in routes.filled):
+                columns = state_columns(p, self._group_of[id(p)])
+                lacking[name] = tuple(replace(c, dtype=routes.dtypes.get(c.name, c.dtype)) for c in columns)
         if isinstance(optimizer, ShardedLion):
             if lacking:
                 new = {self._params[name]: columns for name, columns in lacking.items()}
@@ -241,10 +330,10 @@ class IncomingState:
             for (p, _), t in zip(pairs, made, strict=True):
                 optimizer.state[p] = {**optimizer.state.get(p, {}), entry: t}
 
-    def _saved_columns(self, name: str, p: Tensor) -> list[str]:
-        """Names of the columns of p's state that the checkpoint holds."""
-        keys = self._keys.get(name, {})
-        return [column.name for column in state_columns(p, self._group_of[id(p)]) if column.name in keys]
+    def _columns_beside(self, name: str, p: Tensor) -> list[str]:
+        """Names of the columns of p's state that the checkpoint does not hold."""
+        columns = state_columns(p, self._group_of[id(p)])
+        return [column.name for column in columns if column.name not in self._routes[name].read]
 
     def apply(self) -> None:
         """Loads groups and entries once the tensors are loaded. Under `ShardedLion` a collective call."""
@@ -253,8 +342,13 @@ class IncomingState:
         name_of = {id(p): name for name, p in self._params.items()}
         columns: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(params):
-            if saved := self._saved_columns(name_of[id(p)], p):
-                columns[i] = {entry: optimizer.state[p][entry] for entry in saved}
+            name = name_of[id(p)]
+            routes, beside = self._routes[name], self._columns_beside(name, p)
+            if routes.filled:
+                for entry in beside:
+                    if entry not in routes.filled:  # such as the remainder of a weight that was saved in bfloat16
+                        _fill_zeros(optimizer.state[p][entry])
+                columns[i] = {entry: optimizer.state[p][entry] for entry in (*routes.read, *beside)}
         for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
             del optimizer.state[key]
         optimizer.load_state_dict({"state": columns, "param_groups": self._groups})
@@ -273,6 +367,17 @@ class IncomingState:
                 f"({', '.join(self._fresh[:5])}): their state starts at zero. If they are to stay frozen, call "
                 "requires_grad_(False) on them before load()"
             )
+
+
+def _fill_zeros(t: Tensor) -> None:
+    with torch.no_grad():
+        for part in parts_of(t):
+            part.zero_()
+
+
+def _to_dtype(value: Any) -> Any:
+    """A dtype that was given by its name, as in a state_dict() that torch's own functions have saved."""
+    return DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 def _on_device(entries: dict[str, Any], p: Tensor) -> dict[str, Any]:

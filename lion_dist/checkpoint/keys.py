@@ -13,9 +13,15 @@ left out. The keys are those of ``{"model": ..., "optim": ...}`` in torch's tuto
     ranks                           number of ranks that saved
     rng.<rank>.<kind>               the state of a random number generator of a rank
     tied.<name>                     the first name of a parameter that has several
+    master.<name>                   True for a bfloat16 parameter whose master weights "model.<name>" holds, in float32
 
 A parameter with several names, such as tied weights, is stored under the alphabetically first one. Each of its other
 names is stored as a value "tied.<name>", so that a pipeline stage that knows the parameter by another name finds it.
+
+What a run with master weights holds in bfloat16 and a remainder is stored as one float32 tensor. An 8-bit momentum is
+stored as it is, with its scales in "optim.state.<name>.exp_avg_scale", where the parameter is whole or ShardedLion
+shards its state, and row-major. Otherwise it is stored in float32, without scales: FSDP and tensor parallelism cut
+parameters within the blocks that share a scale.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ EXTRA = "extra"
 RANKS = "ranks"
 RNG = "rng."
 TIED = "tied."
+MASTER = "master."
 
 
 def split_entry(key: str, names: Container[str]) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.optim import Optimizer
 
 from .incoming import Incoming, check_claimed
@@ -88,7 +88,17 @@ class Loading:
         return self._reader.prepare_local_plan(self._planner.create_local_plan())
 
     def _read(self, plan: LoadPlan) -> None:
-        self._reader.read_data(plan, self._planner).wait()
+        """Reads what the plan says. What is encoded needs other memory, which only one tensor has at a time."""
+        items: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            key = item.dest_index.fqn
+            items.setdefault(key if key in self._incoming.encoded else "", []).append(item)
+        self._reader.read_items(items.pop("", []), self._planner)
+        for key in self._incoming.encoded:
+            self._planner.state_dict[key], encode = self._incoming.staged(key)
+            self._reader.read_items(items.get(key, []), self._planner)
+            encode()
+            del self._planner.state_dict[key]
 
     def _change(self, step: Callable[[], object], how: str) -> None:
         """Runs a step that changes tensors. If there is no copy to put back, its error says so.

@@ -6,7 +6,8 @@ parameter's own shape. Parameters of FSDP2 and tensor parallelism are DTensors, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,18 @@ class Logical:
             return _as_dtensor(p, t) if t.shape == local(p).shape else None
         return self(p, t) if t.shape == p.shape else None
 
+    def like(self, p: Tensor, t: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """A tensor of other parts.
+
+        Args:
+            p: a parameter of the model.
+            t: a tensor that this object has shown in the shape of the whole of p.
+            parts: parts of one dtype in place of `parts_of(t)`, of the same shapes.
+        """
+        if isinstance(t, BoxTensor):
+            return BoxTensor(t.shape, t.boxes, parts, (parts[0] if parts else t).dtype, t.device)
+        return _as_dtensor(p, parts[0]) if is_dtensor(p) else parts[0]
+
     def shape(self, p: Tensor) -> tuple[int, ...]:
         """The shape of the whole parameter."""
         return tuple(self._flat[id(p)].shape if id(p) in self._flat else p.shape)
@@ -83,6 +96,23 @@ class Logical:
     def is_sharded(self, p: Tensor) -> bool:
         """Whether other ranks may hold other parts of the parameter."""
         return id(p) in self._flat or is_dtensor(p)
+
+
+def parts_of(t: Any) -> list[Tensor]:
+    """The plain tensors that hold this rank's elements of a tensor."""
+    return list(t.parts) if isinstance(t, BoxTensor) else [local(t)]
+
+
+def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
+    """This rank's part of a tensor that it holds as a whole, if another tensor of the same shape is a BoxTensor.
+
+    Returns:
+        A view of ``whole``, with the boxes of ``part``.
+    """
+    if not isinstance(part, BoxTensor) or isinstance(whole, BoxTensor):
+        return whole
+    parts = [whole[box.slices()] for box in part.boxes]
+    return BoxTensor(part.shape, part.boxes, parts, whole.dtype, whole.device)
 
 
 def _as_dtensor(like: Tensor, t: Tensor) -> Tensor:

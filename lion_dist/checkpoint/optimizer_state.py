@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,9 +15,12 @@ from ..lion import Lion
 from ..param_groups import state_columns
 from ..sharded_lion import ShardedLion
 from ..state_dicts import FOREIGN_ENTRIES
+from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
+from .codes import code_runs
+from .computed import Computed, DecodedMomentum, MasterWeight
 from .json_values import to_json
-from .keys import BESIDE, STATE
-from .logical import Logical
+from .keys import BESIDE, MASTER, MODEL, STATE
+from .logical import Logical, of_same_boxes, parts_of
 from .manifest import BLOCK_BYTES
 from .names import Names
 from .ranks import Ranks, together
@@ -100,17 +104,20 @@ def params_by_name(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
     return {names.of(p): p for p in params}
 
 
-def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The entries of ``optimizer.state`` by key.
+def state_by_key(
+    optimizer: Optimizer, names: Names, logical: Logical
+) -> tuple[dict[str, Tensor | Computed], dict[str, Any]]:
+    """The entries of ``optimizer.state`` by key, and master weights.
 
     Returns:
-        Lion's state, and tensors that are sharded like their parameters, in the shapes of these; and all other values.
+        Lion's state, and tensors that are sharded like their parameters, in the shapes of these, and weights that take
+        the place of the model's; and all other values.
 
     Raises:
         ValueError: a parameter of the optimizer is not in the model, or the state is another optimizer's.
         TypeError: an entry cannot be saved.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Computed] = {}
     others: dict[str, Any] = {}
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in params_by_name(optimizer, names).items():
@@ -120,7 +127,17 @@ def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[
             raise TypeError(
                 f"optimizer.state has {len(entries)} entries for {name}; a checkpoint holds up to {MAX_ENTRIES}"
             )
+        computed = _computed(name, p, entries, logical)
+        tensors.update(computed)
+        done = set()
+        if MODEL + name in computed:
+            others[MASTER + name] = True
+            done.add(REMAINDER)
+        if STATE + name + "." + EXP_AVG in computed:
+            done |= {EXP_AVG, EXP_AVG_SCALE}
         for entry, value in entries.items():
+            if entry in done:
+                continue
             key = STATE + name + "." + _check_text(entry, f"the state of {name}")
             check_entry_name(name, entry)
             if isinstance(value, Tensor) and value.shape == blocks.get(entry):
@@ -138,6 +155,29 @@ def state_by_key(optimizer: Optimizer, names: Names, logical: Logical) -> tuple[
         key = BESIDE + _check_text(entry, "the optimizer's state")
         others[key] = _check_small(value, key, False, max_entry_bytes(()))
     return tensors, others
+
+
+def _computed(name: str, p: Tensor, entries: Mapping[Any, Any], logical: Logical) -> dict[str, Computed]:
+    """What a save computes for a parameter, by key: its master weight, and its momentum in float32 where blocks of
+    8-bit codes are not those of the whole row-major parameter."""
+    found: dict[str, Computed] = {}
+    remainder, codes, scale = (entries.get(entry) for entry in (REMAINDER, EXP_AVG, EXP_AVG_SCALE))
+    if p.dtype == torch.bfloat16 and isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
+        shown = logical.if_alike(p, remainder)
+        if shown is not None:
+            found[MODEL + name] = MasterWeight(of_same_boxes(logical(p, p), shown), shown)
+    if isinstance(codes, Tensor) and codes.dtype == torch.int8 and isinstance(scale, Tensor):
+        shown = logical.if_alike(p, codes)
+        if shown is not None and not has_whole_blocks(p, logical):
+            runs = code_runs(parts_of(shown), parts_of(scale))
+            found[STATE + name + "." + EXP_AVG] = DecodedMomentum(shown, runs)
+    return found
+
+
+def has_whole_blocks(p: Tensor, logical: Logical) -> bool:
+    """Whether blocks of a parameter's 8-bit momentum are those of the whole parameter in row-major order, in which
+    checkpoints hold codes and scales."""
+    return not logical.is_sharded(p) and p.is_contiguous()
 
 
 def max_entry_bytes(shape: Sequence[int]) -> int:

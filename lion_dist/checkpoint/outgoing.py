@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..sharded_lion import ShardedLion, check_last_steps
+from .computed import Computed
 from .generators import generator_states
 from .groups import named_groups
 from .json_values import from_json, to_json
@@ -43,7 +44,8 @@ class Outgoing:
         names, logical = Names.read(model), Logical(model)
         of_model = ModelState.read(model, names, logical)
         self._extra, self._ranks = extra, ranks
-        self._tensors = dict(of_model.params)
+        self._tensors: dict[str, Tensor | Computed] = dict(of_model.params)
+        sampled = dict(of_model.params)
         self._once: dict[str, Any] = dict(of_model.buffers)  # values that one rank saves for all
         for key, module in of_model.extra.items():
             self._once[key] = _extra_state(key, module)
@@ -55,12 +57,14 @@ class Outgoing:
                 check_last_steps(optimizer)
             tensors, others = state_by_key(optimizer, names, logical)
             self._tensors.update(tensors)
+            for key, t in tensors.items():
+                sampled.update(t.sampled(key) if isinstance(t, Computed) else {key: t})
             self._once.update(others)
             for i, group in enumerate(named_groups(optimizer, names)):
                 groups.append({key: to_json(value, f"{GROUPS}{i}.{key}") for key, value in group.items()})
         self.rank_state = RankState(
             {**describe(self._tensors), **describe(of_model.buffers)},
-            samples(self._tensors) if ranks.size > 1 else {},
+            samples(sampled) if ranks.size > 1 else {},
             set(self._once),
             groups,
             [

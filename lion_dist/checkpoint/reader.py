@@ -33,6 +33,8 @@ from torch.futures import Future
 
 from ..sharding.boxes import Box
 from .blocks import Buffers, as_tensor, copy_in, in_threads, synchronize
+from .codes import PIECE
+from .conversions import Conversion, Where
 from .files import DIGEST, MAX_DIGEST_BYTES, DataFiles, read_small
 from .folders import Key, local_path
 from .json_values import from_json
@@ -72,6 +74,8 @@ class Reader(StorageReader):
         self._manifest: Manifest | None = None
         self._files: DataFiles | None = None
         self._lock: FileLock | None = None
+        self._conversions: dict[str, Conversion] = {}
+        self._origins: dict[str, str] = {}
 
     def close(self) -> None:
         """Closes the data files, which are opened again when needed, and lets ``keep_last`` remove the checkpoint."""
@@ -116,11 +120,25 @@ class Reader(StorageReader):
         """
         self._read([block for name in self.manifest.tensors for block in self._blocks_of(name)], None)
 
-    def fetch(self, name: str) -> Tensor:
+    def convert(self, name: str, conversion: Conversion, origin: str | None = None) -> None:
+        """Makes `read_items` convert the elements of a tensor. Their dtypes are then not compared.
+
+        Args:
+            name: key of the tensor.
+            conversion: converts elements.
+            origin: key of the tensor that is converted, if it has another one. Then ``name`` is added to the manifest.
+        """
+        self._conversions[name] = conversion
+        if origin is not None:
+            self.manifest.tensors[name] = self.manifest.tensors[origin]
+            self._origins[name] = origin
+
+    def fetch(self, name: str, limit: int = BLOCK_BYTES) -> Tensor:
         """Reads and verifies a whole tensor.
 
         Args:
-            name: key of a tensor of at most `BLOCK_BYTES` bytes.
+            name: key of a tensor.
+            limit: largest number of bytes that it may have.
 
         Returns:
             The tensor, on the CPU.
@@ -129,8 +147,8 @@ class Reader(StorageReader):
             ValueError: the tensor is too large or damaged.
         """
         entry = self.manifest.tensors[name]
-        if entry.nbytes > BLOCK_BYTES:
-            raise ValueError(f"{name} has {entry.nbytes} bytes; expected at most {BLOCK_BYTES}")
+        if entry.nbytes > limit:
+            raise ValueError(f"{name} has {entry.nbytes} bytes; expected at most {limit}")
         try:
             found = torch.empty(entry.shape, dtype=entry.torch_dtype)
         except RuntimeError as error:  # an empty tensor, one of whose extents is too large for torch
@@ -142,6 +160,16 @@ class Reader(StorageReader):
 
         self._read(self._blocks_of(name), copy)
         return found
+
+    def scan(self, name: str, check: Callable[[Tensor], None]) -> None:
+        """Reads and verifies a whole tensor block by block.
+
+        Args:
+            name: key of a tensor.
+            check: is called with the elements of each block, 1-D, from several threads.
+        """
+        dtype = self.manifest.tensors[name].torch_dtype
+        self._read(self._blocks_of(name), lambda _, buffer: check(as_tensor(buffer, dtype)))
 
     # Methods that torch.distributed.checkpoint calls ----------------------------------------------
 
@@ -169,17 +197,25 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self.read_items(plan.items, planner)
+        self.close()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def read_items(self, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Reads some items of a plan; the data files stay open."""
         targets: dict[int, Tensor] = {}
-        for i, item in enumerate(plan.items):
+        for i, item in enumerate(items):
             if item.type == LoadItemType.TENSOR:
                 targets[i] = planner.resolve_tensor(item).detach()
-                saved = self.manifest.tensors[item.storage_index.fqn].torch_dtype
-                if targets[i].dtype != saved and not self._cast:
+                saved, converted = self.manifest.tensors[item.storage_index.fqn].torch_dtype, self._conversions
+                if targets[i].dtype != saved and not self._cast and item.storage_index.fqn not in converted:
                     raise ValueError(
                         f"{item.storage_index.fqn} is {saved} in {self._path} and {targets[i].dtype} here; pass "
                         "cast=True to convert it"
                     )
-        for item in plan.items:
+        for item in items:
             if item.type == LoadItemType.BYTE_IO:
                 # The planner will unpickle this. It was pickled here: the file itself holds nothing but JSON.
                 value = io.BytesIO()
@@ -187,22 +223,19 @@ class Reader(StorageReader):
                 value.seek(0)
                 planner.load_bytes(item, value)
         synchronize(list(targets.values()))
-        needed = self._needed(plan.items)
+        needed = self._needed(items)
 
         def copy(block: Block, buffer: memoryview) -> None:
             with torch.no_grad():
                 for i in needed[block]:
-                    item = plan.items[i]
-                    self._copy(block, buffer, targets[i], Box(tuple(item.storage_offsets), tuple(item.lengths)))
+                    item = items[i]
+                    wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                    self._copy(block, buffer, targets[i], wanted, self._conversions.get(item.storage_index.fqn))
 
         self._read(needed, copy)
-        self.close()
         synchronize(list(targets.values()))
         for i, target in targets.items():
-            planner.commit_tensor(plan.items[i], target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+            planner.commit_tensor(items[i], target)
 
     # Blocks ---------------------------------------------------------------------------------------
 
@@ -217,7 +250,8 @@ class Reader(StorageReader):
             if item.type != LoadItemType.TENSOR:
                 continue
             index: MetadataIndex = item.storage_index
-            entry = self.manifest.tensors[index.fqn]
+            name = self._origins.get(index.fqn, index.fqn)  # so that a block that two need is read once
+            entry = self.manifest.tensors[name]
             offsets, chunk = tuple(index.offset or ()), index.index
             if chunk is None or entry.chunks[chunk].offsets != offsets:
                 chunk = [chunk.offsets for chunk in entry.chunks].index(offsets)
@@ -225,14 +259,25 @@ class Reader(StorageReader):
             if start < stop:
                 size = self.manifest.block_bytes
                 for number in range(start * entry.itemsize // size, -(-stop * entry.itemsize // size)):
-                    needed.setdefault(Block(index.fqn, chunk, number), []).append(i)
+                    needed.setdefault(Block(name, chunk, number), []).append(i)
         return needed
 
-    def _copy(self, block: Block, buffer: memoryview, target: Tensor, wanted: Box) -> None:
-        """Copies what a block has of the box ``wanted`` of its chunk into ``target``."""
+    def _copy(
+        self, block: Block, buffer: memoryview, target: Tensor, wanted: Box, conversion: Conversion | None = None
+    ) -> None:
+        """Copies or converts what a block has of the box ``wanted`` of its chunk into ``target``."""
         entry = self.manifest.tensors[block.tensor]
-        start = block.number * self.manifest.block_bytes // entry.itemsize
-        copy_in(target, wanted, entry.chunks[block.chunk].sizes, start, as_tensor(buffer, entry.torch_dtype))
+        start, values = block.number * self.manifest.block_bytes // entry.itemsize, as_tensor(buffer, entry.torch_dtype)
+        chunk = entry.chunks[block.chunk]
+        if conversion is None:
+            copy_in(target, wanted, chunk.sizes, start, values)
+            return
+        first, last = wanted.hull(chunk.sizes)
+        for at in range(0, values.numel(), PIECE):
+            piece, begin = values[at : at + PIECE], start + at
+            if begin < last and begin + piece.numel() > first:
+                converted = conversion(piece, Where(entry.shape, chunk.offsets, chunk.sizes, begin))
+                copy_in(target, wanted, chunk.sizes, begin, converted)
 
     def _read(self, blocks: Iterable[Block], use: Callable[[Block, memoryview], None] | None) -> None:
         """Reads and verifies blocks in several threads.

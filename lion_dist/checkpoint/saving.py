@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from .blocks import copy_elements
+from .computed import Computed, ComputedPart
 from .ranks import Ranks, as_error
 from .runs import Run
 from .writer import Writer
@@ -47,19 +49,26 @@ class _Planner(DefaultSavePlanner):
         self.staged: dict[MetadataIndex, Any] = {}
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.staged[index] if index in self.staged else super().lookup_object(index)
+        if index in self.staged:
+            return self.staged[index]
+        value = self.state_dict.get(index.fqn)
+        return value.part(index) if isinstance(value, Computed) else super().lookup_object(index)
 
     def stage(self, items: list[WriteItem]) -> None:
-        """Copies what these items refer to, and drops the references to the training's tensors."""
+        """Copies or computes what these items refer to, and drops the references to the training's tensors."""
         buffer = _buffer(sum(-(-_nbytes(item) // _ALIGN) * _ALIGN for item in items))
         at = 0
         for item in items:
-            found = super().lookup_object(item.index)
+            found = self.lookup_object(item.index)
             if item.type == WriteItemType.BYTE_IO:
                 self.staged[item.index] = copy.deepcopy(found)
                 continue
             place = buffer[at : at + found.nbytes].view(found.dtype).view(found.shape)
-            self.staged[item.index] = place.copy_(found)
+            if isinstance(found, ComputedPart):
+                copy_elements(found, 0, place.view(-1))
+            else:
+                place.copy_(found)
+            self.staged[item.index] = place
             at += -(-found.nbytes // _ALIGN) * _ALIGN
         self.state_dict = {}
 

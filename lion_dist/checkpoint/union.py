@@ -14,7 +14,7 @@ union over the ranks. A name stands for one tensor on all ranks that have it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from .._torch_compat_distributed import dtensor_offset
 from ..dtypes import dtype_name
 from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
+from .computed import Computed
 from .groups import difference
 from .schedulers import GroupLists
 
@@ -68,7 +69,7 @@ class Share:
     schedulers: list[GroupLists] | None = None
 
 
-def describe(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+def describe(tensors: Mapping[str, Tensor | Computed]) -> dict[str, tuple[tuple[int, ...], str]]:
     """`RankState.tensors` for these tensors."""
     return {key: (tuple(t.shape), dtype_name(t.dtype)) for key, t in tensors.items()}
 

@@ -26,6 +26,7 @@ from torch.futures import Future
 
 from ..dtypes import DTYPES, dtype_name
 from .blocks import Buffers, copy_out, in_threads, synchronize
+from .computed import ComputedPart
 from .files import DIGEST, MANIFEST, data_name, read_small, size_of, write_block, write_durably
 from .folders import Key, local_path
 from .json_values import to_json
@@ -159,7 +160,7 @@ class Writer(StorageWriter):
 
     def _write(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         """Writes the tensors of these items one after another into a new file, in several threads."""
-        tensors: list[Tensor] = []
+        tensors: list[Tensor | ComputedPart] = []
         chunks: list[Chunk] = []
         jobs: list[tuple[int, int]] = []  # index of the item, index of the block in it
         end = 0
@@ -235,15 +236,17 @@ class Writer(StorageWriter):
                 )
 
 
-def _tensor_of(item: WriteItem, planner: SavePlanner) -> tuple[Tensor, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _tensor_of(
+    item: WriteItem, planner: SavePlanner
+) -> tuple[Tensor | ComputedPart, tuple[tuple[int, ...], tuple[int, ...]]]:
     """The tensor of an item, and its box (offsets, sizes) in the whole tensor."""
     assert item.tensor_data is not None
-    tensor = planner.resolve_data(item)
-    assert isinstance(tensor, Tensor)
+    tensor: Any = planner.resolve_data(item)
+    assert isinstance(tensor, (Tensor, ComputedPart))
     if dtype_name(tensor.dtype) not in DTYPES:
         raise TypeError(f"{item.index.fqn} has dtype {tensor.dtype}, which a checkpoint cannot hold")
     chunk = item.tensor_data.chunk
-    return tensor.detach(), (tuple(chunk.offsets), tuple(chunk.sizes))
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor, (tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def _value_text(item: WriteItem, planner: SavePlanner) -> str:

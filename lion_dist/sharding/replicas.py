@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,35 +46,54 @@ def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     return every
 
 
-def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """Checksums of at least one parameter on every rank: int64, shape (world_size, parameters). A collective call."""
-    own = torch.stack([bits_checksum(p.detach()) for p in params])
+def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup, state: Iterable[Tensor] = ()) -> Tensor:
+    """Checksums of at least one parameter, and of state on any device, on every rank: int64, shape (world_size,
+    tensors). A collective call."""
+    own = [bits_checksum(p.detach()) for p in params]
+    own += [bits_checksum(t).to(own[0].device) for t in state]
     with explaining(group):
-        return gathered(own, group)
+        return gathered(torch.stack(own), group)
 
 
-def differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[tuple[int, list[int]]]:
+def differing(
+    params: Sequence[Tensor], group: dist.ProcessGroup, state: Iterable[Tensor] = ()
+) -> list[tuple[int, list[int]]]:
     """Compares the parameters that are `comparable` over the ranks; a collective call, for which the host waits.
 
+    Args:
+        state: dense tensors, on any device, that are compared too where there are such parameters. Their indices follow
+            those of all parameters.
+
     Returns:
-        For each parameter that differs, its index, and the ranks where it differs from the group's first rank.
+        For each tensor that differs, its index, and the ranks where it differs from the group's first rank.
     """
     numbers = comparable(params, group)
     if not numbers:
         return []
-    sums = _checksums([params[i] for i in numbers], group)
+    sums = _checksums([params[i] for i in numbers], group, state)
+    numbers += range(len(params), len(params) + sums.shape[1] - len(numbers))
     unlike = zip(numbers, (sums != sums[0]).t().tolist(), strict=True)
     return [(i, [r for r, other in enumerate(ranks) if other]) for i, ranks in unlike if any(ranks)]
 
 
-def refuse_differing(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Raises RuntimeError, on every rank, where a parameter is not the same on all ranks; see `differing`."""
-    unlike = differing(params, group)
+def refuse_differing(
+    params: Sequence[Tensor], group: dist.ProcessGroup, state: Sequence[tuple[str, Tensor]] = ()
+) -> None:
+    """Raises RuntimeError, on every rank, where a parameter or a tensor of state is not the same on all ranks; see
+    `differing`.
+
+    Args:
+        state: the tensors of state, each with its name.
+    """
+    unlike = differing(params, group, (t for _, t in state))
     if unlike:
-        some = "; ".join(f"parameter {i} on ranks {ranks}" for i, ranks in unlike[:5])
+        names = [*(f"parameter {i}" for i in range(len(params))), *(name for name, _ in state)]
+        some = "; ".join(f"{names[i]} on ranks {ranks}" for i, ranks in unlike[:5])
+        of_params = sum(i < len(params) for i, _ in unlike)
+        counts = [(of_params, "parameters"), (len(unlike) - of_params, "tensors of the parameters' state")]
         raise RuntimeError(
-            f"{len(unlike)} parameters differ in their bits from those of the group's first rank: {some}. Call "
-            "resync() on every rank to give all ranks the parameters of the first"
+            f"{' and '.join(f'{n} {kind}' for n, kind in counts if n)} differ in their bits from those of the group's "
+            f"first rank: {some}. Call resync() on every rank to give all ranks those of the first"
         )
 
 

@@ -2,6 +2,8 @@
 
 Column: one kind of state, described by its name, dtype and block. A shard has one flat buffer for each column, in which
     `ShardLayout.slices` says where each parameter's runs lie. This file does not know what the columns mean.
+Whole column: a column ``of_param`` where every rank writes whole parameters. Every rank then keeps all of this state,
+    in one tensor for each parameter, with the parameter's memory order.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from .._torch_compat import foreach_copy_
 from ..frozen import takes_part
-from ..memory_order import flat, is_dense, laid_out_like
+from ..memory_order import flat, flat_bytes, is_dense, laid_out_like
 from .box_tensor import BoxTensor
 from .boxes import Box
-from .collectives import all_gather_in_place, check_device, start_all_gather
+from .collectives import all_gather_in_place, all_reduce_sum, check_device, start_all_gather
 from .layout import ALIGN, Run, ShardLayout
 
 # Largest number of elements of a shard with several parameters. Shards are stepped and synchronised one after another,
@@ -42,6 +44,10 @@ class Column(Protocol):
 
     @property
     def block(self) -> int: ...
+
+    @property
+    def of_param(self) -> bool:
+        """Whether the state is needed wherever the parameter is written."""
 
     def numel(self, length: int) -> int:
         """Number of elements kept for ``length`` elements of a parameter."""
@@ -69,13 +75,16 @@ def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: d
             )
 
 
-def make_shards(params: Sequence[Tensor], columns: Sequence[tuple[Column, ...]], world_size: int) -> list[Shard]:
-    """Shards whose buffers are zeros, in the order of the parameters.
+def make_shards(
+    params: Sequence[Tensor], columns: Sequence[tuple[Column, ...]], world_size: int, keep_whole: bool = False
+) -> list[Shard]:
+    """Shards whose state is zeros, in the order of the parameters.
 
     Args:
         params: dense, on one device.
         columns: the columns of each parameter.
         world_size: number of ranks.
+        keep_whole: whether columns ``of_param`` are whole on every rank.
     """
     alike: dict[tuple[torch.dtype, tuple[Column, ...]], list[list[Tensor]]] = {}
     filled: dict[tuple[torch.dtype, tuple[Column, ...]], int] = {}
@@ -87,7 +96,7 @@ def make_shards(params: Sequence[Tensor], columns: Sequence[tuple[Column, ...]],
             filled[key] = 0
         parts[-1].append(p)
         filled[key] += p.numel()
-    return [Shard(part, own, world_size) for (_, own), parts in alike.items() for part in parts]
+    return [Shard(part, own, world_size, keep_whole) for (_, own), parts in alike.items() for part in parts]
 
 
 class Shard:
@@ -98,18 +107,25 @@ class Shard:
         numbers: the number of each parameter in the optimizer, for error messages.
         columns: the kinds of state.
         layout: how the parameters are cut; its parameter numbers are indices into ``params``.
-        buffers: for each column, by its name, the flat state, shape (layout.shard_numel / block,).
+        buffers: for each column that is not whole, by its name, the flat state, shape (layout.shard_numel / block,).
+        whole: for each whole column, by its name, the state of each parameter.
         tail_buffer: staging memory for the tails of the parameters, shape (layout.tail_buffer_numel,), in their dtype.
     """
 
-    def __init__(self, params: list[Tensor], columns: tuple[Column, ...], world_size: int) -> None:
+    def __init__(
+        self, params: list[Tensor], columns: tuple[Column, ...], world_size: int, keep_whole: bool = False
+    ) -> None:
         self.params = params
         self.numbers = list(range(len(params)))
         self.columns = columns
         self.layout = ShardLayout.make([p.numel() for p in params], world_size)
         device = params[0].device
         self.buffers: dict[str, Tensor] = {}
+        self.whole: dict[str, list[Tensor]] = {}
         for column in columns:
+            if keep_whole and column.of_param:
+                self.whole[column.name] = [_zeros(column, p) for p in params]
+                continue
             if ALIGN % column.block:
                 raise ValueError(f"the block of {column.name} must divide {ALIGN}, got {column.block}")
             numel = column.numel(self.layout.shard_numel)
@@ -178,8 +194,8 @@ class Shard:
 
         Yields:
             Tensors on the CPU, in the shape that the column gives to the parameter's state, contiguous or, where a
-            column has blocks, in the memory order of the parameter. Where ``keep``
-            is False, this rank only contributes its part, and the dicts are empty.
+            column has blocks, in the memory order of the parameter. Where ``keep`` is False, this rank only contributes
+            its part, and the dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
 
@@ -188,16 +204,18 @@ class Shard:
             part = self._state_of(column, length, offset)
             whole = part.new_empty(part.numel() * layout.world_size)
             whole.narrow(0, rank * part.numel(), part.numel()).copy_(part)
-            all_gather_in_place([whole] if part.numel() else [], group)
+            # As bytes: backends do not know every dtype.
+            all_gather_in_place([whole.view(torch.uint8)] if part.numel() else [], group)
             return whole
 
         part = layout.tail_buffer_numel // layout.world_size
-        all_tails = [gathered(column, part, layout.tail_shard_offset) for column in self.columns]
+        sharded = [column for column in self.columns if column.name in self.buffers]
+        all_tails = [gathered(column, part, layout.tail_shard_offset) for column in sharded]
         tails, offset = {t.param: t for t in layout.tails}, 0
         for i, p in enumerate(self.params):
             length = layout.heads[i] // layout.world_size
-            state = {}
-            for column, staged in zip(self.columns, all_tails, strict=True):
+            state = {name: _on_cpu(of_params[i]) for name, of_params in self.whole.items() if keep}
+            for column, staged in zip(sharded, all_tails, strict=True):
                 head = gathered(column, length, offset)
                 if not keep:
                     continue
@@ -207,23 +225,29 @@ class Shard:
                 if i in tails:
                     t = tails[i]
                     flat(whole, head.numel()).copy_(staged.narrow(0, t.offset // column.block, column.numel(t.length)))
-                # Blocks are counted in memory order, which contiguous() would change.
-                state[column.name] = whole if any(c.block > 1 for c in self.columns) else whole.contiguous()
+                state[column.name] = whole
             offset += length
-            yield state
+            # Blocks are counted in memory order, which contiguous() would change.
+            in_order = any(column.block > 1 for column in self.columns)
+            own = {column.name: state[column.name] for column in self.columns if keep}
+            yield own if in_order else {name: t.contiguous() for name, t in own.items()}
 
-    def take_state(self, state: Mapping[int, Mapping[str, Tensor]], rank: int) -> None:
-        """Copies this rank's slices of a state into the buffers.
+    def take_state(self, state: Mapping[int, Mapping[str, Tensor]], group: dist.ProcessGroup) -> None:
+        """Copies a state into the buffers, this rank's slices of it, and into whole columns; a collective call.
 
         Args:
             state: by ``id`` of the parameter and by column name: whole tensors, or `BoxTensor`s that `boxes` made of
-                this shard or of one with the same layout. Missing state becomes zeros.
-            rank: this rank.
+                this shard or of one with the same layout, where they are on every rank. Missing state becomes zeros.
+            group: the ranks.
         """
+        rank = dist.get_rank(group)
         for i, p in enumerate(self.params):
             own_state = state.get(id(p), {})
             for column in self.columns:
                 given = own_state.get(column.name)
+                if column.name in self.whole:
+                    self._take_whole(i, column, given, group)
+                    continue
                 if isinstance(given, BoxTensor):
                     self.boxes(i, column, rank).copy_(given)
                     continue
@@ -236,6 +260,16 @@ class Shard:
                     else:
                         own.copy_(flat(in_order, start, own.numel()))
 
+    def _take_whole(self, param: int, column: Column, given: Tensor | None, group: dist.ProcessGroup) -> None:
+        own = self.whole[column.name][param]
+        if given is not None and not isinstance(given, BoxTensor):
+            own.copy_(given)
+            return
+        own.zero_()
+        if given is not None:
+            self.boxes(param, column, dist.get_rank(group)).copy_(given)
+            all_reduce_sum(flat_bytes(own), group)  # of each byte that is not 0, one rank has the value
+
     def slices(self, param: int, rank: int) -> list[Run]:
         """The runs of a parameter that a rank owns."""
         if rank not in self._slices:
@@ -244,22 +278,51 @@ class Shard:
                 owned[s.param].append(s)
         return self._slices[rank][param]
 
+    def state(self, param: int, column: Column, rank: int) -> Tensor:
+        """A parameter's state where it lies: the tensor of a whole column, else this rank's `boxes`."""
+        return self.whole[column.name][param] if column.name in self.whole else self.boxes(param, column, rank)
+
     def boxes(self, param: int, column: Column, rank: int) -> BoxTensor:
-        """A view of this rank's part of a parameter's state. The first rank has the box of one without elements."""
+        """A view of the part of a parameter's state that belongs to this rank's slices. The first rank has the box of
+        one without elements."""
         shape, strides = _shape_and_strides(column, self.params[param])
-        buffer = self.buffers[column.name]
+        buffer = self.whole[column.name][param] if column.name in self.whole else self.buffers[column.name]
         if rank == 0 and 0 in shape:
-            nothing = buffer[:0].view(shape)
+            nothing = buffer.new_empty(shape)
             return BoxTensor(shape, [Box((0,) * len(shape), shape)], [nothing], nothing.dtype, nothing.device)
         return BoxTensor.of_runs(shape, strides, self._runs(param, column, rank), buffer)
 
     def _runs(self, param: int, column: Column, rank: int) -> list[tuple[int, Tensor]]:
         """The runs of a parameter's state that a rank owns: where each starts, and a view of its elements."""
-        return [(s.start // column.block, self._state_of(column, s.length, s.offset)) for s in self.slices(param, rank)]
+        slices = self.slices(param, rank)
+        if column.name not in self.whole:
+            return [(s.start // column.block, self._state_of(column, s.length, s.offset)) for s in slices]
+        whole = self.whole[column.name][param]
+        starts = [s.start // column.block for s in slices]
+        return [(at, flat(whole, at, column.numel(s.length))) for at, s in zip(starts, slices, strict=True)]
 
     def _state_of(self, column: Column, length: int, offset: int) -> Tensor:
         """The state of ``length`` elements of parameters from ``offset`` of the shard: a view, 1-D."""
         return self.buffers[column.name].narrow(0, offset // column.block, column.numel(length))
+
+
+def whole_state(shards: Sequence[Shard]) -> list[tuple[str, Tensor]]:
+    """The tensors of all whole columns, which must be the same on every rank, each with a name for messages."""
+    return [
+        (f"{name} of parameter {number}", t)
+        for shard in shards
+        for name, of_params in shard.whole.items()
+        for number, t in zip(shard.numbers, of_params, strict=True)
+    ]
+
+
+def _zeros(column: Column, p: Tensor) -> Tensor:
+    shape, strides = _shape_and_strides(column, p)
+    return torch.empty_strided(shape, strides, dtype=column.dtype, device=p.device).zero_()
+
+
+def _on_cpu(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
 
 
 def _shape_and_strides(column: Column, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,7 +6,7 @@ not cover the same elements. Packed signs are uint8, PER_BYTE elements a byte (r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,13 +25,22 @@ class SignUpdate:
         segments: runs that `apply` updates. Their ``state_start`` is PER_BYTE times the index into ``signs`` of a
             run's first byte.
         signs: uint8, 1-D: the packed signs of all runs. Each run begins at a whole byte.
+        state: for each column of state that `apply` reads and writes too, by its name, the tensors of all parameters,
+            each in the shape and memory order of its parameter.
     """
 
-    def __init__(self, update: LionUpdate, segments: Sequence[Segment], signs: Tensor) -> None:
+    def __init__(
+        self,
+        update: LionUpdate,
+        segments: Sequence[Segment],
+        signs: Tensor,
+        state: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> None:
         self._update = update
         self._segments = segments
         self._signs = signs
-        self._key: tuple[list[int], list[int]] | None = None  # of the batches
+        self._state = dict(state or {})
+        self._key: tuple[list[list[int]], list[int]] | None = None  # of the batches
         self._batches: list[Batch] = []
         self._table: Tensor | None = None  # the hyper-parameters of `pack`
 
@@ -60,7 +69,7 @@ class SignUpdate:
         """
         if not self._segments:
             return
-        key = ([p.data_ptr() for p in tensors.params], tensors.groups)
+        key = [list(map(Tensor.data_ptr, ts)) for ts in (tensors.params, *self._state.values())], tensors.groups
         if key != self._key:
             self._build(tensors)
             self._key = (key[0], list(tensors.groups))
@@ -70,11 +79,13 @@ class SignUpdate:
         mark_changed([p for p, g in zip(tensors.params, tensors.grads, strict=True) if g is not None])
 
     def _build(self, tensors: StepTensors) -> None:
-        """Makes the batches, in which the packed signs are the state of the runs."""
+        """Makes the batches, in which the packed signs are the first state of the runs."""
         params = tensors.params
         grads: list[Tensor | None] = [None] * len(params)
-        state, blocks = {SIGNS: [self._signs] * len(params)}, {SIGNS: PER_BYTE}
-        signed = StepTensors(params, grads, state, tensors.groups, self._segments, blocks=blocks)
+        state = {SIGNS: [self._signs] * len(params), **self._state}
+        signed = StepTensors(
+            params, grads, state, tensors.groups, self._segments, blocks={SIGNS: PER_BYTE}, whole=frozenset(self._state)
+        )
         self._batches = make_batches(signed, self._segments, [p.dtype for p in params], self._update.use_triton)
         for batch in self._batches:
             batch.set_gradients(grads)

@@ -75,7 +75,7 @@ class _Writer:
 
     def __init__(self, seed: int, world_size: int) -> None:
         random = self.random = Random(seed)
-        self.world_size = world_size
+        self.seed, self.world_size = seed, world_size
         self.stage = random.choice([1, 2, 2, 2])
         # One dtype, or any; and which norms to clip to, for the coefficients to be exact in 16 bits.
         self.dtypes = random.choice([DTYPES[:1], DTYPES[:1], DTYPES[1:2], DTYPES])
@@ -120,7 +120,15 @@ class _Writer:
             "weight_decay": random.choice([0.0, 0.1, 1.0]),
             "maximize": random.random() < 0.2,
         }
-        return Group(params, options)
+        return Group(params, {**options, **self.precision(params)})
+
+    def precision(self, params: list[Param]) -> dict[str, object]:
+        """Options of a group, drawn by themselves, so that the rest of a seed's program is what it was without them."""
+        random = Random(1000 * self.seed + len(self.trainable))
+        options: dict[str, object] = {"momentum_dtype": "int8"} if random.random() < 0.3 else {}
+        if random.random() < 0.5 and all(p.dtype != "float16" for p in params):
+            options["master_weights"] = True
+        return options
 
     # Books --------------------------------------------------------------------------------------
 

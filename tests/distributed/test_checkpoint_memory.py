@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch import nn
 from lion_dist import ShardedLion, checkpoint
 from tests.harness import device_of, run_ranks, spawn_only
 
-SHARD_BYTES = 128 << 20  # a rank's; four parameters, half of it weights and half of it momentum
+SHARD_BYTES = 128 << 20  # what a rank writes of four parameters: weights and momenta
+# dtype of the weights, bytes that are written for an element of a parameter, and the optimizer's arguments. Master
+# weights are written as float32, which they are not in memory.
+FORMS: dict[str, tuple[torch.dtype, float, dict[str, Any]]] = {
+    "float32": (torch.float32, 8, {}),
+    "master weights": (torch.bfloat16, 5 + 4 / 128, {"master_weights": True, "momentum_dtype": "int8"}),
+}
 
 
 def peak() -> int:
@@ -30,14 +37,17 @@ def reset_peak() -> int:
     return peak()
 
 
-def body_memory(rank: int, world_size: int, folder: Path) -> tuple[float, float]:
+def body_memory(rank: int, world_size: int, folder: Path, form: str) -> tuple[float, float]:
     """The memory that save and async_save take at their peak, as parts of this rank's shard: what it writes of
     weights and the momentum. The shard itself is there before, so it counts as one."""
     device = device_of(rank, world_size)
-    model = nn.ParameterList(torch.ones(SHARD_BYTES // 8 // 4 * world_size, device=device) for _ in range(4))
-    optimizer = ShardedLion(model.parameters())
-    small = nn.Linear(8, 8).to(device)
-    checkpoint.async_save(folder / "warm", small, ShardedLion(small.parameters())).result()  # imports, threads, groups
+    dtype, size, options = FORMS[form]
+    numel = int(SHARD_BYTES / size / 4) * world_size
+    model = nn.ParameterList(torch.ones(numel, dtype=dtype, device=device) for _ in range(4))
+    optimizer = ShardedLion(model.parameters(), **options)
+    small = nn.Linear(8, 8).to(device, dtype)
+    first = ShardedLion(small.parameters(), **options)
+    checkpoint.async_save(folder / "warm", small, first).result()  # imports, kernels, threads, groups
     before = reset_peak()
     checkpoint.save(folder / "c", model, optimizer)
     saved = peak() - before
@@ -56,9 +66,10 @@ def body_memory(rank: int, world_size: int, folder: Path) -> tuple[float, float]
 
 @spawn_only
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of resident memory")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
-def test_host_memory(world_size: int, tmp_path: Path) -> None:
-    results = run_ranks(body_memory, world_size, tmp_path, (tmp_path,), on_cpu=True)
+def test_host_memory(world_size: int, form: str, tmp_path: Path) -> None:
+    results = run_ranks(body_memory, world_size, tmp_path, (tmp_path, form), on_cpu=True)
     for rank, (save, beside) in enumerate(results):
         print(f"rank {rank}: save takes {save:.2f} times the shard, async_save {beside:.2f} times")
     # The threads' blocks, and for async_save a copy of the shard.

@@ -1,5 +1,5 @@
 """Random training programs on ShardedLion, and the same on `Lion` in each process with the averaged gradients: after
-every step all weights and momenta have the same bits.
+every step all weights and all their state have the same bits.
 
 A failure shows the program, with its seed. To run one again: SEEDS = range(17, 18).
 """
@@ -20,12 +20,19 @@ from torch.utils.checkpoint import checkpoint
 from lion_dist import Lion, ShardedLion
 from lion_dist.memory_order import laid_out_like
 from lion_dist.sharding import shard
+from lion_dist.sharding.box_tensor import BoxTensor
 from lion_dist.update import reference
 from tests.asserts import assert_same_bits
 from tests.distributed.programs import Group, Param, Program, write_program
 from tests.harness import device_of, run_ranks
 
 SEEDS = range(30)
+
+
+def kept_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Its groups, with what no load changes."""
+    keys = ("params", "momentum_dtype", "master_weights")
+    return [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
 
 def gradient(p: Tensor, i: int, number: int, rank: int, world_size: int) -> Tensor:
@@ -176,24 +183,29 @@ class Run:
             assert_same_bits(p, copy, f"parameter {i}")
         for i, (p, copy) in enumerate(zip(self.params, self.copies, strict=True)):
             if p not in self.sharded.state:
-                assert copy not in self.lion.state or not self.lion.state[copy]["exp_avg"].any()
+                assert not any(t.any() for t in self.lion.state.get(copy, {}).values())
                 continue
-            held = self.sharded.state[p]["exp_avg"]
-            for box, part in zip(held.boxes, held.parts, strict=True):
-                if copy in self.lion.state:
-                    assert_same_bits(part, self.lion.state[copy]["exp_avg"][box.slices()], f"momentum of parameter {i}")
-                else:
-                    assert not part.any()
+            for name, held in self.sharded.state[p].items():
+                whole = self.lion.state[copy][name] if copy in self.lion.state else torch.zeros_like(held)
+                if not isinstance(held, BoxTensor):
+                    assert_same_bits(held, whole, f"{name} of parameter {i}")
+                    continue
+                for box, part in zip(held.boxes, held.parts, strict=True):
+                    if isinstance(whole, BoxTensor):
+                        assert not part.any()
+                    else:
+                        assert_same_bits(part, whole[box.slices()], f"{name} of parameter {i}")
 
     def check_full_state(self) -> dict[str, Any]:
         state = self.sharded.full_state_dict()
         for i, copy in enumerate(self.copies):
-            expected = self.lion.state[copy]["exp_avg"].cpu() if copy in self.lion.state else None
-            got = state["state"].get(i, {}).get("exp_avg")
-            if got is None or expected is None:  # one of them makes a momentum of zeros later than the other
-                assert all(m is None or not m.any() for m in (got, expected))
-            else:
-                assert_same_bits(got, expected, f"momentum of parameter {i}, gathered")
+            expected, got = self.lion.state.get(copy, {}), state["state"].get(i, {})
+            if not (got and expected):  # one of them makes state of zeros later than the other
+                assert not any(t.any() for t in (*got.values(), *expected.values()))
+                continue
+            assert list(got) == list(expected)
+            for name, t in expected.items():
+                assert_same_bits(got[name], t.cpu(), f"{name} of parameter {i}, gathered")
         return state
 
     def do_lr(self, group: int, lr: float) -> None:
@@ -213,9 +225,7 @@ class Run:
             return
         state = self.lion.state_dict() if how.endswith("Lion") else self.check_full_state()
         if how.startswith("new"):
-            groups = [{"params": group["params"]} for group in self.sharded.param_groups]
-            self.sharded = self.make_sharded(groups)
-            self.lion = self.make_lion([{"params": group["params"]} for group in self.lion.param_groups])
+            self.sharded, self.lion = self.make_sharded(kept_of(self.sharded)), self.make_lion(kept_of(self.lion))
             self.lion.load_state_dict(state)
         self.sharded.load_state_dict(state)
 

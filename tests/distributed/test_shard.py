@@ -48,7 +48,7 @@ def body_columns(rank: int, world_size: int) -> None:
         id(p): {c.name: drawn(c.shape(p.shape), c, device, 10 * i + j) for j, c in enumerate(COLUMNS)}
         for i, p in enumerate(params)
     }
-    shard.take_state(state, rank)
+    shard.take_state(state, group)
     for keep in (True, rank == 0):
         for p, found in zip(params, shard.gather_state(group, keep), strict=True):
             assert found.keys() == (state[id(p)].keys() if keep else set())
@@ -67,9 +67,9 @@ def body_columns(rank: int, world_size: int) -> None:
 
     # A second shard takes the boxes of the first, and what is not given becomes zeros.
     (other,) = make_shards(params, [COLUMNS] * len(params), world_size)
-    other.take_state(state, rank)
+    other.take_state(state, group)
     boxes = {id(p): {"scale": shard.boxes(i, COLUMNS[1], rank)} for i, p in enumerate(params)}
-    other.take_state(boxes, rank)
+    other.take_state(boxes, group)
     for name, buffer in other.buffers.items():
         expected = shard.buffers[name] if name == "scale" else torch.zeros_like(buffer)
         assert_same_bits(buffer, expected, name)

@@ -26,6 +26,7 @@ from tests.examples.runs import (
 from tests.harness import DEADLINE_S, spawn_only
 
 RUNS, KILLS, RANKS = 4, 5, 2  # 20 kills
+FORMS = {"float32": (), "master weights": ("--dtype", "bf16", "--master-weights", "--momentum", "int8")}
 # A checkpoint every other step, so that about half of the time goes into saving.
 OPTIONS = ("--steps", "120", "--checkpoint-every", "2", "--eval-every", "60")
 
@@ -45,10 +46,10 @@ def step_done(out: Path) -> int:
     return step_of(out) if checkpoint.checkpoints(out) else 0
 
 
-def run_killed(out: Path, moments: random.Random) -> int:
+def run_killed(out: Path, moments: random.Random, form: tuple[str, ...]) -> int:
     """A run of which KILLS ranks are killed, one after another, and which ends; how many kills met a save."""
     in_save = 0
-    process = start(RANKS, out, *OPTIONS, torchrun=("--max_restarts", str(KILLS)))
+    process = start(RANKS, out, *OPTIONS, *form, torchrun=("--max_restarts", str(KILLS)))
 
     try:
         for kill in range(KILLS):
@@ -73,15 +74,16 @@ def run_killed(out: Path, moments: random.Random) -> int:
 @on_proc
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
-def test_twenty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+def test_twenty_kills(form: tuple[str, ...], tmp_path: Path) -> None:
     """One rank is killed each time, in turn while a checkpoint is being written and at a random moment after one."""
     moments = random.Random(0)
     whole = tmp_path / "whole"
-    run_well(RANKS, whole, *OPTIONS)
+    run_well(RANKS, whole, *OPTIONS, *form)
     in_save = 0
     for number in range(RUNS):
         out = tmp_path / f"killed{number}"
-        in_save += run_killed(out, moments)
+        in_save += run_killed(out, moments, form)
         assert_same_checkpoint(out, whole)
         assert not unfinished(out)
     assert in_save >= RUNS, "too few kills met a save to show anything about it"

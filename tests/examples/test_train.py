@@ -190,6 +190,8 @@ def test_bad_options_say_what_to_do(
         (["--resume"], "nothing to resume"),
         (["--strategy", "zero9"], "--strategy must be one of"),
         (["--param-sync", "sings"], "--param-sync must be one of"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32, bf16"),
+        (["--momentum", "int4"], "--momentum must be one of auto, float32"),
         (["--data", str(tmp_path / "absent")], "absent"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
@@ -200,3 +202,4 @@ def test_bad_options_say_what_to_do(
     run_well(0, out, "--strategy", "single", "--steps", "1")
     assert "has checkpoints of an earlier run" in refused("--steps", "1")
     assert "steps is 1 in the checkpoint, 2 now" in refused("--steps", "2", "--resume")
+    assert "dtype is 'fp32' in the checkpoint, 'bf16' now" in refused("--steps", "1", "--dtype", "bf16", "--resume")

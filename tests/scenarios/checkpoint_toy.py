@@ -73,9 +73,12 @@ class CheckpointToy(Unit):
     low: Unit
     block: Unit
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype | None = None) -> None:
+        """``dtype``: of all parameters, none of which is frozen then."""
         generator = torch.Generator().manual_seed(seed)
-        values = {n: torch.randn(shape, generator=generator).to(dtype) for n, (shape, dtype) in SHAPES.items()}
+        values = {n: torch.randn(shape, generator=generator).to(dtype or own) for n, (shape, own) in SHAPES.items()}
+        if dtype is not None:
+            del values["frozen"]
         super().__init__({n: v for n, v in values.items() if "." not in n})
         self.tied = self.embedding  # two names, one parameter
         for unit in ("low", "block"):
@@ -133,17 +136,32 @@ def tensor_parallel(model: CheckpointToy, mesh: DeviceMesh) -> None:
 
 
 class Run:
-    """A model under a strategy, its optimizer and scheduler."""
+    """A model under a strategy, its optimizer and scheduler.
 
-    def __init__(self, strategy: str, seed: int, ranks: dist.ProcessGroup | None) -> None:
+    Args:
+        strategy: one of STRATEGIES or OVER_TWO_DIMENSIONS.
+        seed: of the weights.
+        ranks: the ranks that train.
+        dtype: of all parameters, none of which is frozen then.
+        options: further arguments of the optimizer.
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        seed: int,
+        ranks: dist.ProcessGroup | None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         self.strategy, self.ranks = strategy, ranks
         # Which part of the batch this rank has, of how many.
         self.place = (0, 1) if ranks is None else (dist.get_rank(ranks), dist.get_world_size(ranks))
         device = device_of(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else torch.device("cpu")
-        self.model = model = CheckpointToy(seed).to(device)
+        self.model = model = CheckpointToy(seed, dtype).to(device)
         self.wrapped: nn.Module = model
         size = self.place[1]
-        kwargs: dict[str, Any] = {"lr": 0.01}
+        kwargs: dict[str, Any] = {"lr": 0.01, **options}
         if strategy in ("ddp", "stage1"):
             self.wrapped = DistributedDataParallel(model, process_group=ranks)
         elif strategy == "fsdp1":

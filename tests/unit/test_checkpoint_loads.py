@@ -22,13 +22,13 @@ from tests.scenarios.checkpoint_linear import Before, Kept, trained
 
 
 def after_verifying(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    read_data = Reader.read_data
+    read_items = Reader.read_items
 
     def acting(self: Reader, *args: Any) -> Any:
         act()
-        return read_data(self, *args)
+        return read_items(self, *args)
 
-    monkeypatch.setattr(Reader, "read_data", acting)
+    monkeypatch.setattr(Reader, "read_items", acting)
 
 
 @pytest.mark.parametrize("few_files", [False, True], ids=["", "few may be open"])

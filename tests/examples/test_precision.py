@@ -1,0 +1,31 @@
+"""The main job with bfloat16 weights, master weights and a momentum in 8 bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lion_dist import checkpoint
+from tests.examples.runs import assert_same_checkpoint, last, run_well, step_of
+from tests.harness import spawn_only
+
+PRECISION = ("--dtype", "bf16", "--master-weights", "--momentum", "int8")
+
+
+@spawn_only
+def test_a_resumed_run_is_that_which_was_not_disturbed(tmp_path: Path) -> None:
+    options = ("--strategy", "single", "--seq-len", "16", *PRECISION)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    loss = run_well(0, whole, *options)[0]
+    shutil.copytree(whole, out)
+    shutil.rmtree(checkpoint.latest(out))
+    assert step_of(out) == 18
+    assert run_well(0, out, "--resume", *options)[0] == loss
+    assert_same_checkpoint(out, whole)
+    history = checkpoint.read_extra(checkpoint.latest(out))["history"]
+    assert history == checkpoint.read_extra(checkpoint.latest(whole))["history"]
+    losses = [value for _, value in history["train"]]
+    assert losses[-1] < losses[0] - 0.5  # it learns
+    momenta = {name: t.dtype for name, t in last(whole).manifest.tensors.items() if name.endswith(".exp_avg")}
+    assert momenta
+    assert set(momenta.values()) == {"int8"}
