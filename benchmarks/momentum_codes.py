@@ -62,7 +62,8 @@ def floats(mantissa: int) -> Tensor:
     """The levels w - 1 of the first 128 floats w of that many fraction bits, from 1 on."""
     k = torch.arange(128, dtype=torch.float64)
     exponent = (k / 2**mantissa).floor()
-    return 2**exponent * (1 + k / 2**mantissa - exponent) - 1
+    levels: Tensor = torch.exp2(exponent) * (1 + k / 2**mantissa - exponent) - 1
+    return levels
 
 
 # Levels, and the operations on one element, beside those with the scale, that encoding and decoding take. Special: a
