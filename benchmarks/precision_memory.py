@@ -4,14 +4,15 @@
     python -m benchmarks.precision_memory --ranks 4
     python -m benchmarks.precision_memory --table 8       arithmetic for 8 ranks, as in docs/precision.md; runs nothing
 
-A rank makes a model of equal linear layers, and takes one step. Before the gradients are zeroed it counts the bytes of
-all tensors that are alive, each storage once:
+A rank makes a model of linear layers and a norm, and takes one step. Before the gradients are zeroed it counts the bytes
+of all tensors that are alive, each storage once:
 
 Weights: the parameters that it holds between steps. FSDP2 gathers others for a while in a forward and a backward.
 Gradients: ``p.grad``, or in stage 2 this rank's part of the averages. Buckets under way are not among them.
 State: the optimizer's: momenta, scales of 8-bit momenta, remainders of master weights.
-Rest: everything else that the optimizer or the strategy keeps, such as signs. The scratch memory of a step on a CPU is
-    left out: it has one size, whatever that of the model.
+Rest: everything else that the optimizer or the strategy keeps, such as signs, and in stage 2 the zeros that the
+    smallest parameter has in ``p.grad``. The scratch memory of a step on a CPU is left out: it has one size, whatever
+    that of the model.
 
 The arithmetic is that of docs/precision.md. It leaves out that parts are padded to whole blocks.
 """
@@ -220,17 +221,16 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def alive() -> dict[int, int]:
-    """The `storages` of all plain tensors of this process that Python knows."""
+    """The `storages` of all plain tensors that Python knows and that gc.freeze() has not set aside."""
     gc.collect()
     return storages(t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu")
 
 
 def gradients(run: Run) -> list[Tensor]:
-    own = [p.grad for p in run.model.parameters() if p.grad is not None]
     if isinstance(run.optimizer, ShardedLion):
-        source = run.optimizer._grads
-        own += [g for i in range(len(run.optimizer._shards)) for g in source.grads_of(i) if g is not None]
-    return own
+        source, shards = run.optimizer._grads, range(len(run.optimizer._shards))
+        return [g for i in shards for g in source.grads_of(i) if g is not None]
+    return [p.grad for p in run.model.parameters() if p.grad is not None]
 
 
 def state(run: Run) -> list[Tensor]:
@@ -241,19 +241,22 @@ def state(run: Run) -> list[Tensor]:
     return [t for entry in run.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
 
 
-def count(strategy: Strategy, precision: Precision, width: int = WIDTH) -> Counted:
+def count(strategy: Strategy, precision: Precision) -> Counted:
     """Trains one step of a new model, and counts. A collective call."""
-    before = alive()
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS))).to(precision.weights)
+    gc.collect()
+    gc.freeze()  # what is there already is not counted, and not looked at again
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
+    model = nn.Sequential(*layers, nn.LayerNorm(WIDTH)).to(precision.weights)
     numel = sum(p.numel() for p in model.parameters())
     run = strategy.make(model, precision)
     run.optimizer.step()
     kinds = [storages(tensors) for tensors in (run.model.parameters(), gradients(run), state(run))]
-    rest = {address: size for address, size in alive().items() if address not in before}
+    rest = alive()
     scratch = storages(found._memory for found in gc.get_objects() if type(found) is Chunks)
     for kind in (*kinds, scratch):
         for address in kind:
             rest.pop(address, None)
+    gc.unfreeze()
     return Counted(*(sum(kind.values()) / numel for kind in (*kinds, rest)))
 
 

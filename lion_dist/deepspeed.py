@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,25 +29,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .deepspeed_config import arguments, check_modes, check_precision
 from .hyper_values import to_dtype
 from .lion import Lion
 from .update.state import EXP_AVG
 
 TESTED_VERSION = "0.19.8"
-
-# Keys of the config's ``optimizer.params`` that are arguments of Lion.
-ARGUMENTS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton", "momentum_dtype", "maximize")
-# Keys that configs for Adam and for DeepSpeed's own Lion contain, and that have no effect on Lion: they choose an
-# implementation, or belong to Adam's rule. A warning names them.
-WITHOUT_EFFECT = ("eps", "torch_adam", "fused", "foreach", "bias_correction", "set_grad_none")
-# Keys that change the result of the optimizer that the config was written for -> the one value that describes Lion, and
-# why. Any other value is refused.
-ONLY = {
-    "adam_w_mode": (True, "Lion's weight decay is decoupled from the gradient"),
-    "amsgrad": (False, "Lion has no second moment"),
-    "fp32_optimizer_states": (True, 'set "momentum_dtype": "bfloat16" for a momentum in 16 bits'),
-}
-ADAMS_BETAS = (0.9, 0.999)
 
 NOT_LIONS = {"step", "exp_avg_sq"}  # keys of a parameter's state that DeepSpeed's tools read and Lion does not have
 
@@ -59,11 +45,15 @@ class DeepSpeedLion(Lion):
     DeepSpeed's universal checkpoint format assumes Adam's state. So a state_dict also has, beside ``exp_avg``, an
     ``exp_avg_sq`` (a single zero, expanded to the momentum's shape) and a ``step`` of 0. Neither takes memory, and a
     load drops both. Entries under other keys are saved and loaded. Each parameter group has a ``step`` too, which
-    elastic checkpoints read. Arguments and errors are those of `Lion`.
+    elastic checkpoints read. Arguments and errors are those of `Lion`; and ``master_weights=True`` and a
+    ``momentum_dtype`` of int8 raise ValueError, since DeepSpeed keeps master weights of its own, and its tools would
+    read 8-bit codes without their scales.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group({"step": 0, **param_group})
+        group = {"step": 0, **param_group}
+        check_precision({**self.defaults, **group})
+        super().add_param_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -84,6 +74,7 @@ class DeepSpeedLion(Lion):
         """
         for group in self.param_groups:
             _check_not_adams(group)
+            check_precision(group)
             group["momentum_dtype"] = to_dtype(group["momentum_dtype"])
             for p in group["params"]:
                 entry = self.state.get(p, {})
@@ -150,67 +141,6 @@ def _lions_own(index: Any, entry: Any) -> Any:
     return {key: value for key, value in entry.items() if key not in NOT_LIONS}
 
 
-def arguments(params: dict[str, Any]) -> dict[str, Any]:
-    """Converts a config's ``optimizer.params`` to keyword arguments of Lion.
-
-    Arguments that the config leaves out have Lion's defaults: lr 1e-4, betas (0.9, 0.99), weight_decay 0. (DeepSpeed's
-    own Lion has lr 1e-3 and betas (0.9, 0.999).)
-
-    Raises:
-        ValueError: Lion does not have a parameter, or does not support its value. The error names it.
-    """
-    given = dict(params)
-    if "max_grad_norm" in given:
-        raise ValueError(
-            'optimizer.params has "max_grad_norm", but optimizers do not clip gradients: remove it, and set '
-            '"gradient_clipping" at the top level of the config'
-        )
-    for name, value in given.items():
-        if value == "auto":
-            raise ValueError(
-                f'"{name}": "auto" is for Hugging Face\'s Trainer or Accelerate to replace by a value, and neither has '
-                f"done so: give a value, or leave {name} out"
-            )
-    for name, (value, reason) in ONLY.items():
-        if given.pop(name, value) != value:
-            raise ValueError(
-                f'"{name}": {str(not value).lower()} is not possible: {reason}. Leave it out, or set it to '
-                f"{str(value).lower()}"
-            )
-    ignored = [name for name in WITHOUT_EFFECT if given.pop(name, None) is not None]
-    if ignored:
-        warnings.warn(f"lion_dist: optimizer parameters without meaning for Lion: {', '.join(ignored)}", stacklevel=2)
-    unknown = sorted(given.keys() - set(ARGUMENTS))
-    if unknown:
-        raise ValueError(f'"Lion" has no parameter {", ".join(unknown)}; expected one of {", ".join(ARGUMENTS)}')
-    if tuple(given.get("betas", ())) == ADAMS_BETAS:
-        warnings.warn(
-            f"lion_dist: betas {ADAMS_BETAS} are Adam's. Lion's are (0.9, 0.99), or (0.95, 0.98) for language models: "
-            "set them in the DeepSpeed config and, for the Hugging Face Trainer, as adam_beta1 and adam_beta2",
-            stacklevel=2,
-        )
-    try:
-        to_dtype(given.get("momentum_dtype"))
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    return given
-
-
-def _check_modes(engine: Any) -> None:
-    """Raises ValueError if the config turns on a mode in which DeepSpeed would step with an Adam of its own."""
-    modes = {
-        "zero_optimization.zenflow": engine.zenflow_config() is not None,
-        "zero_optimization.offload_optimizer.super_offload": engine.super_offload(),
-        "zero_optimization.offload_optimizer.ratio < 1": engine.zero_partial_offload() < 1,
-    }
-    for mode, is_on in modes.items():
-        if is_on:
-            raise ValueError(
-                f'{mode}: in this mode DeepSpeed steps with its own Adam, whichever "optimizer" the config names. '
-                "Leave it out to train with Lion; ordinary offload_optimizer and offload_param work"
-            )
-
-
 # Replacing methods of DeepSpeedEngine ----------------------------------------------------------------------
 
 
@@ -228,7 +158,7 @@ def _replacements(originals: dict[str, Callable[..., Any]]) -> dict[str, Callabl
         if self.optimizer_name() != "lion":
             basic: torch.optim.Optimizer = originals["_configure_basic_optimizer"](self, model_parameters)
             return basic
-        _check_modes(self)
+        check_modes(self)
         return DeepSpeedLion(model_parameters, **arguments(self.optimizer_params() or {}))
 
     def _configure_fp16_optimizer(self: Any, optimizer: torch.optim.Optimizer, low_precision_dtype: torch.dtype) -> Any:

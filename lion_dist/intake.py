@@ -167,14 +167,14 @@ class FrozenParams:
         return [i for i, p in enumerate(self.params) if takes_part(p)]
 
     def prepare(
-        self, indices: Sequence[int], others: Sequence[Tensor], groups: Sequence[Group], call: str
+        self, indices: Sequence[int], shards: Sequence[Shard], groups: Sequence[Group], call: str
     ) -> list[Tensor]:
         """Compares unfrozen parameters over the ranks and makes them equal, so that they can be sharded; a collective
         call.
 
         Args:
             indices: the unfrozen parameters.
-            others: all parameters that are sharded already.
+            shards: the shards of all parameters that are sharded already.
             groups: the optimizer's parameter groups.
             call: the collective call, for error messages.
 
@@ -186,7 +186,7 @@ class FrozenParams:
         """
         new = [self.params[i] for i in indices]
         with Agreement(self._group, call) as agreement:
-            check_new(new, others, self._group)
+            check_new(new, [p for shard in shards for p in shard.params], self._group)
             _columns_of(new, groups)
             agreement.says(
                 [

@@ -17,12 +17,14 @@ from .lion_state import as_shown, copy_columns
 from .master_weights import NamedTensors, find, put
 from .members import Members
 from .param_groups import (
+    check_kept_form,
     check_params,
     check_steppable,
     complete_group,
     complete_loaded_groups,
     count_step,
     hyper_parameters,
+    kept_form,
     make_defaults,
     normalize_group,
     state_columns,
@@ -220,6 +222,7 @@ class Lion(Optimizer):
             and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
             and members.state_ids == list(map(id, self.state.values()))
             and not any(map(takes_part, members.idle))
+            and members.forms == list(map(kept_form, self.param_groups))
         ):
             return members, {}
         return self._find_members()
@@ -235,8 +238,8 @@ class Lion(Optimizer):
             ``state``.
 
         Raises:
-            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, or a column has
-                different blocks in different groups.
+            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, a column has
+                different blocks in different groups, or the form of a momentum is not that of its group.
         """
         ids = [list(map(id, group["params"])) for group in self.param_groups]
         params: list[Tensor] = []
@@ -251,6 +254,8 @@ class Lion(Optimizer):
                 if not takes_part(p) and (only_taking_part or lacking):
                     idle.append(p)
                     continue
+                if takes_part(p):
+                    check_kept_form(p, own, group)
                 if lacking:
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
                 for column in lacking:
@@ -275,7 +280,8 @@ class Lion(Optimizer):
         everyone = frozenset(range(len(params)))
         absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
         dtensors = any(map(is_dtensor, params))
-        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids), new
+        forms = list(map(kept_form, self.param_groups))
+        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids, forms), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}

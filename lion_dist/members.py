@@ -25,6 +25,7 @@ class Members:
         idle: frozen parameters, which are not stepped.
         dtensors: whether any of ``params`` is a DTensor.
         state_ids: ids of all values of ``optimizer.state``.
+        forms: `param_groups.kept_form` of each group.
     """
 
     ids: list[list[int]]
@@ -36,6 +37,7 @@ class Members:
     idle: list[Tensor]
     dtensors: bool
     state_ids: list[int]
+    forms: list[tuple[bool, bool]]
 
     def tensors(self) -> StepTensors:
         """The tensors of this step; of DTensors, this rank's part."""

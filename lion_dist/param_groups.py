@@ -13,7 +13,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +145,29 @@ def complete_loaded_groups(groups: Sequence[Group], previous: Sequence[Group], d
         complete_group(group, *previous[i : i + 1], defaults)
 
 
+def kept_form(group: Group) -> tuple[bool, bool]:
+    """Whether the momenta of a group are kept in 8 bits, and whether it has master weights. Raises TypeError where a
+    value means neither."""
+    return to_dtype(group["momentum_dtype"]) == torch.int8, to_flag(group["master_weights"], "master_weights")
+
+
+def check_kept_form(p: Tensor, own: Mapping[str, Any], group: Group) -> None:
+    """Raises ValueError where a parameter's momentum is kept in 8 bits and its group says otherwise, or the reverse.
+
+    Args:
+        p: the parameter.
+        own: its present state.
+        group: its group.
+    """
+    m = own.get(EXP_AVG)
+    if isinstance(m, Tensor) and (m.dtype == torch.int8) != (momentum_dtype(p, group) == torch.int8):
+        raise ValueError(
+            f"momentum_dtype of a parameter group was changed to {group['momentum_dtype']}, but the momentum of a "
+            f"parameter of shape {tuple(p.shape)} is {m.dtype}: set it back, or make a new optimizer with that "
+            "momentum_dtype and load this one's state_dict, which converts momenta"
+        )
+
+
 def keep_storage(loaded: Group, live: Group) -> None:
     """Gives a loaded group the live group's decisions on how state is stored, in place.
 
@@ -156,11 +179,12 @@ def keep_storage(loaded: Group, live: Group) -> None:
         live: the optimizer's group.
 
     Raises:
-        TypeError: a momentum cannot have the loaded ``momentum_dtype``.
+        TypeError: a momentum cannot have the loaded ``momentum_dtype``, or ``master_weights`` is no bool.
     """
     dtypes = [to_dtype(group.get("momentum_dtype", live["momentum_dtype"])) for group in (loaded, live)]
     if dtypes.count(torch.int8) == 1:
         loaded["momentum_dtype"] = live["momentum_dtype"]
+    to_flag(loaded.get("master_weights", False), "master_weights")
     loaded["master_weights"] = live["master_weights"]
     loaded.setdefault("rounding_step", live["rounding_step"])
 
@@ -254,7 +278,8 @@ def hyper_parameters(group: Group) -> HyperParameters:
     if to_flag(group["decoupled_weight_decay"], "decoupled_weight_decay"):
         weight_decay = _divided(weight_decay, group["init_lr"])
     beta1, beta2 = to_betas(group["betas"])
-    seed = seed_of(group["rounding_step"]) if to_dtype(group["momentum_dtype"]) == torch.int8 else 0
+    eight_bits, _ = kept_form(group)
+    seed = seed_of(to_count(group["rounding_step"], "rounding_step")) if eight_bits else 0
     return HyperParameters(lr, weight_decay, beta1, beta2, to_flag(group["maximize"], "maximize"), seed)
 
 

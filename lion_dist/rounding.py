@@ -1,9 +1,11 @@
-"""Warnings of hyper-parameters that round away to nothing in the dtype of the weights."""
+"""Warnings of hyper-parameters that round away to nothing in the dtype of the weights.
+
+bfloat16 weights with master weights count as float32 weights, which the rule runs on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from .memory_order import flat
 from .param_groups import Group, warn
 from .update.reference import STORAGE_DTYPES, HyperParameters
 
-_DTYPE = attrgetter("dtype")
 _HALVES = (torch.bfloat16, torch.float16)
 _SAMPLE = 1 << 16  # weights, of all parameters together
 
@@ -25,7 +26,7 @@ class RoundingWarnings:
     """Warns once if weight decay rounds to nothing, and once if the update itself does.
 
     Weight decay changes a weight by lr * weight_decay of its value in each step. The update rounds to nothing if lr is
-    below half a unit in the last place of most 16-bit weights. Weights with master weights are float32 here.
+    below half a unit in the last place of most 16-bit weights that have no master weights.
 
     Both may be negligible during warm-up, so the check uses the largest lr that the schedule is known to reach when it
     looks at the weights. It does not check again if lr is lowered later, by hand or by a load, since that may be the
@@ -62,16 +63,16 @@ class RoundingWarnings:
             return
         self._decays[index] = (lr, hyper.weight_decay)
         decay = lr * hyper.weight_decay
-        for dtype in set(map(_DTYPE, group["params"])) & set(STORAGE_DTYPES):
+        dtypes = {_stepped_dtype(p, group): p.dtype for p in group["params"] if takes_part(p)}
+        for dtype in dtypes.keys() & set(STORAGE_DTYPES):
             # Half the distance from a weight to its neighbour is at least eps/4 of the weight.
-            kept_in = _kept_in(dtype, group)
-            vanishes = decay <= torch.finfo(kept_in).eps / 4
-            if vanishes and any(p.dtype == dtype and takes_part(p) for p in group["params"]):
+            if decay <= torch.finfo(dtype).eps / 4:
                 self._decay_done = True
+                what = str(dtype) if dtypes[dtype] == dtype else f"{dtype} master"
                 warn(
-                    f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {kept_in} weights, so "
-                    f"weight decay rounds to nothing. Use {_more_bits({kept_in})}a larger weight_decay (Lion wants 3 "
-                    "to 10 times AdamW's)."
+                    f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {what} weights, so "
+                    f"weight decay rounds to nothing. Use {_more_precision({dtype})}a larger weight_decay (Lion wants "
+                    "3 to 10 times AdamW's)."
                 )
                 return
 
@@ -92,7 +93,7 @@ class RoundingWarnings:
                 self._looked.add(i)
                 self._idle = [(j, p) for j, p in self._idle if j != i]
                 self._idle += [(i, p) for p in params if not takes_part(p)]
-                halves = (local(p) for p in params if _kept_in(p.dtype, group) in _HALVES and takes_part(p))
+                halves = (local(p) for p in params if _stepped_dtype(p, group) in _HALVES and takes_part(p))
                 weights += [(lr, w) for w in halves if is_plain(w) and w.numel()]
         self._reads -= waited
         if not weights:
@@ -104,21 +105,24 @@ class RoundingWarnings:
             warn(
                 f"lr = {largest:.3g} is below half a unit in the last place of {share:.0%} of the "
                 f"{' and '.join(sorted(map(str, dtypes)))} weights other than 0, so that their update rounds to "
-                f"nothing and they do not move. Use {_more_bits(dtypes)}a larger lr."
+                f"nothing and they do not move. Use {_more_precision(dtypes)}a larger lr."
             )
 
 
-def _kept_in(dtype: torch.dtype, group: Group) -> torch.dtype:
-    """The dtype in which the rule runs on weights of a dtype: float32 for bfloat16 weights with master weights."""
-    return torch.float32 if dtype == torch.bfloat16 and group.get("master_weights") else dtype
+def _stepped_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """The dtype of the weight that the rule runs on: of the master weight where p has one."""
+    return torch.float32 if p.dtype == torch.bfloat16 and group.get("master_weights") else p.dtype
 
 
-def _more_bits(dtypes: set[torch.dtype]) -> str:
-    """The advice for weights of these dtypes, as the beginning of a list."""
-    if dtypes == {torch.float32}:
+def _more_precision(dtypes: Set[torch.dtype]) -> str:
+    """The part of an advice that says how weights of these dtypes get more precision."""
+    if not dtypes & set(_HALVES):
         return ""
-    masters = "master_weights=True, or " if dtypes == {torch.bfloat16} else ""
-    return f"{masters}float32 weights (autocast keeps compute in 16 bits), or "
+    masters = {
+        frozenset({torch.bfloat16}): "master_weights=True, ",
+        frozenset(_HALVES): "master_weights=True (bfloat16 weights), ",
+    }
+    return masters.get(frozenset(dtypes), "") + "float32 weights (autocast keeps compute in 16 bits), or "
 
 
 def _on_gpu(lr: float | Tensor) -> bool:

@@ -164,9 +164,7 @@ class ShardedLion(Optimizer):
 
     def _adopt(self, unfrozen: list[int], call: str = "ShardedLion.step() after unfreezing parameters") -> None:
         """Shards frozen parameters, given by their indices, that take part by now; a collective call."""
-        sharded = [p for shard in self._shards for p in shard.params]
-        new = self._frozen.prepare(unfrozen, sharded, self.param_groups, call)
-        if new:
+        if new := self._frozen.prepare(unfrozen, self._shards, self.param_groups, call):
             self._shard(new)
 
     def init_state(self) -> None:
@@ -292,9 +290,8 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def check_replicas(self) -> None:
-        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits.
-
-        With param_sync="signs" the remainders of master weights are replicated, and are compared too.
+        """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits. With
+        param_sync="signs" the remainders of master weights are replicated, and are compared too.
 
         Raises:
             RuntimeError: on every rank, where a replica differs; it names the parameters and the ranks.

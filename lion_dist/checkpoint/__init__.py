@@ -27,7 +27,7 @@ The files of this package, in the order in which a save and a load use them:
     manifest.py, json_values.py, blocks.py, files.py    the manifest, values, tensors as bytes, and files
     folders.py, unfinished.py, locks.py     checkpoints as folders: finding, committing and sweeping them
     runs.py, retention.py                   which checkpoints belong to one training, and keep_last
-    convert.py          other optimizers' checkpoints
+    convert/            from and to other optimizers' checkpoints, and safetensors files
 """
 
 from . import convert

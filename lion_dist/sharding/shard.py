@@ -194,8 +194,8 @@ class Shard:
 
         Yields:
             Tensors on the CPU, in the shape that the column gives to the parameter's state, contiguous or, where a
-            column has blocks, in the memory order of the parameter. Where ``keep``
-            is False, this rank only contributes its part, and the dicts are empty.
+            column has blocks, in the memory order of the parameter. Where ``keep`` is False, this rank only contributes
+            its part, and the dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
 
@@ -225,10 +225,12 @@ class Shard:
                 if i in tails:
                     t = tails[i]
                     flat(whole, head.numel()).copy_(staged.narrow(0, t.offset // column.block, column.numel(t.length)))
-                # Blocks are counted in memory order, which contiguous() would change.
-                state[column.name] = whole if any(c.block > 1 for c in self.columns) else whole.contiguous()
+                state[column.name] = whole
             offset += length
-            yield {column.name: state[column.name] for column in self.columns if keep}
+            # Blocks are counted in memory order, which contiguous() would change.
+            in_order = any(column.block > 1 for column in self.columns)
+            own = {column.name: state[column.name] for column in self.columns if keep}
+            yield own if in_order else {name: t.contiguous() for name, t in own.items()}
 
     def take_state(self, state: Mapping[int, Mapping[str, Tensor]], group: dist.ProcessGroup) -> None:
         """Copies a state into the buffers, this rank's slices of it, and into whole columns; a collective call.
@@ -320,7 +322,7 @@ def _zeros(column: Column, p: Tensor) -> Tensor:
 
 
 def _on_cpu(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
 
 
 def _shape_and_strides(column: Column, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lion_dist import Lion
-from lion_dist.deepspeed import DeepSpeedLion, arguments
+from lion_dist.deepspeed import DeepSpeedLion
+from lion_dist.deepspeed_config import arguments
 from lion_dist.update import prepare
 from lion_dist.update.backends import make_batches
 from tests.asserts import assert_same_bits
@@ -30,6 +31,7 @@ def test_arguments_of_a_config() -> None:
         given = {"lr": 3e-4, "betas": [0.95, 0.98], "weight_decay": 0.1, "maximize": False, "use_triton": None}
         assert arguments(given) == given
         assert arguments({"momentum_dtype": "bfloat16"}) == {"momentum_dtype": "bfloat16"}
+        assert arguments({"master_weights": False}) == {}
         assert arguments({"adam_w_mode": True, "amsgrad": False, "fp32_optimizer_states": True}) == {}
     optimizer = DeepSpeedLion([torch.nn.Parameter(torch.ones(3))], **arguments({}))
     group = optimizer.param_groups[0]
@@ -59,12 +61,42 @@ def test_adams_betas_are_named() -> None:
         ({"amsgrad": True}, '"amsgrad": true is not possible: Lion has no second moment'),
         ({"fp32_optimizer_states": False}, "momentum_dtype"),
         ({"momentum": 0.9, "lr": 0.1}, '"Lion" has no parameter momentum; expected one of lr, betas'),
-        ({"momentum_dtype": "int8"}, "momentum_dtype must be None, float32, bfloat16 or float16, got 'int8'"),
+        ({"momentum_dtype": "int16"}, "momentum_dtype must be None, float32, bfloat16, float16 or int8, got 'int16'"),
+        ({"momentum_dtype": "int8"}, '"momentum_dtype": "int8" is not possible under DeepSpeed: its universal and el'),
+        ({"master_weights": True}, '"master_weights": true is not possible under DeepSpeed, which keeps float32 maste'),
+        ({"master_weights": "yes"}, "master_weights must be True or False, got 'yes'"),
     ],
 )
 def test_unsupported_arguments_are_refused_by_name(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         arguments(params)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"master_weights": True}, "which keeps float32 master weights"), ({"momentum_dtype": torch.int8}, "scales")],
+    ids=["master weights", "8 bits"],
+)
+def test_precision_that_deepspeed_does_not_allow_for(option: dict[str, Any], message: str) -> None:
+    """Of the optimizer, of a group in the constructor and of one that is added, and in a group that is edited."""
+
+    def p() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.ones(5, dtype=BF16))
+
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedLion([p()], **option)
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedLion([{"params": [p()]}, {"params": [p()], **option}])
+    optimizer = DeepSpeedLion([q := p()], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [p()], **option})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(option)
+    q.grad = torch.ones_like(q)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert (q == 1).all()
+    assert not optimizer.state
 
 
 # The optimizer's states ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lion_dist
-from lion_dist.deepspeed import arguments
+from lion_dist.deepspeed_config import arguments
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 

@@ -18,6 +18,7 @@ from lion_dist.update import codecs
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
+from tests.marks import needs_interpreter
 from tests.scenarios.modes import Modes, sizes, values
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
@@ -101,6 +102,25 @@ def test_eight_bits_do_not_depend_on_the_ranks(world_size: int, tmp_path: Path) 
     run_ranks(body_eight_bits, world_size, tmp_path)
 
 
+def body_kernels(rank: int, world_size: int) -> None:
+    warnings.simplefilter("ignore")
+    shapes: list[tuple[int, ...]] = [(1,), (517,), (2, 9, 5, 3), (0, 3)]
+    # Triton's interpreter does not round to bfloat16 as hardware does; master weights are split as integers.
+    with_float32 = {**MASTERS, "momentum_dtype": F32}
+    for dtype, options in ((F32, EIGHT), (BF16, with_float32), (BF16, {**EIGHT, **MASTERS})):
+        weights = values(shapes, dtype, device_of(rank, world_size))
+        modes = Modes(rank, world_size, weights, two_groups(len(weights)), use_triton=False, **options)
+        modes.modes = [modes.fresh(2, sync, weights, use_triton=True) for sync in ("params", "signs")]
+        for step in range(2):
+            modes.step(step, hostile=step == 1)
+        modes.check(f"kernels, {options}")
+
+
+@needs_interpreter
+def test_kernels(tmp_path: Path) -> None:
+    run_ranks(body_kernels, 2, tmp_path)
+
+
 def digest_body(rank: int, world_size: int) -> list[Tensor]:
     """Codes, scales and weights after steps by one and the same gradient on any number of ranks."""
     (weight,) = values([(4 * 3 * 128 * 2 + 300,)], F32, device_of(rank, world_size))
@@ -150,8 +170,9 @@ def body_mixed(rank: int, world_size: int) -> None:
             for params in (modes.params, *(mode.params for mode in modes.modes)):
                 params[step - 1].requires_grad_(True)
             if step == 5:
-                for optimizer in (modes.lion, *(mode.optimizer for mode in modes.modes)):
-                    optimizer.init_state()
+                modes.lion.init_state()
+                for mode in modes.modes:
+                    mode.optimizer.init_state()
         modes.step(step)
         modes.check(f"step {step}")
     for mode in modes.modes:

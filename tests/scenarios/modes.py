@@ -101,11 +101,13 @@ class Modes:
     def grouped(self, params: list[nn.Parameter]) -> list[dict[str, Any]]:
         return [{**group, "params": [params[i] for i in group["params"]]} for group in self._groups]
 
-    def fresh(self, stage: int, sync: str, values: Sequence[Tensor]) -> Mode:
-        """One more mode, not among ``modes``, whose parameters have these values."""
+    def fresh(self, stage: int, sync: str, values: Sequence[Tensor], **options: Any) -> Mode:
+        """One more mode, not among ``modes``, whose parameters have these values; with further options."""
         params = [nn.Parameter(v.detach().clone()) for v in values]
         groups = self.grouped(params)
-        return Mode(stage, sync, params, ShardedLion(groups, stage=stage, param_sync=sync, **self._options))
+        return Mode(
+            stage, sync, params, ShardedLion(groups, stage=stage, param_sync=sync, **{**self._options, **options})
+        )
 
     def step(self, step: int, max_norm: float | None = None, hostile: bool = False) -> None:
         """One step of all. If there is a max_norm, gradients are clipped, and the parameters of `Lion` must be float32:

@@ -4,6 +4,7 @@ two optimizers, and triton is tried in one place. Imports are read with ast, whe
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,14 @@ def test_the_wings_meet_only_in_the_sharded_optimizer_and_its_protocols() -> Non
 
     both = {str(path.relative_to(PACKAGE)) for path in FILES if uses(path, "update") and uses(path, "sharding")}
     assert both == {"sharded_lion.py", "stepper.py", "grad_source.py", "param_sync.py", "intake.py"}
+
+
+def test_every_folder_is_installed() -> None:
+    """A wheel holds the packages that pyproject.toml lists."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^packages = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    packages = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    assert set(re.findall(r'"(.*?)"', listed)) == packages | {"lion_dist"}
 
 
 TESTS_FOLDER = Path(__file__).parents[1]

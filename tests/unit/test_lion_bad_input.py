@@ -59,6 +59,24 @@ BAD_HYPERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight decay of two": ({"weight_decay": torch.ones(2)}, ValueError, "weight_decay must be"),
     "integer momentum": ({"momentum_dtype": torch.int16}, TypeError, "momentum_dtype"),
     "float64 momentum": ({"momentum_dtype": torch.float64}, TypeError, "momentum_dtype"),
+    "momentum without sign": ({"momentum_dtype": torch.uint8}, TypeError, "or int8, got torch.uint8"),
+    "momentum of a wider name": ({"momentum_dtype": "int16"}, TypeError, "or int8, got 'int16'"),
+    "momentum of 8-bit floats": (
+        {"momentum_dtype": torch.float8_e4m3fn},
+        TypeError,
+        "or int8, got torch.float8_e4m3fn",
+    ),
+    "8 bits by number": ({"momentum_dtype": 8}, TypeError, "momentum_dtype must be .* got 8"),
+    "8 bits and negative lr": ({"momentum_dtype": torch.int8, "lr": -1e-4}, ValueError, "lr must be finite and >= 0"),
+    "8 bits and NaN beta": ({"momentum_dtype": "int8", "betas": (0.9, math.nan)}, ValueError, "betas must be"),
+    "master weights by word": ({"master_weights": "yes"}, TypeError, "master_weights must be True or False, got 'yes'"),
+    "master weights by number": ({"master_weights": 1}, TypeError, "master_weights must be True or False, got 1"),
+    "no master weights": ({"master_weights": None}, TypeError, "master_weights must be True or False, got None"),
+    "master weights and negative decay": (
+        {"master_weights": True, "weight_decay": -0.1},
+        ValueError,
+        "weight_decay must be",
+    ),
 }
 bad_hypers = pytest.mark.parametrize(("bad", "error", "message"), BAD_HYPERS.values(), ids=BAD_HYPERS.keys())
 

@@ -78,10 +78,10 @@ def test_the_edge_of_the_decay_warning_is_where_the_factor_becomes_one() -> None
 
 def test_advice_about_decay_is_of_use() -> None:
     (of_16_bits,) = messages(params_of(BF16), "lr * weight_decay", lr=1e-4, weight_decay=0.1)
-    more_bits = "master_weights=True, or float32 weights (autocast keeps compute in 16 bits), or a larger weight_decay"
-    assert f"Use {more_bits}" in of_16_bits
+    precision = "float32 weights (autocast keeps compute in 16 bits), or a larger weight_decay"
+    assert f"Use master_weights=True, {precision}" in of_16_bits
     (of_float16,) = messages(params_of(F16), "lr * weight_decay", lr=1e-4, weight_decay=0.1)
-    assert "Use float32 weights (autocast keeps compute in 16 bits), or a larger weight_decay" in of_float16
+    assert f"Use {precision}" in of_float16  # which have no master weights
     (of_32_bits,) = messages(params_of(), "lr * weight_decay", lr=1e-4, weight_decay=2e-4)
     assert "Use float32" not in of_32_bits
     assert "Use a larger weight_decay" in of_32_bits
@@ -94,6 +94,36 @@ def test_advice_about_decay_is_of_use() -> None:
         warnings.simplefilter("error")
         adapters[0].grad = torch.ones_like(adapters[0])
         opt.step()
+
+
+# -- Master weights
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-6])
+def test_bfloat16_weights_with_master_weights_count_as_float32(lr: float) -> None:
+    """With these lr and weight_decay neither rounds away in them, and both do in bfloat16 weights alone."""
+    kwargs: dict[str, Any] = {"lr": lr, "weight_decay": 0.1 if lr > 1e-5 else 1.0}
+    assert not messages(params_of(BF16, 1.0), "", master_weights=True, **kwargs)
+    assert len(messages(params_of(BF16, 1.0), "", **kwargs)) == 2
+
+
+def test_weight_decay_can_round_away_in_master_weights_too() -> None:
+    (message,) = messages(params_of(BF16), "", lr=1e-4, weight_decay=2e-4, master_weights=True)
+    assert "of torch.float32 master weights" in message
+    assert "Use a larger weight_decay" in message
+
+
+def test_groups_with_and_without_master_weights() -> None:
+    """The share is of those without; and advice is for the dtypes that need it."""
+    with_masters, without, half = (nn.Parameter(torch.full((n,), 0.02, dtype=BF16)) for n in (1000, 10, 10))
+    half.data = half.data.half()
+    groups: list[dict[str, Any]] = [{"params": [with_masters], "master_weights": True}, {"params": [without, half]}]
+    opt = Lion(groups, lr=1e-7)
+    with pytest.warns(UserWarning, match="round") as caught:
+        opt.step()
+    (message,) = [str(w.message) for w in caught]
+    assert "of 100% of the torch.bfloat16 and torch.float16 weights" in message
+    assert "Use master_weights=True (bfloat16 weights), float32 weights" in message
 
 
 # -- The update
@@ -131,21 +161,8 @@ def test_an_update_that_rounds_away(
     if expected:
         assert f"lr = {lr:.3g} is below half a unit in the last place of" in got[0]
         assert f"of the {dtype} weights" in got[0]
-        masters = "master_weights=True, or " if dtype == BF16 else ""  # which float16 weights cannot have
+        masters = "master_weights=True, " if dtype == BF16 else ""
         assert f"Use {masters}float32 weights (autocast keeps compute in 16 bits), or a larger lr" in got[0]
-
-
-def test_master_weights_are_judged_as_float32() -> None:
-    """In their own group; the other's plain weights are not hidden by them."""
-    assert not messages(params_of(BF16, 0.02), "lr", lr=1e-6, weight_decay=0.1, master_weights=True)
-    (vanishing,) = messages(params_of(BF16), "lr * weight_decay", lr=1e-4, weight_decay=2e-4, master_weights=True)
-    assert "of torch.float32 weights" in vanishing
-    assert "Use a larger weight_decay" in vanishing
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        many, few = (nn.Parameter(torch.full((n,), 0.02, dtype=BF16)) for n in (1000, 10))
-        Lion([{"params": [many], "master_weights": True}, {"params": [few]}], lr=1e-6).step()
-    assert "of 100% of the torch.bfloat16 weights" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
