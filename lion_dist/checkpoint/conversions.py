@@ -5,6 +5,7 @@ A conversion is given elements of a stored tensor, 1-D, and `Where` they lie in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..update import codecs
+from ..update.reference import STORAGE_DTYPES
 from .codes import decode_at
 
 
@@ -41,6 +43,14 @@ class Where(NamedTuple):
 
 
 Conversion: TypeAlias = Callable[[Tensor, Where], Tensor]
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Elements in another dtype. A NaN gets the form in which Lion stores it; torch would leave other bits."""
+    if values.dtype == dtype:
+        return values
+    found = values.to(dtype)
+    return found.masked_fill_(found.isnan(), math.nan) if dtype in STORAGE_DTYPES else found
 
 
 def rounded(values: Tensor, where: Where) -> Tensor:

@@ -34,7 +34,7 @@ from torch.futures import Future
 from ..sharding.boxes import Box
 from .blocks import Buffers, as_tensor, copy_in, in_threads, synchronize
 from .codes import PIECE
-from .conversions import Conversion, Where
+from .conversions import Conversion, Where, cast
 from .files import DIGEST, MAX_DIGEST_BYTES, DataFiles, read_small
 from .folders import Key, local_path
 from .json_values import from_json
@@ -269,15 +269,16 @@ class Reader(StorageReader):
         entry = self.manifest.tensors[block.tensor]
         start, values = block.number * self.manifest.block_bytes // entry.itemsize, as_tensor(buffer, entry.torch_dtype)
         chunk = entry.chunks[block.chunk]
-        if conversion is None:
+        if conversion is None and target.dtype == values.dtype:
             copy_in(target, wanted, chunk.sizes, start, values)
             return
         first, last = wanted.hull(chunk.sizes)
         for at in range(0, values.numel(), PIECE):
             piece, begin = values[at : at + PIECE], start + at
             if begin < last and begin + piece.numel() > first:
-                converted = conversion(piece, Where(entry.shape, chunk.offsets, chunk.sizes, begin))
-                copy_in(target, wanted, chunk.sizes, begin, converted)
+                if conversion is not None:
+                    piece = conversion(piece, Where(entry.shape, chunk.offsets, chunk.sizes, begin))
+                copy_in(target, wanted, chunk.sizes, begin, cast(piece, target.dtype))
 
     def _read(self, blocks: Iterable[Block], use: Callable[[Block, memoryview], None] | None) -> None:
         """Reads and verifies blocks in several threads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -30,17 +31,22 @@ def needs_cast(saved: tuple[str, str], here: tuple[str, str]) -> bool:
     return momentum != momentum_here and "int8" not in (momentum, momentum_here)
 
 
+def canonical(t: Tensor) -> Tensor:
+    """The numbers with NaN in the form in which Lion stores it."""
+    return t.masked_fill(t.isnan(), math.nan)
+
+
 def expected_weight(saved: Trained, weights: str, p: Tensor, weights_here: str) -> Tensor:
     """In float32."""
     if weights_here != "bf16":
         return saved.weight(p)
-    return p.detach().bfloat16().float()  # of master weights: the bfloat16 weights that were saved
+    return canonical(p.detach().bfloat16().float())  # of master weights: the bfloat16 weights that were saved
 
 
 def expected_momentum(m: Tensor, momentum_here: str) -> Tensor:
     """In float32, for a momentum whose memory order is the parameter's."""
     if momentum_here != "int8":
-        return m.to(MOMENTA[momentum_here]).float()
+        return canonical(m.to(MOMENTA[momentum_here]).float())
     codes, scale = codecs.encode(flat(m))
     return codecs.decode(codes, scale).as_strided(m.shape, m.stride())
 
