@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lion_dist import Lion
 from lion_dist.update import reference
-from lion_dist.update.segments import TILE
 
-from .measure import DEVICE, Step, copy_bandwidth, device_ms, freed
+from .measure import DEVICE, Step, freed
 from .peer_steps import BETAS, DECAY, LR
-from .step_model import MODES, Model, Reading, Shape, llama_shapes, make_ours, measure
+from .step_model import MODES, Model, Reading, Shape, llama_shapes, measure
 
 
 @dataclass

@@ -70,7 +70,7 @@ def in_fsdp1(model: nn.Module, **options: Any) -> nn.Module:
     return FSDP(model, use_orig_params=True, auto_wrap_policy=policy, device_id=device, **options)
 
 
-def in_fsdp2(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def in_fsdp2(model: Any, mesh: DeviceMesh) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Unit):
             fully_shard(module, mesh=mesh)

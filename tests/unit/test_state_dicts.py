@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, lion
+from lion_dist.lion_state import copy_columns
 from lion_dist.param_groups import describe_groups
 from tests.asserts import assert_loaded, assert_same_bits
 from tests.mutations import mutated
@@ -253,7 +254,7 @@ def test_damaged_state_dicts_are_refused_whole_or_loaded(seeds: range) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_load_of_a_damaged_state_dict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = lion.copy_columns
+    copied = copy_columns
 
     def lost(checked: dict[str, Any], *rest: Any) -> None:
         copied(checked, *rest)

@@ -20,7 +20,11 @@ def _kind(argument: Tensor | int | None) -> Any:
 
 
 def launch(
-    kernel: Any, programs: int, arguments: Sequence[Tensor | int | None], constants: Sequence[Any], num_warps: int,
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[Tensor | int | None],
+    constants: Sequence[Any],
+    num_warps: int,
     max_registers: int | None = None,
 ) -> None:
     """Launches a kernel on the device of its first argument, a tensor, which must be the current device.

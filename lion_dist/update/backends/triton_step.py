@@ -37,8 +37,8 @@ from .triton_common import (
 )
 
 # Bytes of a parameter element, whether the momentum has 8 bits, whether there are master weights -> (elements a block,
-# warps a block, most registers a thread). The masked path, which few blocks take, needs twice the registers of the other.
-# With as many, half as many threads would fit on the GPU, so the limit makes it spill instead.
+# warps a block, most registers a thread). The masked path, which few blocks take, needs twice the registers of the
+# other. Half as many threads would then fit on the GPU, so a limit makes that path spill instead.
 LAUNCH: dict[tuple[int, bool, bool], tuple[int, int, int | None]] = {
     (4, False, False): (1024, 4, None),
     (2, False, False): (512, 1, 64),
