@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, overload
 
 import torch
@@ -22,6 +22,7 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
+from .sharded_access import check_last_steps
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
@@ -45,9 +46,8 @@ class ShardedLion(Optimizer):
     load_state_dict and, while there are unused gradients, zero_grad. torch.compile runs all of them as they are.
 
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
-    rank has them in another order it raises, by their names or, without names, by their values (equal values, such as
-    biases of zeros, cannot be told apart). Buffers, such as running statistics, are not sent: see `broadcast_buffers`.
-    Arguments that are not listed here are those of `Lion`. All of them must be the same on every rank.
+    rank has them in another order it raises, by their names or, without names, by their values (equal values cannot be
+    told apart). Buffers are not sent: see `broadcast_buffers`. Arguments that are not listed here are those of `Lion`.
 
     Args:
         params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
@@ -78,11 +78,10 @@ class ShardedLion(Optimizer):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
-        weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99), weight_decay: float = 0.0,
+        use_triton: bool | None = None, decoupled_weight_decay: bool = False, *, bucket_mb: float = 256,
         process_group: dist.ProcessGroup | None = None, stage: int = 2, param_sync: str = "auto",
-        bucket_mb: float = 256, momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False,
-        maximize: bool = False,
+        momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False, maximize: bool = False,
     ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
         self._constructed = False
@@ -181,10 +180,7 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call.
-
-        The optimizer never synchronises them by itself.
-        """
+        """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call."""
         given = list(buffers)
         with Agreement(self._group, "ShardedLion.broadcast_buffers()") as agreement:
             agreement.says(describe_dense(given, self._group))
@@ -211,8 +207,7 @@ class ShardedLion(Optimizer):
         """Raises RuntimeError: torch.distributed.algorithms.join.Join, which calls it, cannot be supported."""
         raise RuntimeError(
             "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same "
-            "number of steps, since each owns a part of the momentum. Give all ranks the same number of batches "
-            "(DistributedSampler(drop_last=True)), or stop all of them when the first has none left"
+            "number of steps. Give all ranks the same number of batches (DistributedSampler(drop_last=True))"
         )
 
     @overload
@@ -401,18 +396,5 @@ class ShardedLion(Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "ShardedLion cannot be pickled or deep-copied: it holds a process group and one rank's shard. Use "
-            "full_state_dict()"
+            "ShardedLion cannot be pickled or deep-copied: it holds a process group and a shard. Use full_state_dict()"
         )
-
-
-def check_last_steps(optimizer: ShardedLion) -> None:
-    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
-    optimizer._deferred.check(all=True)
-    optimizer._stepper.check_groups(optimizer.param_groups)
-
-
-def shard_with_columns(optimizer: ShardedLion, new: Mapping[Tensor, tuple[StateColumn, ...]], undo: ExitStack) -> None:
-    """For the checkpoints: shards more parameters, with zeros in these columns; a collective call, as ``undo`` is."""
-    undo.callback(optimizer._set_shards, optimizer._shards)  # first, as it is collective: this may fail on one rank
-    optimizer._shard(list(new), {id(p): columns for p, columns in new.items()})

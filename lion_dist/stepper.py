@@ -12,7 +12,7 @@ from .clipping import Clipping
 from .grad_source import GradSource
 from .intake import FrozenParams
 from .mismatch import mismatch, refusal
-from .param_groups import Group, warn
+from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
 from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_first
 from .sharding.replicas import DeferredCheck
@@ -59,6 +59,7 @@ class Stepper:
         self._clipping: Clipping | None = None
         self._warned_of_no_gradient = False
         self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
+        self._forms: list[tuple[bool, bool]] = []  # `kept_form` of each group then
         self._groups: list[list[int]] = []
 
     def set_shards(self, shards: list[Shard]) -> None:
@@ -80,10 +81,11 @@ class Stepper:
         """Finds the parameter group of each parameter, for each shard.
 
         Raises:
-            ValueError: the groups hold other parameters than those that the optimizer was given.
+            ValueError: the groups hold other parameters than those that the optimizer was given, or ask for other kinds
+                of state.
         """
-        ids = [list(map(id, group["params"])) for group in groups]
-        if ids != self._ids:
+        ids, forms = [list(map(id, group["params"])) for group in groups], list(map(kept_form, groups))
+        if ids != self._ids or forms != self._forms:
             group_of = {i: number for number, members in enumerate(ids) for i in members}
             given = {id(p) for shard in self.shards for p in shard.params} | set(map(id, self._frozen.params))
             if group_of.keys() != given:
@@ -92,7 +94,9 @@ class Stepper:
                     "make a new ShardedLion"
                 )
             self._groups = [[group_of[id(p)] for p in shard.params] for shard in self.shards]
-            self._ids = ids
+            for shard, numbers in zip(self.shards, self._groups, strict=True):
+                _check_columns(shard, [groups[number] for number in numbers])
+            self._ids, self._forms = ids, forms
         return self._groups
 
     def _tensors(self, groups: Sequence[Group]) -> list[StepTensors]:
@@ -226,3 +230,17 @@ class Stepper:
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""
         return not clipping.fits() or bool(self._frozen.unfrozen())
+
+
+def _check_columns(shard: Shard, groups: Sequence[Group]) -> None:
+    """Raises ValueError where the parameters of a shard, in these groups, would have other kinds of state."""
+    kept = [column.name for column in shard.columns]
+    for p, group in zip(shard.params, groups, strict=True):
+        wanted = [column.name for column in state_columns(p, group)]
+        if sorted(wanted) != sorted(kept):
+            raise ValueError(
+                f"momentum_dtype or master_weights of a parameter group was changed after ShardedLion was made: a "
+                f"parameter of shape {tuple(p.shape)} has {', '.join(kept)} and would have {', '.join(wanted)}. Set "
+                "them back, or make a new optimizer with them and load this one's full_state_dict(), which converts "
+                "momenta"
+            )

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from ..dtypes import DTYPES
 from ..fsdp import new_state
 from ..param_groups import KEYS, Group, check_group, keep_storage, state_columns, warn
-from ..sharded_lion import ShardedLion, shard_with_columns
+from ..sharded_access import shard_with_columns
+from ..sharded_lion import ShardedLion
 from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 from .codes import code_runs
 from .contents import Contents

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..sharded_lion import ShardedLion, check_last_steps
+from ..sharded_access import check_last_steps
+from ..sharded_lion import ShardedLion
 from .computed import Computed
 from .generators import generator_states
 from .groups import named_groups

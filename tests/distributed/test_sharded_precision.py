@@ -224,6 +224,17 @@ def body_choices(rank: int, world_size: int, log: Path) -> None:
     (plain.float() * 2).sum().backward()
     optimizer.step()
     assert len(optimizer.param_groups) == 1
+    moved = plain.detach().clone()
+    (group,) = optimizer.param_groups
+    for key, value in (("momentum_dtype", "int8"), ("master_weights", False)):
+        before, group[key] = group[key], value
+        (plain.float() * 2).sum().backward()
+        with pytest.raises(ValueError, match=r"momentum_dtype or master_weights .* was changed .* exp_avg, remainder"):
+            optimizer.step()
+        group[key] = before
+        optimizer.zero_grad()
+    assert_same_bits(plain.detach(), moved)
+    optimizer.step()  # without gradients, and with the groups as they were
     assert (plain.detach() == codecs.split(torch.full_like(plain, 1 - 1e-4, dtype=F32))[0]).all()
 
 
