@@ -78,9 +78,10 @@ class ShardedLion(Optimizer):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99), weight_decay: float = 0.0,
-        use_triton: bool | None = None, decoupled_weight_decay: bool = False, *, bucket_mb: float = 256,
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
+        weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
         process_group: dist.ProcessGroup | None = None, stage: int = 2, param_sync: str = "auto",
+        bucket_mb: float = 256,
         momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False, maximize: bool = False,
     ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
@@ -139,8 +140,7 @@ class ShardedLion(Optimizer):
     def _take_in(self, params: Sequence[Tensor]) -> None:
         """Makes new parameters equal on all ranks and shards the trainable ones; a collective call."""
         self._grads.settle()
-        named = "param_names" in self.param_groups[-1]  # torch sees to it that all groups have names or none has
-        self._frozen.add(params, make_equal(params, named, self._group))
+        self._frozen.add(params, make_equal(params, "param_names" in self.param_groups[-1], self._group))
         self._shard([p for p in params if p.requires_grad])
 
     def _shard(self, params: Sequence[Tensor], columns: Mapping[int, tuple[StateColumn, ...]] | None = None) -> None:
