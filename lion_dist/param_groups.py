@@ -284,10 +284,18 @@ def hyper_parameters(group: Group) -> HyperParameters:
 
 
 def count_step(groups: Iterable[Group]) -> None:
-    """Counts a step, so that the next one rounds 8-bit momenta anew. Call it after each step."""
+    """Counts a step, so that the next one rounds 8-bit momenta anew. Call it after each step.
+
+    First steps with an lr of 0 are not counted: torch's functions for sharded state make one to create the state, on
+    some ranks perhaps, and all ranks must round alike.
+    """
     for group in groups:
-        if group["params"] and to_dtype(group["momentum_dtype"]) == torch.int8:
-            group["rounding_step"] += 1
+        if not group["params"] or to_dtype(group["momentum_dtype"]) != torch.int8:
+            continue
+        steps, lr = to_count(group["rounding_step"], "rounding_step"), group["lr"]
+        on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+        if steps or not on_host or float(lr) != 0:
+            group["rounding_step"] = steps + 1
 
 
 # Parameters ----------------------------------------------------------------------------------------

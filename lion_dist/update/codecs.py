@@ -9,8 +9,9 @@ bits. Levels are 1/16 apart near 0, and 3 to 6 % apart near the largest, 247. Co
 between two levels are linear in the bits of w, so an integer addition to these bits rounds without a bias.
 
 [Note: Scales] A scale has at most SCALE_BITS significant bits and a level at most 8, so their product is exact. A scale
-is rounded down, and elements above the last level are cut to it. So the largest element of a block always has code 127
-or -127, from which the scale can be computed again: decoding and encoding again gives the same codes and scales.
+is rounded down, its inverse up where the last level would otherwise come out below LAST_W, and elements above the last
+level are cut to it. So the largest element of a block always has code 127 or -127 (unless the scale is SMALLEST_SCALE),
+from which the scale can be computed again: decoding and encoding again gives the same codes and scales.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def encode(
     largest = blocks.amax(1)
     scale = ((largest / LARGEST_LEVEL).view(torch.int32) & SCALE_MASK).view(torch.float32)
     scale = torch.where(largest > 0, scale.clamp(min=SMALLEST_SCALE), 0.0)
-    inverse = torch.where(largest > 0, 1 / scale, 0.0)
+    inverse = 1 / scale
+    short = LARGEST_LEVEL * scale * inverse + 1 < LAST_W
+    inverse = torch.where(largest > 0, (inverse.view(torch.int32) + short.int()).view(torch.float32), 0.0)
     w = ((blocks * inverse[:, None]) + 1).clamp(max=LAST_W).view(-1)[:n]
     if seed is None:
         dither: Tensor | int = 1 << (FRACTION - 1)

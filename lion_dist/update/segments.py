@@ -22,6 +22,10 @@ from torch import Tensor
 from ..memory_order import is_dense
 from ..upload import upload
 from .reference import STORAGE_DTYPES
+from .state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
+
+# Kernels read these columns as of these dtypes, whatever is there.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {EXP_AVG_SCALE: (torch.float32,), REMAINDER: (torch.int16,)}
 
 TILE = 8192  # elements; a multiple of every block size
 
@@ -109,6 +113,14 @@ class StepTensors:
             raise ValueError(
                 f"{who} is on {p.device} and its {name} on {t.device}: move the model before making the optimizer, or "
                 "load the optimizer's state_dict again after moving it"
+            )
+        dtypes = _DTYPES.get(name, (t.dtype,))
+        if name == EXP_AVG:  # 8 bits and scales belong together
+            dtypes = (torch.int8,) if EXP_AVG_SCALE in self.state_of(entry) else STORAGE_DTYPES
+        if t.dtype not in dtypes:
+            raise ValueError(
+                f"{who} has {name} in {t.dtype}; expected {' or '.join(map(str, dtypes))}: other code has replaced the "
+                "state; load the optimizer's state_dict again"
             )
         expected = tuple(p.shape) if block == 1 else (-(-p.numel() // block),)
         if (self.segments is None or name in self.whole) and t.shape != expected:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lion_dist.update import codecs
 from lion_dist.update.codecs import (
     BLOCK,
     LARGEST_LEVEL,
@@ -290,3 +291,26 @@ def test_the_last_block_may_be_short(numel: int, step: int | None) -> None:
     assert_same_bits(codes, whole[:numel])
     assert_same_bits(scale, whole_scale)
     assert_same_bits(decode(codes, scale), decode(whole, whole_scale)[:numel])
+
+
+def test_the_largest_element_has_the_last_code_with_every_scale() -> None:
+    """The inverse of a scale is rounded; with one scale in seven its product with the last level would be short, and a
+    dither of 0 would then give code 126."""
+    scales = torch.arange(1 << 15, 1 << 16).float() * 2.0**-20
+    index = torch.arange(len(scales)) * codecs.BLOCK
+    blocks = torch.zeros(len(scales), codecs.BLOCK)
+    blocks[:, 0] = codecs.LARGEST_LEVEL * scales
+    blocks[:, 1] = -0.3 * blocks[:, 0]
+    for first in range(0, len(scales), 4096):  # a seed for one block of each part has dither 0 there
+        some = blocks[first : first + 4096].flatten()
+        seed = -(index[first] * codecs.GOLDEN) & 0xFFFFFFFF
+        codes, scale = codecs.encode(some, seed=seed, first=int(index[first]))
+        assert (codes.view(-1, codecs.BLOCK)[:, 0] == 127).all()
+        assert_same_bits(scale, scales[first : first + 4096])
+    short = [s for s in scales[::7] if codecs.LARGEST_LEVEL * s * (1 / s) + 1 < codecs.LAST_W]
+    assert len(short) > 100
+    for s in short[::10]:
+        block = torch.zeros(codecs.BLOCK)
+        block[5] = codecs.LARGEST_LEVEL * s
+        codes, _ = codecs.encode(block, seed=torch.tensor(-(5 * codecs.GOLDEN) & 0xFFFFFFFF))
+        assert codes[5] == 127

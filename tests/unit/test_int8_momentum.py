@@ -116,3 +116,38 @@ def test_it_dies_at_no_number_of_steps() -> None:
     step(optimizer, [torch.full((300,), -1e-20)])
     assert (momentum(optimizer, p) == momentum(optimizer, p)[0]).all()
     assert math.isclose(float(momentum(optimizer, p)[0]), -0.5e-20, rel_tol=2.0**-14)
+
+
+def test_torchs_functions_that_make_state_count_no_step() -> None:
+    """get_optimizer_state_dict makes a step with an lr of 0 if there is no state. One rank alone may call it, and all
+    must round alike afterwards."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    def trained(looked_at: bool) -> tuple[nn.Linear, Lion]:
+        torch.manual_seed(0)
+        model = nn.Linear(40, 40)
+        opt = Lion(model.named_parameters(), lr=0.01, momentum_dtype="int8")
+        if looked_at:
+            get_optimizer_state_dict(model, opt)
+        for _ in range(20):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            opt.step()
+        return model, opt
+
+    (model, opt), (other, twin) = trained(True), trained(False)
+    assert opt.param_groups[0]["rounding_step"] == twin.param_groups[0]["rounding_step"] == 20
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach())
+        assert torch.equal(opt.state[p]["exp_avg"], twin.state[q]["exp_avg"])
+
+
+def test_the_count_of_steps_is_a_number() -> None:
+    """A tensor would be counted in place, in state_dicts too."""
+    p = nn.Parameter(torch.zeros(3))
+    opt = Lion([p], lr=0.01, momentum_dtype="int8")
+    opt.param_groups[0]["rounding_step"] = counter = torch.tensor(7)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert opt.param_groups[0]["rounding_step"] == 8
+    assert counter == 7

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from lion_dist.update import reference
+from lion_dist.update import codecs, reference
 from lion_dist.update.backends import launch, triton_step
 from lion_dist.update.codecs import seed_of
 from lion_dist.update.hypers import hyper_table
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.segments import StepTensors
-from lion_dist.update.state import EXP_AVG, REMAINDER
+from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 from tests.scenarios.precise_runs import BF16, CPU, F32, HYPERS, I8, INTERPRETED, SALT, Kind, Runs, Whole
@@ -123,10 +124,25 @@ def test_one_launch_for_all_parameters_of_a_mix(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_state_that_does_not_belong_together_is_not_stepped() -> None:
-    """Nothing is left out silently: codes without scales, and a remainder of another dtype than bfloat16."""
+    """A kernel would read beyond a tensor of another dtype. And nothing is left out silently: codes without scales, and
+    a remainder of another dtype than bfloat16."""
     p, codes, remainder = torch.zeros(3), torch.zeros(3, dtype=I8), torch.zeros(3, dtype=torch.int16)
-    with pytest.raises(AssertionError, match="8 bits"):
-        LionUpdate(True).prepare(StepTensors([p], [p.clone()], {EXP_AVG: [codes]}, [0]))
-    state = {EXP_AVG: [p.clone()], REMAINDER: [remainder]}
+    half, scale = p.bfloat16(), torch.zeros(1)
+    for param, state, message in (
+        (p, {EXP_AVG: codes}, "exp_avg in torch.int8; expected torch.float32 or"),
+        (p, {EXP_AVG: p.clone(), EXP_AVG_SCALE: scale}, "exp_avg in torch.float32; expected torch.int8"),
+        (
+            p,
+            {EXP_AVG: codes, EXP_AVG_SCALE: scale.bfloat16()},
+            "exp_avg_scale in torch.bfloat16; expected torch.float32",
+        ),
+        (half, {EXP_AVG: half.clone(), REMAINDER: codes}, "remainder in torch.int8; expected torch.int16"),
+    ):
+        columns = {name: [t] for name, t in state.items()}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            LionUpdate(True).prepare(
+                StepTensors([param], [param.clone()], columns, [0], blocks={EXP_AVG_SCALE: codecs.BLOCK})
+            )
+    columns = {EXP_AVG: [p.clone()], REMAINDER: [remainder]}
     with pytest.raises(AssertionError, match=r"remainder of torch\.float32"):
-        LionUpdate(True).prepare(StepTensors([p], [p.clone()], state, [0]))
+        LionUpdate(True).prepare(StepTensors([p], [p.clone()], columns, [0]))

@@ -74,7 +74,10 @@ def scales(largest):
     is NaN where a block has no number: it counts as 0."""
     scale = (tl.div_rn(largest, _LARGEST_LEVEL).to(tl.int32, bitcast=True) & _SCALE_MASK).to(tl.float32, bitcast=True)
     scale = tl.where(largest > 0, tl.maximum(scale, _SMALLEST_SCALE), 0.0)
-    return scale, tl.where(largest > 0, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.div_rn(1.0, scale)
+    short = scale * _LARGEST_LEVEL * inverse + 1.0 < _LAST_W
+    inverse = (inverse.to(tl.int32, bitcast=True) + short.to(tl.int32)).to(tl.float32, bitcast=True)
+    return scale, tl.where(largest > 0, inverse, 0.0)
 
 
 @triton.jit
