@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lion_dist import Lion
 from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
 
 from .measure import DEVICE, Step, freed
 from .peer_steps import BETAS, DECAY, LR
@@ -55,7 +56,7 @@ def check_slices(model: Model, step: Step, optimizer: Lion) -> str:
     m = optimizer.state[p]["exp_avg"]
     g = p.grad
     assert g is not None
-    row = torch.tensor([LR, DECAY, *BETAS, 1.0], dtype=torch.float64, device=DEVICE)
+    row = hyper_table([reference.HyperParameters(LR, DECAY, *BETAS, False)], DEVICE)[0]
     before = [(p.detach()[s].clone(), g[s].clone(), m[s].clone()) for s in slices]
     step()
     for s, tensors in zip(slices, before, strict=True):

@@ -13,6 +13,7 @@ from torch import nn
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
 from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum, momentum_parts
 from tests.harness import device_of, run_ranks
 from tests.scenarios.toy import FP32, MAX_NORM, MIXED, SHAPES, Toy, expect, train, warm_up, wrapped
@@ -60,7 +61,7 @@ def body_clip_mixed(rank: int, world_size: int) -> None:
         n: torch.zeros_like(p, dtype=torch.float32 if p.dtype == torch.float16 else p.dtype)
         for n, p in expected.named_parameters()
     }
-    row = torch.tensor([0.01, 0.1, 0.9, 0.99, 1.0], dtype=torch.float64, device=device)
+    row = hyper_table([reference.HyperParameters(0.01, 0.1, 0.9, 0.99, False)], device)[0]
 
     def gradients(step: int) -> dict[str, torch.Tensor]:
         averages = {n: expected.average_gradient(n, step, world_size) for n in SHAPES}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lion_dist import Lion
 from lion_dist.update import reference
+from lion_dist.update.hypers import hyper_table
 from lion_dist.update.reference import NAN_BITS, HyperParameters
 from lion_dist.update.segments import TILE
 from tests.asserts import assert_same_bits, bits
@@ -77,8 +78,7 @@ def reference_step(
         if g is None:
             continue
         h = hypers[group]
-        sign = -1.0 if h.maximize else 1.0
-        row = torch.tensor([float(h.lr), h.weight_decay, h.beta1, h.beta2, sign], dtype=torch.float64, device=p.device)
+        row = hyper_table([h], p.device)[0]
         scale = None if grad_scale is None else torch.tensor(grad_scale, device=p.device)
         reference.lion_step_(p, g, m, reference.scalars(row, scale))
 
