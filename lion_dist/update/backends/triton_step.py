@@ -41,7 +41,7 @@ from .triton_common import (
 # other. Half as many threads would then fit on the GPU, so a limit makes that path spill instead.
 LAUNCH: dict[tuple[int, bool, bool], tuple[int, int, int | None]] = {
     (4, False, False): (1024, 4, None),
-    (2, False, False): (512, 1, 64),
+    (2, False, False): (512, 1, 80),
     (2, False, True): (512, 2, 56),
     (4, True, False): (512, 1, 80),
     (2, True, False): (512, 2, 40),
