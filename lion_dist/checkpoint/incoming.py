@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from .._torch_compat import load_state_dict_post_hooks, load_state_dict_pre_hooks
 from .contents import Contents
 from .generators import saved_states, set_generators
-from .incoming_columns import check_weight, has_remainder
+from .incoming_columns import check_joined, check_weight, has_remainder, joining
 from .incoming_state import LISTED, IncomingState
 from .keys import EXTRA, MODEL
-from .logical import Logical, parts_of
+from .logical import Logical, like, parts_of
 from .model_state import ModelState
 from .names import Names
 from .ranks import Ranks
@@ -63,6 +63,7 @@ class Incoming:
         tied = contents.untie(names)
         self.tensors: dict[str, Tensor] = {**self._model.params, **self._model.buffers}
         masters = set[str]() if optimizer is None else _with_remainders(contents, optimizer, names)
+        self._joined: dict[str, str] = {}  # key of a weight, by key of remainders that it is joined with
         self.unclaimed = self._check_model(contents, masters, {*names.aliases, *tied.values()})
         self._extra_states = {key: contents.value(key) for key in self._model.extra}
         self._state: IncomingState | None = None
@@ -92,7 +93,11 @@ class Incoming:
         _check_none_missing(here - there, "model", "checkpoint")
         for key, t in self._model.params.items():
             name = key.removeprefix(MODEL)
-            check_weight(contents, name, t.dtype, tuple(t.shape), name in masters)
+            lower = check_joined(contents, name, t.dtype, tuple(t.shape))
+            if lower is None:
+                check_weight(contents, name, t.dtype, tuple(t.shape), name in masters)
+            else:
+                self._joined[lower] = key
         for key, t in self._model.buffers.items():
             contents.check_tensor(key, t.dtype, tuple(t.shape))
         return there - here - {MODEL + name for name in other_names}
@@ -103,6 +108,7 @@ class Incoming:
         """Makes the state that the checkpoint holds and the optimizer lacks. Under `ShardedLion` a collective call."""
         if self._state is not None:
             self.tensors.update(self._state.make_room(undo))
+        self.tensors.update({lower: self.tensors[key] for lower, key in self._joined.items()})  # of the same shape
 
     def try_out(self, undo: ExitStack, copy: bool) -> None:
         """Loads what the user's code loads, which may fail: schedulers and extra states.
@@ -124,11 +130,15 @@ class Incoming:
 
     @property
     def encoded(self) -> Collection[str]:
-        """Keys of momenta that are read one after another into memory from `staged`."""
-        return () if self._state is None else self._state.encoded
+        """Keys of momenta and remainders that are read one after another, after all else, into memory from `staged`."""
+        return self._joined if self._state is None else (*self._joined, *self._state.encoded)
 
     def staged(self, key: str) -> tuple[Tensor, Callable[[], None]]:
-        """As `IncomingState.staged`."""
+        """As `IncomingState.staged`, also for remainders."""
+        if key in self._joined:
+            weight = self.tensors[self._joined[key]]
+            remainders, join = joining(parts_of(weight))
+            return like(weight, remainders), join
         assert self._state is not None
         return self._state.staged(key)
 

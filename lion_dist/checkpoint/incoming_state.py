@@ -210,7 +210,7 @@ class IncomingState:
             self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
         elif EXP_AVG_SCALE in keys:
             raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
-        if MODEL + name in self._contents.tensors:
+        if MODEL + name in self._contents.tensors and p.dtype != torch.float32:
             own = self._optimizer.state.get(p) or {}
             remainder = has_remainder(self._contents, name, p, self._group_of[id(p)], own)
             route_remainder(routes, self._contents, name, keys, self._logical.shape(p), remainder)
