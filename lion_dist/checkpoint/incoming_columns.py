@@ -8,7 +8,7 @@
 
 The last are saved by torch's own functions, through Writer. "cast" is refused without cast=True, as is any other change
 of dtype. A stored momentum of a float dtype, or of 8-bit codes and scales, is loaded into a momentum of either kind:
-whether it has 8 bits is this optimizer's decision, and needs no cast=True.
+whether it has 8 bits is this optimizer's decision, and needs no cast=True; nor does a momentum that becomes float32.
 Codes stay as they are where the blocks that share a scale are the same here; otherwise they are decoded and encoded
 again.
 """

@@ -119,6 +119,19 @@ def test_the_dtype_that_lion_chooses(tmp_path: Path) -> None:
         ValueError, match=r"exp_avg is float32 in the checkpoint and torch.bfloat16 here.*momentum_dtype"
     ):
         Trained("master", "", 3, FIRST).load(tmp_path / "step-2")
+    wide = Trained("master", "fp32", 3, FIRST).load(tmp_path / "step-2")  # as the message says
+    assert_same_tensors(wide.momenta(), run.momenta(), "momentum_dtype")
+
+
+@pytest.mark.parametrize("weights", ["master", "bf16"])
+def test_a_momentum_that_becomes_float32_needs_no_cast(weights: str, tmp_path: Path) -> None:
+    """Whatever its weight is: nothing is lost."""
+    run = Trained(weights, "", 1, FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    wide = Trained(weights, "fp32", 2, FIRST).load(tmp_path / "step-1")
+    assert_same_tensors(wide.weights(), run.weights(), weights)
+    assert_same_tensors(wide.momenta(), run.momenta(), weights)
+    assert all(wide.optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in wide.model.parameters())
 
 
 def test_the_model_alone(tmp_path: Path) -> None:
