@@ -10,6 +10,9 @@ from typing import Any
 
 from lion_dist import checkpoint
 
+# Options that runs of earlier versions did not have, with the values that stand for what these did.
+ADDED = {"dtype": "fp32", "master_weights": False, "momentum": "auto"}
+
 KEPT = 2  # number of checkpoints; something may already have been wrong when the last one was saved
 
 
@@ -27,7 +30,7 @@ def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path:
     path = checkpoint.latest(folder, default=None)
     if path is None:
         raise FileNotFoundError(f"there is nothing to resume in {folder}: start without --resume, or correct --out")
-    theirs = checkpoint.read_extra(path)["run"]
+    theirs = {**ADDED, **checkpoint.read_extra(path)["run"]}
     differences = [
         f"{name} is {theirs.get(name)!r} in the checkpoint, {run.get(name)!r} now"
         for name in sorted(theirs.keys() | run.keys())

@@ -31,8 +31,9 @@ class ShardEntry(MutableMapping[str, Any]):
     """One parameter's entry in ``optimizer.state``: a BoxTensor for each column, and what others keep beside them.
 
     The BoxTensors are views of the shard. A BoxTensor of the same cut, or a whole tensor of the same shape, that is
-    assigned to a column is copied into the shard. Columns cannot be deleted. Whole columns are plain tensors, and only
-    whole tensors can be assigned to them.
+    assigned to a column is copied into the shard; between float dtypes it is cast, and anything else must have the
+    column's own dtype. Columns cannot be deleted. Whole columns are plain tensors, and only whole tensors can be
+    assigned to them.
     """
 
     def __init__(self, shard: Shard, param: int, rank: int, others: Mapping[str, Any]) -> None:
@@ -61,6 +62,11 @@ class ShardEntry(MutableMapping[str, Any]):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"{key} must be a tensor of shape {tuple(own.shape)}, as its parameter requires, got {got}"
+            )
+        if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+            raise TypeError(
+                f"{key} is kept in {own.dtype}, got {value.dtype}: to assign would change the numbers. Give it in "
+                f"{own.dtype}, or give a whole state to load_state_dict, which converts it"
             )
         with torch.no_grad():
             own.copy_(value)

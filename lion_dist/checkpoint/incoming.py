@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from .._torch_compat import load_state_dict_post_hooks, load_state_dict_pre_hooks
 from .contents import Contents
 from .generators import saved_states, set_generators
-from .incoming_columns import check_weight, has_remainder
+from .incoming_columns import check_joined, check_weight, has_remainder, joining
 from .incoming_state import LISTED, IncomingState
 from .keys import EXTRA, MODEL
-from .logical import Logical, parts_of
+from .logical import Logical, like, parts_of
 from .model_state import ModelState
 from .names import Names
+from .optimizer_state import params_by_name
 from .ranks import Ranks
 from .reader import Reader
 from .schedulers import match_schedulers
@@ -63,7 +64,9 @@ class Incoming:
         tied = contents.untie(names)
         self.tensors: dict[str, Tensor] = {**self._model.params, **self._model.buffers}
         masters = set[str]() if optimizer is None else _with_remainders(contents, optimizer, names)
-        self.unclaimed = self._check_model(contents, masters, {*names.aliases, *tied.values()})
+        self._joined: dict[str, str] = {}  # key of a weight, by key of remainders that it is joined with
+        listed = None if optimizer is None else params_by_name(optimizer, names).keys()
+        self.unclaimed = self._check_model(contents, masters, listed, {*names.aliases, *tied.values()})
         self._extra_states = {key: contents.value(key) for key in self._model.extra}
         self._state: IncomingState | None = None
         self._schedulers: list[tuple[Any, dict[str, Any]]] = []
@@ -76,12 +79,15 @@ class Incoming:
             self._generators = saved_states(contents, ranks)
             self.hooked = bool(load_state_dict_pre_hooks(optimizer) or load_state_dict_post_hooks(optimizer))
 
-    def _check_model(self, contents: Contents, masters: Container[str], other_names: set[str]) -> set[str]:
+    def _check_model(
+        self, contents: Contents, masters: Container[str], listed: Container[str] | None, other_names: set[str]
+    ) -> set[str]:
         """Compares the model's tensors and extra states with the checkpoint's.
 
         Args:
             contents: the checkpoint.
             masters: names of parameters that have remainders here.
+            listed: names of the optimizer's parameters, if there is an optimizer.
             other_names: further names of parameters that are here.
 
         Returns:
@@ -92,7 +98,12 @@ class Incoming:
         _check_none_missing(here - there, "model", "checkpoint")
         for key, t in self._model.params.items():
             name = key.removeprefix(MODEL)
-            check_weight(contents, name, t.dtype, tuple(t.shape), name in masters)
+            lower = check_joined(contents, name, t.dtype, tuple(t.shape))
+            if lower is None:
+                known = listed is None or name in listed
+                check_weight(contents, name, t.dtype, tuple(t.shape), name in masters, known)
+            else:
+                self._joined[lower] = key
         for key, t in self._model.buffers.items():
             contents.check_tensor(key, t.dtype, tuple(t.shape))
         return there - here - {MODEL + name for name in other_names}
@@ -103,6 +114,7 @@ class Incoming:
         """Makes the state that the checkpoint holds and the optimizer lacks. Under `ShardedLion` a collective call."""
         if self._state is not None:
             self.tensors.update(self._state.make_room(undo))
+        self.tensors.update({lower: self.tensors[key] for lower, key in self._joined.items()})  # of the same shape
 
     def try_out(self, undo: ExitStack, copy: bool) -> None:
         """Loads what the user's code loads, which may fail: schedulers and extra states.
@@ -124,11 +136,15 @@ class Incoming:
 
     @property
     def encoded(self) -> Collection[str]:
-        """Keys of momenta that are read one after another into memory from `staged`."""
-        return () if self._state is None else self._state.encoded
+        """Keys of momenta and remainders that are read one after another, after all else, into memory from `staged`."""
+        return self._joined if self._state is None else (*self._joined, *self._state.encoded)
 
     def staged(self, key: str) -> tuple[Tensor, Callable[[], None]]:
-        """As `IncomingState.staged`."""
+        """As `IncomingState.staged`, also for remainders."""
+        if key in self._joined:
+            weight = self.tensors[self._joined[key]]
+            remainders, join = joining(parts_of(weight))
+            return like(weight, remainders), join
         assert self._state is not None
         return self._state.staged(key)
 

@@ -4,17 +4,19 @@
     float32                  as it is       split: nothing is lost         cast, halves to even
     master weight, float32   as it is       split: nothing is lost         cast: the weights that were saved
     bfloat16                 cast           as it is, the remainder is 0   as it is
+    bfloat16 and remainder   joined         as it is                       cast: the bfloat16 weights
 
-"cast" is refused without cast=True, as is any other change of dtype. A stored momentum of a float dtype, or of 8-bit
-codes and scales, is loaded into a momentum of either kind: whether it has 8 bits is this optimizer's decision, and
-needs no cast=True. Codes stay as they are where the blocks that share a scale are the same here; otherwise they are
-decoded and encoded again.
+The last are saved by torch's own functions, through Writer. "cast" is refused without cast=True, as is any other change
+of dtype. A stored momentum of a float dtype, or of 8-bit codes and scales, is loaded into a momentum of either kind:
+whether it has 8 bits is this optimizer's decision, and needs no cast=True; nor does a momentum that becomes float32.
+Codes stay as they are where the blocks that share a scale are the same here; otherwise they are decoded and encoded
+again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..param_groups import Group, remainder_column
+from ..update import codecs
 from ..update.codecs import BLOCK
 from ..update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from .contents import Contents
@@ -67,7 +70,9 @@ def has_remainder(contents: Contents, name: str, p: Tensor, group: Group, own: C
     return p.requires_grad or REMAINDER in own or STATE + name + "." + EXP_AVG in contents.tensors
 
 
-def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple[int, ...], remainder: bool) -> None:
+def check_weight(
+    contents: Contents, name: str, dtype: torch.dtype, shape: tuple[int, ...], remainder: bool, listed: bool
+) -> None:
     """Checks that a parameter can be loaded, and sets its conversion.
 
     Args:
@@ -75,6 +80,7 @@ def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple
         name: name of the parameter.
         dtype, shape: of the whole parameter here.
         remainder: as from `has_remainder`.
+        listed: whether it is among the parameters of the optimizer, or there is none; for the message.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -87,6 +93,12 @@ def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple
             contents.convert(key, rounded)
             return
         if master:
+            if not listed:
+                raise ValueError(
+                    f"{key} holds master weights (float32) in the checkpoint and is bfloat16 here, and not among the "
+                    "optimizer's parameters, which alone have master weights: make the optimizer with all parameters "
+                    "that it had when it was saved, the frozen ones too"
+                )
             raise ValueError(
                 f"{key} holds master weights (float32) in the checkpoint and is bfloat16 here, without master weights: "
                 "make the optimizer with master_weights=True, or pass cast=True to load the bfloat16 weights alone"
@@ -94,10 +106,51 @@ def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple
     contents.check_tensor(key, dtype, shape)
 
 
+def check_joined(contents: Contents, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """Finds out whether a float32 weight here was saved in two halves, and if so sets the conversion of the upper one.
+
+    Args:
+        contents: the checkpoint.
+        name: name of the parameter.
+        dtype, shape: of the whole parameter here.
+
+    Returns:
+        The key of the remainders, which are to be joined with the weight once this is read; None if there are none.
+
+    Raises:
+        ValueError: what is stored cannot be used.
+    """
+    weight, key = contents.tensor(MODEL + name, shape).torch_dtype, STATE + name + "." + REMAINDER
+    if dtype != torch.float32 or weight != torch.bfloat16 or key not in contents.tensors:
+        return None
+    _check_remainder(contents, key, shape)
+    contents.convert(MODEL + name, as_float32)
+    contents.convert(key, as_int16)
+    return key
+
+
+def joining(parts: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
+    """Memory to read the lower halves of float32 weights into, whose upper halves are read already.
+
+    Args:
+        parts: the weights: this rank's plain tensors.
+
+    Returns:
+        int16 tensors of the same shapes to read into; and a function to call then.
+    """
+    remainders = [torch.empty_like(part, dtype=torch.int16) for part in parts]
+
+    def join() -> None:
+        for part, r in zip(parts, remainders, strict=True):
+            part.copy_(codecs.join(codecs.split(part)[0], r))
+
+    return remainders, join
+
+
 def route_remainder(
     routes: Routes, contents: Contents, name: str, keys: Mapping[str, str], shape: tuple[int, ...], remainder: bool
 ) -> None:
-    """Finds where a remainder comes from. Without a route it becomes 0.
+    """Finds where a remainder comes from. Without a route it becomes 0. Not for weights of `check_joined`.
 
     Args:
         routes: is completed.

@@ -210,7 +210,7 @@ class IncomingState:
             self._route_momentum(routes, name, p, keys, columns[EXP_AVG].dtype == torch.int8)
         elif EXP_AVG_SCALE in keys:
             raise ValueError(f"the state of {name} in the checkpoint has {EXP_AVG_SCALE}, but no {EXP_AVG}")
-        if MODEL + name in self._contents.tensors:
+        if MODEL + name in self._contents.tensors and p.dtype != torch.float32:
             own = self._optimizer.state.get(p) or {}
             remainder = has_remainder(self._contents, name, p, self._group_of[id(p)], own)
             route_remainder(routes, self._contents, name, keys, self._logical.shape(p), remainder)
@@ -227,8 +227,8 @@ class IncomingState:
             return
         dtype = self._dtype(p, EXP_AVG, key)
         routes.read[EXP_AVG], routes.dtypes[EXP_AVG] = key, dtype
-        # What loses nothing needs no cast=True, as for the weight.
-        wider = contents.is_master(name) and p.dtype == dtype == torch.float32 and stored.itemsize <= 4
+        # What loses nothing needs no cast=True.
+        wider = dtype == torch.float32 and stored.torch_dtype in (torch.bfloat16, torch.float16)
         if scale is not None or id(p) in self._was_8_bit or wider:
             set_conversion(contents, key, scale)
         else:

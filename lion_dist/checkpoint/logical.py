@@ -85,9 +85,7 @@ class Logical:
             t: a tensor that this object has shown in the shape of the whole of p.
             parts: parts of one dtype in place of `parts_of(t)`, of the same shapes.
         """
-        if isinstance(t, BoxTensor):
-            return BoxTensor(t.shape, t.boxes, parts, (parts[0] if parts else t).dtype, t.device)
-        return _as_dtensor(p, parts[0]) if is_dtensor(p) else parts[0]
+        return like(t if isinstance(t, BoxTensor) else p, parts)
 
     def shape(self, p: Tensor) -> tuple[int, ...]:
         """The shape of the whole parameter."""
@@ -101,6 +99,13 @@ class Logical:
 def parts_of(t: Any) -> list[Tensor]:
     """The plain tensors that hold this rank's elements of a tensor."""
     return list(t.parts) if isinstance(t, BoxTensor) else [local(t)]
+
+
+def like(t: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """A tensor, of the kind of ``t``, of other parts: of one dtype, and of the shapes of `parts_of(t)`."""
+    if isinstance(t, BoxTensor):
+        return BoxTensor(t.shape, t.boxes, parts, (parts[0] if parts else t).dtype, t.device)
+    return _as_dtensor(t, parts[0]) if is_dtensor(t) else parts[0]
 
 
 def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:

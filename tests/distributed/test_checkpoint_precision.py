@@ -106,7 +106,7 @@ def body_torch_doors(rank: int, world_size: int, folder: Path) -> None:
         }
         dcp.save(state, storage_writer=checkpoint.Writer(folder / way.strategy))
         weights, momenta = kept(run)
-        for here in (*ways, Way("fsdp1", "master", "fp32")):
+        for here in (*ways, Way("fsdp1", "master", "fp32"), Way("fsdp1", "fp32", "int8"), Way("fsdp2", "fp32", "int8")):
             run = here.start(SEED + 1, dist.group.WORLD).train(range(20, 21))
             checkpoint.load(folder / way.strategy, run.wrapped, run.optimizer)
             assert_loaded(run, here, way, weights, momenta, f"{way.strategy} by dcp.save -> {here.strategy}")

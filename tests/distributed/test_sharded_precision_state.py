@@ -15,7 +15,7 @@ from torch import Tensor
 from lion_dist import Lion, ShardedLion
 from lion_dist.sharding.box_tensor import BoxTensor
 from lion_dist.update import codecs
-from lion_dist.update.state import EXP_AVG_SCALE, REMAINDER
+from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of, run_ranks
 from tests.scenarios.modes import Mode, Modes, sizes, values
@@ -131,12 +131,22 @@ def body_refused_loads(rank: int, world_size: int) -> None:
             own = modes.modes[0].optimizer.state[modes.modes[0].params[1]][REMAINDER]
             with pytest.raises(TypeError, match="one rank's part of a sharded tensor"):
                 mode.optimizer.state[mode.params[1]][REMAINDER] = own
+        # Numbers that the dtype cannot hold would be cut, to zeros here.
+        whole = {EXP_AVG: torch.full((127,), 0.4), REMAINDER: other.int(), EXP_AVG_SCALE: torch.ones(1).int()}
+        for key, value in whole.items():
+            with pytest.raises(TypeError, match=rf"{key} is kept in torch\.\w+, got torch\.\w+: .* load_state_dict"):
+                mode.optimizer.state[mode.params[1]][key] = value
         for part, b in zip(parts_of(mode), before, strict=True):
             assert_same_bits(part, b, f"{mode}: after refused loads")
         assert [group["rounding_step"] for group in mode.optimizer.param_groups] == [3, 3]
         # What is assigned is copied, into the slices of this rank or as a whole.
         mode.optimizer.state[mode.params[1]][REMAINDER] = other
         assert_same_bits(mode.whole_state()[1][REMAINDER], other, f"{mode}: assigned")
+    optimizer = ShardedLion([p := torch.nn.Parameter(torch.zeros(300, device=device_of(rank, world_size)))])
+    with pytest.raises(TypeError, match=r"exp_avg is kept in torch\.float32, got torch\.int8"):
+        optimizer.state[p]["exp_avg"] = torch.ones(300, dtype=torch.int8)  # codes in place of numbers
+    optimizer.state[p]["exp_avg"] = torch.full((300,), 0.5, dtype=torch.bfloat16)
+    assert_same_bits(optimizer.full_state_dict()["state"][0]["exp_avg"], torch.full((300,), 0.5), "cast")
 
 
 def test_refused_loads(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lion_dist import checkpoint
-from tests.examples.runs import assert_same_checkpoint, last, run_well, step_of
+import pytest
+import torch
+
+from lion_dist import Lion, checkpoint
+from tests.examples.runs import ROOT, assert_same_checkpoint, last, run_well, step_of
 from tests.harness import spawn_only
 
 PRECISION = ("--dtype", "bf16", "--master-weights", "--momentum", "int8")
@@ -29,3 +32,25 @@ def test_a_resumed_run_is_that_which_was_not_disturbed(tmp_path: Path) -> None:
     momenta = {name: t.dtype for name, t in last(whole).manifest.tensors.items() if name.endswith(".exp_avg")}
     assert momenta
     assert set(momenta.values()) == {"int8"}
+
+
+def test_a_run_of_a_version_without_these_options_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options' defaults, which stand for what that version did, and with no others."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from checkpoint import find_checkpoint
+    from config import Config
+
+    def options(config: Config) -> dict[str, object]:
+        return {**config.identity(), "data (sha256)": "x"}
+
+    earlier = {k: v for k, v in options(Config()).items() if k not in ("dtype", "master_weights", "momentum")}
+    model, path = torch.nn.Linear(2, 2), tmp_path / "step-100"
+    checkpoint.save(path, model, Lion(model.named_parameters()), extra={"run": earlier})
+    assert find_checkpoint(tmp_path, options(Config())) == path
+    for other, said in (
+        (Config(dtype="bf16"), "dtype is 'fp32' in the checkpoint, 'bf16' now"),
+        (Config(momentum="int8"), "momentum is 'auto' in the checkpoint, 'int8' now"),
+        (Config(steps=7), "steps is 1000 in the checkpoint, 7 now"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            find_checkpoint(tmp_path, options(other))

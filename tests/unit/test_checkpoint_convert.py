@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from lion_dist import Lion
 from lion_dist.checkpoint import convert
+from lion_dist.memory_order import flat
+from lion_dist.sharding.box_tensor import BoxTensor
+from lion_dist.update.codecs import decode
 from tests.asserts import assert_same_bits
 from tests.scenarios.tampering import Bomb
 
@@ -70,6 +73,37 @@ def test_lion_pytorch_there_and_back(tmp_path: Path) -> None:
     ours.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize"):
         convert.to_lion_pytorch(ours.state_dict())
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_lion_pytorch_goes_on_from_8_bits(master_weights: bool) -> None:
+    """It is given the momentum that the codes stand for, whatever the memory order, and nothing else."""
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    kernel = torch.randn(11, 4, 5, 3).contiguous(memory_format=torch.channels_last)
+    params = [nn.Parameter(t.bfloat16() if master_weights else t) for t in (torch.randn(7, 41), kernel)]
+    ours = Lion(params, lr=1e-3, momentum_dtype="int8", master_weights=master_weights)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p) * 1e-4
+        ours.step()
+    saved = ours.state_dict()
+    found = convert.to_lion_pytorch(saved)
+    assert set(saved["state"][0]) >= {"exp_avg", "exp_avg_scale"}  # is not changed
+    for i, p in enumerate(params):
+        codes, scale = ours.state[p]["exp_avg"], ours.state[p]["exp_avg_scale"]
+        expected = decode(flat(codes), scale).as_strided(p.shape, p.stride())
+        assert set(found["state"][i]) == {"exp_avg"}
+        assert_same_bits(found["state"][i]["exp_avg"], expected, str(i))
+        assert 0 < expected.abs().max() < 1e-3
+    back = lion_pytorch.Lion(params, lr=0.9)
+    back.load_state_dict(found)
+    assert_all_same(momenta(back), [found["state"][i]["exp_avg"].to(p.dtype) for i, p in enumerate(params)])
+    del saved["state"][1]["exp_avg_scale"]
+    with pytest.raises(ValueError, match="exp_avg of parameter 1 is int8, but its scales"):
+        convert.to_lion_pytorch(saved)
+    saved["state"][0]["exp_avg"] = BoxTensor.of_runs((7, 41), (41, 1), [], torch.empty(0))
+    with pytest.raises(TypeError, match=r"exp_avg of parameter 0 is a BoxTensor.*full_state_dict\(\)"):
+        convert.to_lion_pytorch(saved)
 
 
 def bitsandbytes_state(values: dict[str, Any]) -> dict[str, Any]:

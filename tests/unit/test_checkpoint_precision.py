@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist import checkpoint
+from lion_dist import Lion, checkpoint
 from lion_dist.memory_order import flat
 from lion_dist.update import codecs
 from tests.asserts import assert_same_bits, assert_same_tensors
@@ -119,6 +119,19 @@ def test_the_dtype_that_lion_chooses(tmp_path: Path) -> None:
         ValueError, match=r"exp_avg is float32 in the checkpoint and torch.bfloat16 here.*momentum_dtype"
     ):
         Trained("master", "", 3, FIRST).load(tmp_path / "step-2")
+    wide = Trained("master", "fp32", 3, FIRST).load(tmp_path / "step-2")  # as the message says
+    assert_same_tensors(wide.momenta(), run.momenta(), "momentum_dtype")
+
+
+@pytest.mark.parametrize("weights", ["master", "bf16"])
+def test_a_momentum_that_becomes_float32_needs_no_cast(weights: str, tmp_path: Path) -> None:
+    """Whatever its weight is: nothing is lost."""
+    run = Trained(weights, "", 1, FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    wide = Trained(weights, "fp32", 2, FIRST).load(tmp_path / "step-1")
+    assert_same_tensors(wide.weights(), run.weights(), weights)
+    assert_same_tensors(wide.momenta(), run.momenta(), weights)
+    assert all(wide.optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in wide.model.parameters())
 
 
 def test_the_model_alone(tmp_path: Path) -> None:
@@ -136,6 +149,23 @@ def test_the_model_alone(tmp_path: Path) -> None:
     assert_same_tensors(dict(model.named_parameters()), dict(run.model.named_parameters()), "bfloat16")
     checkpoint.save(tmp_path / "step-2", run.model)  # the weights alone have no remainders
     assert contents(tmp_path / "step-2")["model.matrix"].dtype == torch.bfloat16
+
+
+def test_a_parameter_that_is_not_the_optimizers(tmp_path: Path) -> None:
+    """The message does not ask for an option that the optimizer has."""
+    run = Trained("master", "int8", 1, FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    other = Trained("master", "int8", 2)
+    some = [(name, p) for name, p in other.model.named_parameters() if name != "matrix"]
+    other.optimizer = Lion(some, lr=1e-3, master_weights=True, momentum_dtype="int8")
+    with pytest.raises(ValueError, match=r"model\.matrix holds .* not among the optimizer's parameters") as error:
+        other.load(tmp_path / "step-1")
+    assert "=True" not in str(error.value)
+    with pytest.raises(ValueError, match="the optimizer lacks 1 parameters|the checkpoint has .* tensors that"):
+        other.load(tmp_path / "step-1", cast=True)
+    plain = Trained("bf16", "int8", 2)
+    with pytest.raises(ValueError, match=r"model\.matrix holds .*without master weights: make .*master_weights=True"):
+        plain.load(tmp_path / "step-1")
 
 
 def test_parameters_that_are_frozen(tmp_path: Path) -> None:

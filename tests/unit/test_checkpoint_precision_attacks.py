@@ -118,6 +118,19 @@ def test_remainders_that_nobody_keeps_are_not_dropped_silently(dtype: torch.dtyp
     for name, p in run.model.named_parameters():
         assert_same_bits(p.detach(), saved.model.get_parameter(name).detach(), name)
         assert "remainder" not in run.optimizer.state[p]
+    # Into float32 both halves go, with an optimizer and without, and no cast is needed.
+    for cast in (False, True):
+        run = Trained("fp32", "fp32", 2, range(1)).load(tmp_path / "step-2", cast)
+        assert_same_tensors(run.weights(), saved.weights(), "float32")
+        assert all("remainder" not in run.optimizer.state[p] for p in run.model.parameters())
+        model = Trained("fp32", "fp32", 2).model
+        checkpoint.load(tmp_path / "step-2", model, cast=cast)
+        assert_same_tensors(dict(model.named_parameters()), saved.weights(), "float32, the model alone")
+    if dtype == torch.float32:
+        state["optim.state.matrix.remainder"][0, 0] = 0.5
+        write(tmp_path / "step-3", state)
+        with pytest.raises(ValueError, match=r"matrix\.remainder has 0\.5 in the checkpoint; expected integers"):
+            checkpoint.load(tmp_path / "step-3", model)
 
 
 def test_one_scale_for_all_numbers(tmp_path: Path) -> None:
