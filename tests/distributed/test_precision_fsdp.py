@@ -22,6 +22,8 @@ from tests.harness import device_of, run_ranks
 from tests.scenarios.hand_fed import Fed, Held, bare, seed_of, shape_of, ways
 from tests.scenarios.precision import BF16, F32, gradient_of, rounded_half_away, weights_of
 
+FEW = range(25, 43)  # among them a NaN and, where gradients are clipped, an infinity
+
 
 def local(t: Any) -> Tensor:
     return t._local_tensor if isinstance(t, DTensor) else t
@@ -49,30 +51,34 @@ def assert_rounded(fed: Fed, expected: Fed, what: str) -> None:
         assert_same_bits(join(local(p.detach()), remainder), part, f"{what}: {name}, master weight")
 
 
-def body_masters(rank: int, world_size: int, steps: int) -> None:
+def body_masters(rank: int, world_size: int, steps: range) -> None:
     device = device_of(rank, world_size)
     for momentum in (None, F32) if world_size == 2 else (None,):
         expected = Fed(Held(F32).to(device), momentum_dtype=momentum or BF16)
-        for step in range(steps):
+        for step in steps:
             expected.step(step)
         for what, wrap in ways(world_size, device.type).items():
             fed = start(wrap, device, momentum_dtype=momentum)
-            for step in range(steps):
+            for step in steps:
                 fed.step(step)
             assert_rounded(fed, expected, f"{what}, momentum {momentum}")
         assert any(p.isnan().any() for p in expected.named.values())
         assert any(p.isfinite().any() for p in expected.named.values())
 
 
-@pytest.mark.parametrize(("world_size", "steps"), [(2, 200), (4, 60)])
-def test_the_weights_of_a_float32_run_rounded_half_away(world_size: int, steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "steps"),
+    [(2, FEW), (4, FEW), *(pytest.param(n, range(200), marks=pytest.mark.exhaustive) for n in (2, 4))],
+    ids=["2-few", "4-few", "2-200", "4-200"],
+)
+def test_the_weights_of_a_float32_run_rounded_half_away(world_size: int, steps: range, tmp_path: Path) -> None:
     run_ranks(body_masters, world_size, tmp_path, (steps,))
 
 
 def body_codes(rank: int, world_size: int) -> None:
     device = device_of(rank, world_size)
     plain = Fed(Held(BF16).to(device), momentum_dtype="int8")
-    for step in range(60):
+    for step in FEW:
         plain.step(step)
     for what, wrap in ways(world_size, device.type).items():
         fed = start(wrap, device, momentum_dtype="int8")
@@ -81,7 +87,7 @@ def body_codes(rank: int, world_size: int) -> None:
         twin.optimizer.init_state()
         for p, q in pairs:
             twin.optimizer.state[q]["remainder"].copy_(local(fed.optimizer.state[p]["remainder"]))
-        for step in range(60):
+        for step in FEW:
             fed.step(step)
             for p, q in pairs:
                 q.grad = None if p.grad is None else local(p.grad).clone()
@@ -91,7 +97,7 @@ def body_codes(rank: int, world_size: int) -> None:
             for key, t in twin.optimizer.state[q].items():
                 assert_same_bits(local(fed.optimizer.state[p][key]), t, f"{what}: {key} of {name}")
         without = Fed(wrap(Held(BF16).to(device)), momentum_dtype="int8")
-        for step in range(60):
+        for step in FEW:
             without.step(step)
         check_blocks(without, plain, rank, what)
 
@@ -115,7 +121,7 @@ def check_blocks(fed: Fed, plain: Fed, rank: int, what: str) -> None:
     assert checked or rank
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_blocks_of_8_bit_momenta_begin_at_the_local_shard(world_size: int, tmp_path: Path) -> None:
     run_ranks(body_codes, world_size, tmp_path)
 
@@ -146,7 +152,7 @@ def body_both(rank: int, world_size: int) -> None:
     optimizer = Lion(model.named_parameters(), lr=3e-4, weight_decay=0.1, master_weights=True)
     reference = Lion(expected.named_parameters(), lr=3e-4, weight_decay=0.1, momentum_dtype=BF16)
     optimizer.take_master_weights(expected.named_parameters())
-    for step in range(60):
+    for step in FEW:
         for i, pair in enumerate(zip(model.parameters(), expected.parameters(), strict=True)):
             for p in pair:
                 assert isinstance(p, DTensor)

@@ -52,9 +52,9 @@ def check_against_twins(modes: Modes, what: str) -> None:
             assert_same_bits(state[i][EXP_AVG], modes.lion.state[twin][EXP_AVG].cpu(), f"{who}, momentum")
 
 
-def body_masters(rank: int, world_size: int, steps: int, shapes: list[tuple[int, ...]]) -> None:
+def body_masters(rank: int, world_size: int, steps: int) -> None:
     warnings.simplefilter("ignore")  # of decay that is rounded away
-    weights = values(shapes, BF16, device_of(rank, world_size))
+    weights = values(sizes(world_size), BF16, device_of(rank, world_size))
     modes = Modes(rank, world_size, weights, two_groups(len(weights)), {"momentum_dtype": BF16}, **MASTERS)
     for step in range(steps):
         modes.step(step, max_norm=0.5 if step % 3 == 1 else None, hostile=step % 9 == 0)
@@ -68,16 +68,12 @@ def body_masters(rank: int, world_size: int, steps: int, shapes: list[tuple[int,
         assert (mode.whole_state()[-1][REMAINDER] != 0).float().mean() > 0.5
 
 
-def test_master_weights_are_those_of_float32_after_200_steps(tmp_path: Path) -> None:
-    run_ranks(body_masters, 2, tmp_path, (200, [(127,), (3, 9, 5, 7), (40, 33)]))
-
-
 @pytest.mark.parametrize(
     ("world_size", "steps"),
-    [(3, 30), (4, 30), *(pytest.param(n, 200, marks=pytest.mark.exhaustive) for n in (2, 3, 4))],
+    [(2, 21), (3, 21), *(pytest.param(n, 200, marks=pytest.mark.exhaustive) for n in (2, 3, 4))],
 )
 def test_master_weights_are_those_of_float32(world_size: int, steps: int, tmp_path: Path) -> None:
-    run_ranks(body_masters, world_size, tmp_path, (steps, sizes(world_size)))
+    run_ranks(body_masters, world_size, tmp_path, (steps,))
 
 
 # 8-bit momenta --------------------------------------------------------------------------------------
@@ -88,8 +84,8 @@ def body_eight_bits(rank: int, world_size: int) -> None:
     for dtype, options in ((F32, EIGHT), (BF16, EIGHT), (BF16, {**EIGHT, **MASTERS})):
         weights = values(sizes(world_size), dtype, device_of(rank, world_size))
         modes = Modes(rank, world_size, weights, two_groups(len(weights)), **options)
-        for step in range(8):
-            modes.step(step, hostile=step == 5)
+        for step in range(5):
+            modes.step(step, hostile=step == 3)
         modes.check(f"{dtype}, {options}")
         for mode in modes.modes:
             state = mode.optimizer.state[mode.params[-1]]
@@ -97,14 +93,14 @@ def body_eight_bits(rank: int, world_size: int) -> None:
             mode.optimizer.check_replicas()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_eight_bits_do_not_depend_on_the_ranks(world_size: int, tmp_path: Path) -> None:
     run_ranks(body_eight_bits, world_size, tmp_path)
 
 
 def body_kernels(rank: int, world_size: int) -> None:
     warnings.simplefilter("ignore")
-    shapes: list[tuple[int, ...]] = [(1,), (517,), (2, 9, 5, 3), (0, 3)]
+    shapes: list[tuple[int, ...]] = [(1,), (389,), (2, 9, 5, 3), (0, 3)]
     # Triton's interpreter does not round to bfloat16 as hardware does; master weights are split as integers.
     with_float32 = {**MASTERS, "momentum_dtype": F32}
     for dtype, options in ((F32, EIGHT), (BF16, with_float32), (BF16, {**EIGHT, **MASTERS})):
@@ -122,24 +118,35 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 def digest_body(rank: int, world_size: int) -> list[Tensor]:
-    """Codes, scales and weights after steps by one and the same gradient on any number of ranks."""
-    (weight,) = values([(4 * 3 * 128 * 2 + 300,)], F32, device_of(rank, world_size))
-    p = nn.Parameter(weight)
-    optimizer = ShardedLion([p], lr=0.01, param_sync="signs", **EIGHT)
-    for step in range(5):
-        generator = torch.Generator().manual_seed(step)
-        # A rank's part of the sum, such that the sum is exact: 12 times these over the number of ranks.
-        k = torch.randint(-8, 9, p.shape, generator=generator).to(p.device) * 12.0
-        (p * k).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    entry = optimizer.full_state_dict()["state"][0]
-    return [p.detach().cpu(), entry[EXP_AVG], entry[EXP_AVG_SCALE]]
+    """Weights and state after steps by one and the same gradient on any number of ranks; at two steps it is clipped,
+    and once it has a NaN."""
+    found = []
+    for dtype, options in ((F32, EIGHT), (BF16, {**EIGHT, **MASTERS})):
+        (weight,) = values([(4 * 3 * 128 * 2 + 300,)], dtype, device_of(rank, world_size))
+        p = nn.Parameter(weight)
+        optimizer = ShardedLion([p], lr=0.01, param_sync="signs", **options)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            # A rank's part of the sum, such that the sum is exact: 12 times these over the number of ranks.
+            k = torch.randint(-8, 9, p.shape, generator=generator).to(p.device, dtype) * 12.0
+            if step == 2 and rank == 0:
+                k[1500] = torch.nan
+            (p * k).sum().backward()
+            if step in (1, 4):
+                assert optimizer.clip_grad_norm_(0.7) > 0.7
+            optimizer.step()
+            optimizer.zero_grad()
+        found += [p.detach().cpu(), *optimizer.full_state_dict()["state"][0].values()]
+    return found
 
 
 def test_runs_on_one_to_four_ranks_have_the_same_codes(tmp_path: Path) -> None:
     first, *others = [run_ranks(digest_body, world_size, tmp_path)[0] for world_size in (1, 2, 3, 4)]
-    assert first[1].unique().numel() > 20
+    weight, codes, _, rounded, codes_of_rounded, _, remainder = first
+    for p, m in ((weight, codes), (rounded, codes_of_rounded)):
+        assert p.isnan().nonzero().tolist() == (m == -128).nonzero().tolist() == [[1500]]
+        assert m.unique().numel() > 20
+    assert (remainder != 0).float().mean() > 0.5
     for other in others:
         for a, b in zip(first, other, strict=True):
             assert_same_bits(b, a)

@@ -187,7 +187,7 @@ def body_round_trips(rank: int, world_size: int) -> None:
     modes.check("later")
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_round_trips(world_size: int, tmp_path: Path) -> None:
     run_ranks(body_round_trips, world_size, tmp_path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion
+from lion_dist import Lion, clip_grad_norm_
 from lion_dist.checkpoint.logical import flat_slices
 from tests.scenarios.fsdp_toy import plain_name
-from tests.scenarios.precision import gradient_of, rounded_half_away, weights_of
+from tests.scenarios.precision import BF16, F32, gradient_of, rounded_half_away, weights_of
 
 # They split badly, but for "even", which 2 and 4 ranks cut at multiples of 128.
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -25,6 +27,11 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "long": {"row": (1, 129), "gain": (127,), "weight": (300, 3)},
     "even": {"weight": (64, 16)},
 }
+
+
+MAX_NORM = 2.0
+
+whole_gradient = cache(gradient_of)  # every run of a test has the same
 
 
 class Unit(nn.Module):
@@ -115,12 +122,19 @@ class Fed:
         self.model = model
         self.named = dict(model.named_parameters())
         self.slices = flat_slices(model)
+        self._groups = [model.process_group] if isinstance(model, FSDP) else []  # of ranks with other parts
         decays = [name for name in self.named if name.endswith(("weight", "row"))]
         groups = [
             {"params": [(n, p) for n, p in self.named.items() if n in decays], "weight_decay": 0.3},
             {"params": [(n, p) for n, p in self.named.items() if n not in decays], "lr": 1e-3, "maximize": True},
         ]
         self.optimizer = Lion(groups, lr=3e-4, **options)
+
+    @cached_property
+    def _places(self) -> dict[str, Tensor]:
+        """Where the elements of this rank's parts are in the whole tensors."""
+        numbers = {name: torch.arange(math.prod(shape_of(name))).view(shape_of(name)) for name in self.named}
+        return {name: self.part(name, t.to(self.named[name].device)).reshape(-1) for name, t in numbers.items()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that belongs to a parameter."""
@@ -133,15 +147,24 @@ class Fed:
         return whole
 
     def step(self, step: int) -> None:
+        """Clips at every third one, unless the norm is NaN; gradients are rounded to bfloat16 then."""
         for name, p in self.named.items():
             if p.numel():
-                g = self.part(name, gradient_of(shape_of(name), seed_of(name), step).to(p.device, p.dtype)).clone()
+                whole = whole_gradient(shape_of(name), seed_of(name), step).to(p.device, p.dtype)
+                g = whole.reshape(-1)[self._places[name]]
                 if isinstance(p, DTensor):
                     p.grad = DTensor.from_local(
-                        g, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-                    )
+                        g.view(p._local_tensor.shape), p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                        stride=p.stride(),
+                    )  # fmt: skip
                 else:
-                    p.grad = g
+                    p.grad = g.view(p.shape)
+        if step % 3 == 2 and step % 20:
+            norm = clip_grad_norm_(self.named.values(), MAX_NORM, self._groups)
+            assert norm > MAX_NORM
+            for p in self.named.values():
+                if p.grad is not None and p.dtype == F32:
+                    p.grad.copy_(p.grad.to(BF16))
         self.optimizer.step()
 
     def local_twin(self, **options: Any) -> Fed:

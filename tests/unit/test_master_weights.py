@@ -51,13 +51,14 @@ def assert_same_weights(optimizer: Lion, named: dict[str, nn.Parameter], expecte
 
 
 @pytest.mark.parametrize("momentum", [BF16, F32, "int8"], ids=str)
-def test_the_weights_of_a_float32_run_rounded_half_away(momentum: torch.dtype | str) -> None:
+@pytest.mark.parametrize("steps", [62, pytest.param(200, marks=pytest.mark.exhaustive)])
+def test_the_weights_of_a_float32_run_rounded_half_away(steps: int, momentum: torch.dtype | str) -> None:
     named, expected = parameters(BF16), parameters(F32)
     optimizer = lion(named, master_weights=True, momentum_dtype=momentum)
     optimizer.take_master_weights(expected)
     reference = lion(expected, momentum_dtype=momentum)
     assert_same_weights(optimizer, named, expected)
-    for step in range(200):
+    for step in range(steps):
         for params in (named, expected):
             feed(params, step)
         optimizer.step()
