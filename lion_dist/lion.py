@@ -23,6 +23,7 @@ from .param_groups import (
     complete_group,
     complete_loaded_groups,
     count_step,
+    has_kept_form,
     hyper_parameters,
     kept_form,
     make_defaults,
@@ -251,11 +252,11 @@ class Lion(Optimizer):
             for p in group["params"]:
                 own, columns = self.state.get(p) or {}, state_columns(p, group)
                 lacking = [column for column in columns if column.name not in own]
-                if not takes_part(p) and (only_taking_part or lacking):
-                    idle.append(p)
-                    continue
                 if takes_part(p):
                     check_kept_form(p, own, group)
+                elif only_taking_part or lacking or not has_kept_form(p, own, group):
+                    idle.append(p)
+                    continue
                 if lacking:
                     check_steppable(p, f"parameter {len(params) + len(idle)}")
                 for column in lacking:

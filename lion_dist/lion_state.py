@@ -18,12 +18,14 @@ from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 
 def as_shown(packed: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """A shallow copy of a state_dict in which torch can gather and shard what belongs to sharded parameters.
+    """A shallow copy of a state_dict in which torch can gather, shard and lay out anew all that belongs to parameters.
 
-    An 8-bit momentum is shown as float32, sharded as its parameter, with a scale of shape () that is 1: its own scales
-    belong to blocks of this rank's part, which neither torch nor a run on other ranks could use. A remainder is shown
-    as float32 too, because neither NCCL nor gloo sends int16, and under FSDP1 the momentum beside it as well (see
-    `saved_momentum.shows_float32`). Nothing is lost: the same cut loads the same bits.
+    An 8-bit momentum of a sharded parameter is shown as float32, sharded as that, with a scale of shape () that is 1:
+    its own scales belong to blocks of this rank's part, which neither torch nor a run on other ranks could use. A
+    remainder is shown as float32 too, because neither NCCL nor gloo sends int16, and under FSDP1 the momentum beside it
+    as well (see `saved_momentum.shows_float32`). A replicated 8-bit momentum that is not row-major (channels-last) is
+    shown as float32 with such a scale as well (`order_free`). Nothing is lost: the same cut and memory order load the
+    same bits.
 
     Args:
         packed: a state_dict.
@@ -33,8 +35,12 @@ def as_shown(packed: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
     float32 = shows_float32(groups)
     for saved, live in zip(packed["param_groups"], groups, strict=True):
         for i, p in zip(saved["params"], live["params"], strict=True):
-            if i in state and (is_dtensor(p) or is_flat_view(p)):
+            if i not in state:
+                continue
+            if is_dtensor(p) or is_flat_view(p):
                 state[i] = _shown(state[i], p, float32 and is_flat_view(p) and p.dtype == torch.bfloat16)
+            elif _has_codes(state[i], p):
+                state[i] = order_free(state[i])
     return {**packed, "state": state}
 
 
@@ -48,6 +54,25 @@ def _shown(entry: Mapping[str, Any], p: Tensor, float32: bool) -> dict[str, Any]
         if name in shown:
             shown[name] = placed_like(local(shown[name]).float(), shown[name])
     return shown
+
+
+def order_free(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a replicated parameter whose momentum can be read whatever the memory order of the parameter is.
+
+    torch.distributed.checkpoint copies elements by their logical indices, and scales by their numbers, which count
+    blocks in memory order: into codes of another memory order it would bring the scales of other blocks, in silence.
+    So codes that are not row-major are shown decoded, with one scale, whose shape () does not fit other scales.
+
+    Args:
+        entry: any that has an 8-bit momentum, or none.
+
+    Returns:
+        A copy, or the entry itself where it has no such momentum or a row-major one.
+    """
+    codes, scale = entry.get(EXP_AVG), entry.get(EXP_AVG_SCALE)
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or scale is None or codes.is_contiguous():
+        return entry
+    return {**entry, EXP_AVG: decoded(codes, scale, codes), EXP_AVG_SCALE: torch.ones((), device=codes.device)}
 
 
 def _has_codes(entry: Mapping[str, Any], p: Tensor) -> bool:

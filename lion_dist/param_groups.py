@@ -151,6 +151,12 @@ def kept_form(group: Group) -> tuple[bool, bool]:
     return to_dtype(group["momentum_dtype"]) == torch.int8, to_flag(group["master_weights"], "master_weights")
 
 
+def has_kept_form(p: Tensor, own: Mapping[str, Any], group: Group) -> bool:
+    """Whether a parameter's momentum, if any, is kept in 8 bits exactly if its group says so; see `check_kept_form`."""
+    m = own.get(EXP_AVG)
+    return not isinstance(m, Tensor) or (m.dtype == torch.int8) == (momentum_dtype(p, group) == torch.int8)
+
+
 def check_kept_form(p: Tensor, own: Mapping[str, Any], group: Group) -> None:
     """Raises ValueError where a parameter's momentum is kept in 8 bits and its group says otherwise, or the reverse.
 
@@ -159,12 +165,11 @@ def check_kept_form(p: Tensor, own: Mapping[str, Any], group: Group) -> None:
         own: its present state.
         group: its group.
     """
-    m = own.get(EXP_AVG)
-    if isinstance(m, Tensor) and (m.dtype == torch.int8) != (momentum_dtype(p, group) == torch.int8):
+    if not has_kept_form(p, own, group):
         raise ValueError(
             f"momentum_dtype of a parameter group was changed to {group['momentum_dtype']}, but the momentum of a "
-            f"parameter of shape {tuple(p.shape)} is {m.dtype}: set it back, or make a new optimizer with that "
-            "momentum_dtype and load this one's state_dict, which converts momenta"
+            f"parameter of shape {tuple(p.shape)} is {own[EXP_AVG].dtype}: set it back; to change it, load the "
+            "state_dict() taken then into a new optimizer made with the other momentum_dtype, which converts momenta"
         )
 
 

@@ -24,7 +24,7 @@ from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_access import check_last_steps
 from .sharded_masters import take_on_all_ranks
-from .sharded_state import IncomingState, gather_whole, ordered, put_entries, whole
+from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
 from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
@@ -326,7 +326,7 @@ class ShardedLion(Optimizer):
         """
         check_last_steps(self)
         packed = with_named_dtypes(super().state_dict())
-        return {**packed, "state": ordered(packed["state"])}
+        return {**packed, "state": order_free_boxes(ordered(packed["state"]), self.param_groups)}
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from torch.optim.optimizer import Optimizer
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
 from .param_groups import Group, describe_groups, state_columns
+from .saved_momentum import in_kept_form
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
 from .state_dicts import check_and_wrap_state, map_tensors
-from .update.state import StateColumn
+from .update.state import EXP_AVG, EXP_AVG_SCALE, StateColumn
 
 
 class ShardEntry(MutableMapping[str, Any]):
@@ -98,6 +99,26 @@ def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: 
             others = entry.others if isinstance(entry, ShardEntry) else entry
             state[p] = ShardEntry(shard, i, rank, others)
     state.update(before)
+
+
+def order_free_boxes(state: Mapping[Any, Any], groups: Sequence[Group]) -> dict[Any, Any]:
+    """A copy of this rank's part of the state in which 8-bit momenta of parameters that are not row-major are decoded.
+
+    They are float32 `BoxTensor`s of the same boxes, and copies, with one scale; see `lion_state.order_free`.
+
+    Args:
+        state: as `ordered` returned it.
+        groups: the optimizer's groups.
+    """
+    shown, numbers = dict(state), (StateColumn(EXP_AVG, torch.float32),)
+    for i, p in enumerate(p for group in groups for p in group["params"]):
+        entry = shown.get(i, {})
+        codes = entry.get(EXP_AVG)
+        if isinstance(codes, BoxTensor) and codes.dtype == torch.int8 and not p.is_contiguous():
+            momentum = {name: entry[name] for name in (EXP_AVG, EXP_AVG_SCALE)}
+            decoded = in_kept_form(i, momentum, p, numbers, {})
+            shown[i] = {**entry, **decoded, EXP_AVG_SCALE: torch.ones((), device=codes.device)}
+    return shown
 
 
 def ordered(packed: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -99,10 +100,19 @@ class Stepper:
             self._ids, self._forms = ids, forms
         return self._groups
 
-    def _tensors(self, groups: Sequence[Group]) -> list[StepTensors]:
-        """The tensors of each part; ``active`` is set once the gradients are ready."""
+    def _tensors(self, groups: Sequence[Group]) -> tuple[list[StepTensors], Exception | None]:
+        """The tensors of each part; ``active`` is set once the gradients are ready.
+
+        Also the error of `check_groups`, if any, after which the numbers of groups in the tensors mean nothing. The
+        groups of this rank alone may have been changed, so it must not be raised before the other ranks have learnt it.
+        """
+        fault: Exception | None = None
+        try:
+            numbers = self.check_groups(groups)
+        except (TypeError, ValueError) as error:
+            fault, numbers = error, [[0] * len(shard.params) for shard in self.shards]
         tensors = []
-        for i, (part, group_numbers) in enumerate(zip(self._parts, self.check_groups(groups), strict=True)):
+        for i, (part, group_numbers) in enumerate(zip(self._parts, numbers, strict=True)):
             shard = part.shard
             shard.refresh()
             params = shard.params
@@ -110,7 +120,7 @@ class Stepper:
             grads = self._grads.grads_of(i)
             blocks = {column.name: column.block for column in shard.columns}
             tensors.append(StepTensors(params, grads, state, group_numbers, part.segments, None, shard.numbers, blocks))
-        return tensors
+        return tensors, fault
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -132,7 +142,9 @@ class Stepper:
                 "the gradients have changed since clip_grad_norm_() was called: call it just before step(), or "
                 "zero_grad() if they are new and not to be clipped"
             )
-        tensors = self._tensors(groups)
+        tensors, fault = self._tensors(groups)
+        if fault is not None:
+            self._refuse_after(fault, tensors)
         scale = None if clipping is None else clipping.scale
         step = Step(hypers, scale, 1 << 62 | self._grads.fingerprint(), mismatch(hypers, clipping))
         # Raises for bad gradients before anything is changed.
@@ -152,6 +164,14 @@ class Stepper:
         self._deferred.check()  # it may raise, so not before everything has ended
         self.set_clipping(None)
         self._warn_of_no_gradient()
+
+    def _refuse_after(self, fault: Exception, tensors: Sequence[StepTensors]) -> NoReturn:
+        """Raises the fault of this rank, after the collectives of a step that other ranks may make."""
+        if self._clipping is None:
+            self._grads.check(tensors)
+        self._grads.finish()
+        self._sync.refuse(refusal)
+        raise fault
 
     def _reduce(self, adopt: Adopt) -> None:
         """Starts bringing every gradient to its owner, once every parameter that takes part is sharded."""
@@ -181,7 +201,7 @@ class Stepper:
             before = None
         if before is None:
             self._reduce(adopt)
-        tensors = self._tensors(groups)
+        tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them
         sums = self._sums_of_squares(tensors)
         if before is None:
             self._grads.check(tensors)
@@ -241,6 +261,6 @@ def _check_columns(shard: Shard, groups: Sequence[Group]) -> None:
             raise ValueError(
                 f"momentum_dtype or master_weights of a parameter group was changed after ShardedLion was made: a "
                 f"parameter of shape {tuple(p.shape)} has {', '.join(kept)} and would have {', '.join(wanted)}. Set "
-                "them back, or make a new optimizer with them and load this one's full_state_dict(), which converts "
-                "momenta"
+                "them back; to change them, load the full_state_dict() taken then into a new optimizer made with them, "
+                "which converts momenta"
             )

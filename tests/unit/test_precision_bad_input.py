@@ -82,6 +82,30 @@ def test_edited_precision(
     assert snapshot(opt) == before
 
 
+@pytest.mark.parametrize("edit", [(torch.int8, None), (None, torch.int8)], ids=["from 8 bits", "to 8 bits"])
+def test_a_form_edited_while_its_parameters_are_frozen(edit: tuple[Any, Any]) -> None:
+    """The other parameters are stepped; the frozen ones are refused once they take part, with nothing changed."""
+    params = params_of(torch.bfloat16)
+    frozen, rest = params[:2], params[2:]
+    opt = Lion([{"params": frozen, "momentum_dtype": edit[0]}, {"params": rest}], lr=0.25)
+    run(opt, params, range(2))
+    for p in frozen:
+        p.requires_grad_(False)
+        p.grad = None
+    opt.param_groups[0]["momentum_dtype"] = edit[1]
+    run(opt, rest, range(2, 4))
+    for p in frozen:
+        p.requires_grad_(True)
+    before = snapshot(opt)
+    feed(params, 4)
+    with pytest.raises(ValueError, match="momentum_dtype of a parameter group was changed"):
+        opt.step()
+    assert snapshot(opt) == before
+    opt.param_groups[0]["momentum_dtype"] = edit[0]
+    opt.step()
+    assert snapshot(opt) != before
+
+
 def test_edited_master_weights() -> None:
     """Switched on between steps they begin at the weights as they are; and another optimizer takes the same steps."""
     params, twins = params_of(torch.bfloat16), params_of(torch.bfloat16)
