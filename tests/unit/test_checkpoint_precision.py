@@ -161,7 +161,7 @@ def test_a_parameter_that_is_not_the_optimizers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.matrix holds .* not among the optimizer's parameters") as error:
         other.load(tmp_path / "step-1")
     assert "=True" not in str(error.value)
-    with pytest.raises(ValueError, match="the optimizer lacks 1 parameters|the checkpoint has .* tensors that"):
+    with pytest.raises(ValueError, match=r"the optimizer lacks 1 parameters|the checkpoint has .* tensors that"):
         other.load(tmp_path / "step-1", cast=True)
     plain = Trained("bf16", "int8", 2)
     with pytest.raises(ValueError, match=r"model\.matrix holds .*without master weights: make .*master_weights=True"):
