@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .dtypes import dtype_name
-from .frozen import is_freed
 from .fsdp import is_flat_view, local, misfit
 from .hyper_values import shown
 from .momentum_codes import BLOCK, cast, decoded, decoded_run, encoded, encoded_run, in_order_of, scales_of
 from .param_groups import Group, state_columns
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import memory_order
+from .torch_entries import is_readable
 from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +86,6 @@ def in_kept_form(
             f"{EXP_AVG_SCALE}. Is this the state_dict of another model?"
         )
     if REMAINDER in rest:
-        _refuse_shared(who, m, rest[REMAINDER], p)
         rest[REMAINDER] = _integers(who, rest[REMAINDER], p)
     return {**found, **rest}
 
@@ -97,24 +96,7 @@ def _fits(m: Tensor, p: Tensor) -> bool:
         return False
     if isinstance(m, BoxTensor):
         return True
-    return not misfit(m, p, p.shape) and _is_readable(local(m))
-
-
-def _is_readable(t: Tensor) -> bool:
-    """Whether t is a plain tensor whose numbers can be read."""
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.layout != torch.strided:
-        return False
-    return not t.is_meta and not is_freed(t)
-
-
-def _refuse_shared(who: str, m: Tensor, remainder: Any, p: Tensor) -> None:
-    """Raises ValueError where FSDP1 has written the remainders over the momentum."""
-    if is_flat_view(p) and isinstance(remainder, Tensor) and torch.equal(m, remainder) and m.any():
-        raise ValueError(
-            f"{EXP_AVG} and {REMAINDER} {who} are the same numbers: FSDP.optim_state_dict with FULL_STATE_DICT returns "
-            "one memory for all state of a parameter unless it copies from a GPU to the CPU, so the momentum is lost: "
-            "save through torch.distributed.checkpoint.state_dict.get_optimizer_state_dict or lion_dist.checkpoint"
-        )
+    return not misfit(m, p, p.shape) and is_readable(local(m))
 
 
 def _integers(who: str, remainder: Any, p: Tensor) -> Any:
@@ -135,10 +117,14 @@ def _integers(who: str, remainder: Any, p: Tensor) -> Any:
 def _checked_scales(who: str, codes: Tensor, scale: Any, p: Tensor) -> Tensor:
     """The scales of codes. Raises ValueError where they are not one finite number >= 0 for each block."""
     if scale is None:
-        raise ValueError(f"{EXP_AVG} {who} is int8, but its scales, {EXP_AVG_SCALE!r}, are missing")
+        raise ValueError(
+            f"{EXP_AVG} {who} is int8, but its scales, {EXP_AVG_SCALE!r}, are missing. Of a flattened state_dict "
+            "(flatten_optimizer_state_dict=True) torch passes on only the kinds of state that this optimizer has, and "
+            "so no scales to a momentum that is not int8: save and load the nested form, without that option"
+        )
     boxed = isinstance(codes, BoxTensor)
     expected = (scales_of(local(p).numel()),)
-    good = isinstance(scale, BoxTensor) if boxed else isinstance(scale, Tensor) and _is_readable(scale)
+    good = isinstance(scale, BoxTensor) if boxed else isinstance(scale, Tensor) and is_readable(scale)
     if not good or scale.shape != expected or scale.dtype != torch.float32:
         got = f"{tuple(scale.shape)} {scale.dtype}" if isinstance(scale, Tensor) else type(scale).__name__
         raise ValueError(
@@ -191,7 +177,7 @@ def _from_numbers(
 def _factor(who: str, scale: Any) -> float:
     """The number that all of a momentum is to be multiplied by."""
     if not isinstance(scale, (int, float)) and not (
-        isinstance(scale, Tensor) and _is_readable(scale) and not scale.dim() and scale.is_floating_point()
+        isinstance(scale, Tensor) and is_readable(scale) and not scale.dim() and scale.is_floating_point()
     ):
         got = f"of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else f"a {type(scale).__name__}"
         raise ValueError(

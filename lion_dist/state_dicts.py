@@ -31,6 +31,7 @@ from .param_groups import (
 )
 from .param_names import pair_groups
 from .saved_momentum import in_kept_form, shows_float32
+from .torch_entries import has_eight_bits, refuse_altered, without_empty
 from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 # Entries that only other optimizers have. Lion would misread the momentum beside one of them, or lose it.
@@ -115,8 +116,8 @@ def check_and_wrap_state(
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ValueError(f"the state_dict's groups hold parameter {shown(twice[0])} twice")
     place = {
-        i: (p, saved)
-        for saved, live in zip(saved_groups, groups, strict=True)
+        i: (p, saved, has_eight_bits(given))
+        for saved, live, (given, _) in zip(saved_groups, groups, pairs, strict=True)
         for i, p in zip(saved["params"], live["params"], strict=True)
     }
     # Strings may be keys of other code's entries, unless they name a parameter or parameters have strings for keys.
@@ -127,9 +128,11 @@ def check_and_wrap_state(
     float32 = shows_float32(groups)
     for i, entry in saved_state.items():
         if i in place:
-            p, saved = place[i]
+            p, saved, eight_bits = place[i]
             columns, own = state_columns(p, saved), state.get(p, {})
             _check_entry(i, entry, p, columns)
+            entry = without_empty(entry)
+            refuse_altered(i, entry, eight_bits)
             casts = float32 and is_flat_view(p) and p.dtype == torch.bfloat16
             entry = in_kept_form(i, entry, p, columns, own, casts)
             checked[i] = _wrapped(i, entry, p, columns, subclasses, own, saved_groups)

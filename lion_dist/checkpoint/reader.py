@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ..sharding.boxes import Box
+from ..update.state import EXP_AVG
 from .blocks import Buffers, as_tensor, copy_in, in_threads, synchronize
 from .codes import PIECE
 from .conversions import Conversion, Where, cast
@@ -61,7 +62,8 @@ class Reader(StorageReader):
 
     Args:
         path: the checkpoint's folder.
-        cast: load tensors into targets of another dtype too. Otherwise a different dtype is an error.
+        cast: load tensors into targets of another dtype too, but for momenta (``exp_avg``) from or to 8-bit codes.
+            Otherwise a different dtype is an error.
     """
 
     def __init__(self, path: Key, *, cast: bool = False) -> None:
@@ -209,12 +211,7 @@ class Reader(StorageReader):
         for i, item in enumerate(items):
             if item.type == LoadItemType.TENSOR:
                 targets[i] = planner.resolve_tensor(item).detach()
-                saved, converted = self.manifest.tensors[item.storage_index.fqn].torch_dtype, self._conversions
-                if targets[i].dtype != saved and not self._cast and item.storage_index.fqn not in converted:
-                    raise ValueError(
-                        f"{item.storage_index.fqn} is {saved} in {self._path} and {targets[i].dtype} here; pass "
-                        "cast=True to convert it"
-                    )
+                self._check_dtype(item.storage_index.fqn, targets[i].dtype)
         for item in items:
             if item.type == LoadItemType.BYTE_IO:
                 # The planner will unpickle this. It was pickled here: the file itself holds nothing but JSON.
@@ -236,6 +233,21 @@ class Reader(StorageReader):
         synchronize(list(targets.values()))
         for i, target in targets.items():
             planner.commit_tensor(items[i], target)
+
+    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
+        """Raises ValueError where a tensor cannot be read into a target of this dtype."""
+        saved = self.manifest.tensors[name].torch_dtype
+        if dtype == saved or name in self._conversions:
+            return
+        found = f"{name} is {saved} in {self._path} and {dtype} here"
+        if name.rpartition(".")[2] == EXP_AVG and torch.int8 in (saved, dtype):
+            raise ValueError(
+                f"{found}: one of the two is the codes of a momentum in 8 bits, which have scales, and no cast reads "
+                'them. Load into an optimizer that has momentum_dtype="int8" exactly if the saved one had it, whose '
+                "state_dict another one then loads and converts, or use lion_dist.checkpoint.load, which converts them"
+            )
+        if not self._cast:
+            raise ValueError(f"{found}; pass cast=True to convert it")
 
     # Blocks ---------------------------------------------------------------------------------------
 
