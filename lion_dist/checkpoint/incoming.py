@@ -22,6 +22,7 @@ from .keys import EXTRA, MODEL
 from .logical import Logical, like, parts_of
 from .model_state import ModelState
 from .names import Names
+from .optimizer_state import params_by_name
 from .ranks import Ranks
 from .reader import Reader
 from .schedulers import match_schedulers
@@ -64,7 +65,8 @@ class Incoming:
         self.tensors: dict[str, Tensor] = {**self._model.params, **self._model.buffers}
         masters = set[str]() if optimizer is None else _with_remainders(contents, optimizer, names)
         self._joined: dict[str, str] = {}  # key of a weight, by key of remainders that it is joined with
-        self.unclaimed = self._check_model(contents, masters, {*names.aliases, *tied.values()})
+        listed = None if optimizer is None else params_by_name(optimizer, names).keys()
+        self.unclaimed = self._check_model(contents, masters, listed, {*names.aliases, *tied.values()})
         self._extra_states = {key: contents.value(key) for key in self._model.extra}
         self._state: IncomingState | None = None
         self._schedulers: list[tuple[Any, dict[str, Any]]] = []
@@ -77,12 +79,15 @@ class Incoming:
             self._generators = saved_states(contents, ranks)
             self.hooked = bool(load_state_dict_pre_hooks(optimizer) or load_state_dict_post_hooks(optimizer))
 
-    def _check_model(self, contents: Contents, masters: Container[str], other_names: set[str]) -> set[str]:
+    def _check_model(
+        self, contents: Contents, masters: Container[str], listed: Container[str] | None, other_names: set[str]
+    ) -> set[str]:
         """Compares the model's tensors and extra states with the checkpoint's.
 
         Args:
             contents: the checkpoint.
             masters: names of parameters that have remainders here.
+            listed: names of the optimizer's parameters, if there is an optimizer.
             other_names: further names of parameters that are here.
 
         Returns:
@@ -95,7 +100,8 @@ class Incoming:
             name = key.removeprefix(MODEL)
             lower = check_joined(contents, name, t.dtype, tuple(t.shape))
             if lower is None:
-                check_weight(contents, name, t.dtype, tuple(t.shape), name in masters)
+                known = listed is None or name in listed
+                check_weight(contents, name, t.dtype, tuple(t.shape), name in masters, known)
             else:
                 self._joined[lower] = key
         for key, t in self._model.buffers.items():

@@ -70,7 +70,9 @@ def has_remainder(contents: Contents, name: str, p: Tensor, group: Group, own: C
     return p.requires_grad or REMAINDER in own or STATE + name + "." + EXP_AVG in contents.tensors
 
 
-def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple[int, ...], remainder: bool) -> None:
+def check_weight(
+    contents: Contents, name: str, dtype: torch.dtype, shape: tuple[int, ...], remainder: bool, listed: bool
+) -> None:
     """Checks that a parameter can be loaded, and sets its conversion.
 
     Args:
@@ -78,6 +80,7 @@ def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple
         name: name of the parameter.
         dtype, shape: of the whole parameter here.
         remainder: as from `has_remainder`.
+        listed: whether it is among the parameters of the optimizer, or there is none; for the message.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -90,6 +93,12 @@ def check_weight(contents: Contents, name: str, dtype: torch.dtype, shape: tuple
             contents.convert(key, rounded)
             return
         if master:
+            if not listed:
+                raise ValueError(
+                    f"{key} holds master weights (float32) in the checkpoint and is bfloat16 here, and not among the "
+                    "optimizer's parameters, which alone have master weights: make the optimizer with all parameters "
+                    "that it had when it was saved, the frozen ones too"
+                )
             raise ValueError(
                 f"{key} holds master weights (float32) in the checkpoint and is bfloat16 here, without master weights: "
                 "make the optimizer with master_weights=True, or pass cast=True to load the bfloat16 weights alone"

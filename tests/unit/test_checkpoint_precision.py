@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_dist import checkpoint
+from lion_dist import Lion, checkpoint
 from lion_dist.memory_order import flat
 from lion_dist.update import codecs
 from tests.asserts import assert_same_bits, assert_same_tensors
@@ -149,6 +149,23 @@ def test_the_model_alone(tmp_path: Path) -> None:
     assert_same_tensors(dict(model.named_parameters()), dict(run.model.named_parameters()), "bfloat16")
     checkpoint.save(tmp_path / "step-2", run.model)  # the weights alone have no remainders
     assert contents(tmp_path / "step-2")["model.matrix"].dtype == torch.bfloat16
+
+
+def test_a_parameter_that_is_not_the_optimizers(tmp_path: Path) -> None:
+    """The message does not ask for an option that the optimizer has."""
+    run = Trained("master", "int8", 1, FIRST)
+    checkpoint.save(tmp_path / "step-1", run.model, run.optimizer)
+    other = Trained("master", "int8", 2)
+    some = [(name, p) for name, p in other.model.named_parameters() if name != "matrix"]
+    other.optimizer = Lion(some, lr=1e-3, master_weights=True, momentum_dtype="int8")
+    with pytest.raises(ValueError, match=r"model\.matrix holds .* not among the optimizer's parameters") as error:
+        other.load(tmp_path / "step-1")
+    assert "=True" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the optimizer lacks 1 parameters|the checkpoint has .* tensors that"):
+        other.load(tmp_path / "step-1", cast=True)
+    plain = Trained("bf16", "int8", 2)
+    with pytest.raises(ValueError, match=r"model\.matrix holds .*without master weights: make .*master_weights=True"):
+        plain.load(tmp_path / "step-1")
 
 
 def test_parameters_that_are_frozen(tmp_path: Path) -> None:
