@@ -17,7 +17,7 @@ PRECISION = ("--dtype", "bf16", "--master-weights", "--momentum", "int8")
 
 @spawn_only
 def test_a_resumed_run_is_that_which_was_not_disturbed(tmp_path: Path) -> None:
-    short = ("--seq-len", "16", "--checkpoint-every", "18", "--eval-windows", "2", "--sample", "4")
+    short = ("--layers", "1", "--seq-len", "16", "--checkpoint-every", "18", "--eval-windows", "2", "--sample", "4")
     options = ("--strategy", "single", *short, *PRECISION)
     whole, out = tmp_path / "whole", tmp_path / "out"
     loss = run_well(0, whole, *options)[0]

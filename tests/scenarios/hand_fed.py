@@ -122,8 +122,8 @@ class Fed:
         self.model = model
         self.named = dict(model.named_parameters())
         self.slices = flat_slices(model)
-        group = model.process_group if isinstance(model, FSDP) else None
-        self._groups = [] if group is None else [group]  # of ranks with other parts
+        shards = model.process_group if isinstance(model, FSDP) else None  # the ranks with other parts
+        self._groups = [] if shards is None else [shards]
         decays = [name for name in self.named if name.endswith(("weight", "row"))]
         groups = [
             {"params": [(n, p) for n, p in self.named.items() if n in decays], "weight_decay": 0.3},
