@@ -29,7 +29,7 @@ def spread_gradients(numel: int) -> tuple[Tensor, Tensor]:
 
 
 def share(follows: Tensor) -> float:
-    """Of the elements whose gradients changed."""
+    """The share of momenta that follow, among the elements whose gradients changed."""
     changed = torch.arange(follows.numel()) % 32 != 0
     return float(follows.flatten()[changed].float().mean())
 

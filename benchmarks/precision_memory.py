@@ -145,7 +145,7 @@ def fsdp2(model: nn.Module, precision: Precision) -> Run:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What one strategy holds, in bytes per parameter, and how a run of it is made."""
+    """The bytes per parameter of one strategy, and how a run of it is made."""
 
     bytes: Callable[[Precision], Bytes]
     make: Callable[[nn.Module, Precision], Run]

@@ -1,4 +1,4 @@
-"""What a DeepSpeed config may say of Lion."""
+"""The options of Lion in a DeepSpeed config, and their checks."""
 
 from __future__ import annotations
 

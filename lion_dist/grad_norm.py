@@ -20,9 +20,9 @@ def clip_grad_norm_(
     """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``, in place.
 
     Unlike ``torch.nn.utils.clip_grad_norm_`` it takes DTensors of several meshes, and DTensors beside plain tensors.
-    Each element counts once: a plain tensor counts as replicated, a DTensor by its placements. It is a collective call
-    of each mesh, with one all-reduce for each dimension of a mesh, and of the process groups. All ranks of a mesh must
-    give parameters of the same meshes, in the same order.
+    Each element counts once: a plain tensor counts as replicated, a DTensor by its placements. It is a collective call:
+    every dimension of every mesh, and every process group, makes one all-reduce. All ranks must give parameters on the
+    same meshes, in the same order.
 
     The norm is a sum of squares in float64, rounded once. `ShardedLion` has its own ``clip_grad_norm_``.
 

@@ -6,9 +6,9 @@
     bfloat16                 cast           as it is, the remainder is 0   as it is
     bfloat16 and remainder   joined         as it is                       cast: the bfloat16 weights
 
-The last are saved by torch's own functions, through Writer. "cast" is refused without cast=True, as is any other change
-of dtype. A stored momentum of a float dtype, or of 8-bit codes and scales, is loaded into a momentum of either kind:
-whether it has 8 bits is this optimizer's decision, and needs no cast=True; nor does a momentum that becomes float32.
+The last are saved by torch's own functions, through Writer. "cast" is refused without cast=True, as are other changes
+of dtype. Float momenta load into 8-bit momenta, and the reverse, without cast=True: this optimizer decides whether its
+momenta have 8 bits. A momentum that becomes float32 needs no cast=True either.
 Codes stay as they are where the blocks that share a scale are the same here; otherwise they are decoded and encoded
 again.
 """

@@ -227,7 +227,7 @@ class IncomingState:
             return
         dtype = self._dtype(p, EXP_AVG, key)
         routes.read[EXP_AVG], routes.dtypes[EXP_AVG] = key, dtype
-        # What loses nothing needs no cast=True.
+        # A conversion that loses nothing needs no cast=True.
         wider = dtype == torch.float32 and stored.torch_dtype in (torch.bfloat16, torch.float16)
         if scale is not None or id(p) in self._was_8_bit or wider:
             set_conversion(contents, key, scale)

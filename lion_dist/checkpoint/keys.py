@@ -18,7 +18,7 @@ left out. The keys are those of ``{"model": ..., "optim": ...}`` in torch's tuto
 A parameter with several names, such as tied weights, is stored under the alphabetically first one. Each of its other
 names is stored as a value "tied.<name>", so that a pipeline stage that knows the parameter by another name finds it.
 
-What a run with master weights holds in bfloat16 and a remainder is stored as one float32 tensor. An 8-bit momentum is
+A bfloat16 weight and its remainder are stored as one float32 tensor. An 8-bit momentum is
 stored as it is, with its scales in "optim.state.<name>.exp_avg_scale", where the parameter is whole or ShardedLion
 shards its state, and row-major. Otherwise it is stored in float32, without scales: FSDP and tensor parallelism cut
 parameters within the blocks that share a scale.

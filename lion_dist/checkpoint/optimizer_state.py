@@ -158,8 +158,8 @@ def state_by_key(
 
 
 def _computed(name: str, p: Tensor, entries: Mapping[Any, Any], logical: Logical) -> dict[str, Computed]:
-    """What a save computes for a parameter, by key: its master weight, and its momentum in float32 where blocks of
-    8-bit codes are not those of the whole row-major parameter."""
+    """The tensors that a save computes for a parameter, by key: its master weight, and its momentum in float32 if the
+    blocks of its 8-bit codes are not those of the whole row-major parameter."""
     found: dict[str, Computed] = {}
     remainder, codes, scale = (entries.get(entry) for entry in (REMAINDER, EXP_AVG, EXP_AVG_SCALE))
     if p.dtype == torch.bfloat16 and isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
