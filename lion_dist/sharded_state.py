@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
+from .lion_state import order_free
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
 from .sharding.box_tensor import BoxTensor
@@ -155,6 +156,8 @@ def _on_cpu(t: Tensor, _: Any) -> Tensor:
 def gather_whole(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) -> dict[int, dict[str, Tensor]]:
     """The whole state on the CPU, by ``id`` of the parameter and by column name; a collective call.
 
+    The tensors are contiguous; an 8-bit momentum is decoded where `lion_state.order_free` does so.
+
     Args:
         keep: whether this rank wants it. If not, the result is {}.
     """
@@ -162,7 +165,7 @@ def gather_whole(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) 
     for shard in shards:
         for p, state in zip(shard.params, shard.gather_state(group, keep), strict=True):
             if keep:
-                gathered[id(p)] = state
+                gathered[id(p)] = {name: t.contiguous() for name, t in order_free(state).items()}
     return gathered
 
 

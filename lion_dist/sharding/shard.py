@@ -193,9 +193,8 @@ class Shard:
         """Yields the whole state of each parameter in turn, by column name; a collective call.
 
         Yields:
-            Tensors on the CPU, in the shape that the column gives to the parameter's state, contiguous or, where a
-            column has blocks, in the memory order of the parameter. Where ``keep`` is False, this rank only contributes
-            its part, and the dicts are empty.
+            Tensors on the CPU, in the shape that the column gives to the parameter's state and in the parameter's
+            memory order. Where ``keep`` is False, this rank only contributes its part, and the dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
 
@@ -227,10 +226,7 @@ class Shard:
                     flat(whole, head.numel()).copy_(staged.narrow(0, t.offset // column.block, column.numel(t.length)))
                 state[column.name] = whole
             offset += length
-            # Blocks are counted in memory order, which contiguous() would change.
-            in_order = any(column.block > 1 for column in self.columns)
-            own = {column.name: state[column.name] for column in self.columns if keep}
-            yield own if in_order else {name: t.contiguous() for name, t in own.items()}
+            yield {column.name: state[column.name] for column in self.columns if keep}
 
     def take_state(self, state: Mapping[int, Mapping[str, Tensor]], group: dist.ProcessGroup) -> None:
         """Copies a state into the buffers, this rank's slices of it, and into whole columns; a collective call.

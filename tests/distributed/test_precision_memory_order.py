@@ -42,13 +42,16 @@ def feed(model: nn.Conv2d, optimizer: Any, steps: range) -> None:
 
 
 def momenta(model: nn.Conv2d, optimizer: Any) -> list[Tensor]:
-    """The momentum of each parameter, in its logical order."""
-    full = optimizer.full_state_dict() if isinstance(optimizer, ShardedLion) else {"state": None}
-    entries = full["state"] or {i: optimizer.state[p] for i, p in enumerate(model.parameters())}
-    return [
-        decoded(entries[i]["exp_avg"], entries[i]["exp_avg_scale"], entries[i]["exp_avg"]).cpu().contiguous()
-        for i, _ in enumerate(model.parameters())
-    ]
+    """The momentum of each parameter, float32 on the CPU, in its logical order."""
+    sharded = isinstance(optimizer, ShardedLion)
+    entries = (optimizer.full_state_dict() if sharded else optimizer.state_dict())["state"]
+    found = []
+    for i, p in enumerate(model.parameters()):
+        m, scale = entries[i]["exp_avg"], entries[i]["exp_avg_scale"]
+        assert (m.dtype == torch.int8) == p.is_contiguous()  # elsewhere decoded
+        assert m.is_contiguous() or not sharded
+        found.append((decoded(m, scale, m) if m.dtype == torch.int8 else m).cpu().contiguous())
+    return found
 
 
 def shown(model: nn.Conv2d, optimizer: Any, own: bool) -> dict[str, Any]:

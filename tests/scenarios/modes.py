@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
@@ -67,9 +68,13 @@ class Mode:
 
     def whole_state(self) -> list[dict[str, Tensor]]:
         """The whole state of each parameter, on the CPU; a collective call."""
-        state = self.optimizer.full_state_dict()["state"]
-        numbers = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
-        return [state.get(numbers.get(id(p)), {}) for p in self.params]
+        return by_param(self.optimizer.full_state_dict(), self.optimizer, self.params)
+
+
+def by_param(state_dict: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The state of each parameter in a state_dict."""
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    return [state_dict["state"].get(numbers.get(id(p)), {}) for p in params]
 
 
 class Modes:
@@ -144,14 +149,14 @@ class Modes:
         self.lion.zero_grad()
 
     def check(self, what: str, modes: Sequence[Mode] | None = None) -> None:
-        """All weights, all state and the counts of steps are those of `Lion`."""
+        """All weights, all state as state_dict() shows it and the counts of steps are those of `Lion`."""
+        of_lion = by_param(self.lion.state_dict(), self.lion, self.params)
         for mode in self.modes if modes is None else modes:
             state = mode.whole_state()
             for i, (p, expected) in enumerate(zip(mode.params, self.params, strict=True)):
                 assert_same_bits(p, expected, f"{what}, {mode}: parameter {i}")
-                own = self.lion.state.get(expected, {})
-                assert list(state[i]) == list(own)
-                for name, t in own.items():
+                assert list(state[i]) == list(of_lion[i])
+                for name, t in of_lion[i].items():
                     assert_same_bits(state[i][name], t.cpu(), f"{what}, {mode}: {name} of parameter {i}")
-            for group, of_lion in zip(mode.optimizer.param_groups, self.lion.param_groups, strict=True):
-                assert group["rounding_step"] == of_lion["rounding_step"]
+            for group, other in zip(mode.optimizer.param_groups, self.lion.param_groups, strict=True):
+                assert group["rounding_step"] == other["rounding_step"]
