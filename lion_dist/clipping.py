@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from ._torch_compat import version_of
+from .fsdp import changes_of
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Clipping:
 def same_gradients(params: Sequence[Tensor]) -> Callable[[], bool]:
     """Returns a function that says whether every ``p.grad`` is still the tensor that it is now, unchanged."""
     refs = [None if p.grad is None else TensorWeakRef(p.grad) for p in params]
-    versions = [0 if p.grad is None else version_of(p.grad) for p in params]
+    versions = [0 if p.grad is None else changes_of(p.grad) for p in params]
 
     def holds() -> bool:
         return all(
             (ref is None and p.grad is None)
-            or (ref is not None and p.grad is not None and ref() is p.grad and version_of(p.grad) == version)
+            or (ref is not None and p.grad is not None and ref() is p.grad and changes_of(p.grad) == version)
             for ref, p, version in zip(refs, params, versions, strict=True)
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_compat import FSDP_FLATTENED, LOCAL_TENSOR, SPEC, is_traceable_wrapper_subclass
+from ._torch_compat import FSDP_FLATTENED, LOCAL_TENSOR, SPEC, is_traceable_wrapper_subclass, version_of
 from ._torch_compat_distributed import drop_gathered_flat_param
 from .frozen import takes_part
 from .memory_order import is_dense
@@ -39,6 +39,13 @@ def is_dtensor(t: Tensor) -> bool:
 def local(t: Any) -> Any:
     """The local tensor of a DTensor; anything else as it is. (`to_local` costs 20 us, because autograd records it.)"""
     return getattr(t, LOCAL_TENSOR, t)
+
+
+def changes_of(t: Any) -> int:
+    """A number that rises when a tensor is changed in place. Of a DTensor, FSDP2 changes the local tensor and user code
+    the DTensor; each has a version of its own."""
+    part = getattr(t, LOCAL_TENSOR, t)
+    return version_of(t) if part is t else version_of(t) + version_of(part)
 
 
 # For loops in C, because they run over every tensor in every step; in most models all parameters are DTensors, or none.
@@ -99,6 +106,15 @@ def _local_gradient(p: Any, g: Any) -> Any:
     if wanted.placements != got.placements or wanted.mesh != got.mesh:
         g = g.redistribute(wanted.mesh, wanted.placements)
     return local(g)
+
+
+def place_gradient(p: Any) -> None:
+    """Brings ``p.grad`` of a DTensor into the placements of p; see `local_gradients`. A collective call if it has
+    others. Within a backward all ranks of a mesh make these calls in one order, that of autograd."""
+    grad = p.grad
+    wanted, got = getattr(p, SPEC, None), getattr(grad, SPEC, None)
+    if got is not None and wanted is not None and wanted is not got and wanted.placements != got.placements:
+        p.grad = grad.redistribute(wanted.mesh, wanted.placements)
 
 
 def new_state(params: Sequence[Tensor], columns: Sequence[StateColumn]) -> list[Tensor]:
@@ -203,15 +219,15 @@ def reshard(model: Any) -> None:
         drop_gathered_flat_param(module)
 
 
-def refuse_sharded(params: Sequence[Tensor]) -> None:
-    """Raises TypeError if a parameter that takes part is sharded already."""
+def refuse_flat(params: Sequence[Tensor]) -> None:
+    """Raises TypeError if FSDP1 has flattened a parameter that takes part."""
     for i, p in enumerate(params):
-        if takes_part(p) and (is_dtensor(p) or is_flat_view(p)):
-            kind = "a DTensor (FSDP2, tensor parallelism)" if is_dtensor(p) else "part of a flat parameter of FSDP1"
+        if takes_part(p) and is_flat_view(p):
             raise TypeError(
-                f"parameter {i} of the group (shape {tuple(p.shape)}) is {kind}: its model is sharded already, and "
-                "ShardedLion shards replicated parameters. Use lion_dist.Lion(model.parameters(), ...) over this "
-                "model: it steps each rank's part in place, and its momentum is sharded as the parameters are"
+                f"parameter {i} of the group (shape {tuple(p.shape)}) is part of a flat parameter of FSDP1, which "
+                "ShardedLion does not support. Use lion_dist.Lion(model.parameters(), ...) over this model: it steps "
+                "each rank's part in place, and its momentum is sharded as the parameters are. Or shard the model by "
+                "FSDP2 (fully_shard) over one dimension of a mesh, and make ShardedLion over the other"
             )
 
 

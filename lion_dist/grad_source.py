@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .clipping import same_gradients
 from .frozen import takes_part
+from .fsdp import local_gradients
 from .sharding.averaged import AveragedGradients
 from .sharding.collectives import Membership
 from .sharding.grad_reducer import GradReducer
@@ -136,7 +137,10 @@ class LocalGrads:
         return [i for i, p in enumerate(frozen) if takes_part(p)]
 
     def grads_of(self, shard: int) -> list[Tensor | None]:
-        grads = [p.grad for p in self._shards[shard].params]
+        params = self._shards[shard].params
+        grads = [p.grad for p in params]
+        if self._shards[shard].placing.mesh is not None:
+            grads = local_gradients(params, grads)
         self._present[shard] = bytes(g is not None for g in grads)
         return grads
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .frozen import is_plain, takes_part
-from .fsdp import refuse_sharded
+from .fsdp import local, refuse_flat
+from .meshes import check_orthogonal, describe_part
 from .param_groups import (
     Group,
     check_params,
@@ -48,19 +49,23 @@ def own_rank(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup
     return group, rank
 
 
-def check_new(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+def check_new(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup, averaged: bool) -> None:
     """Raises ValueError or TypeError for parameters that cannot be sharded together with others.
 
-    Frozen parameters may be anything, and are checked once they take part.
+    Frozen parameters may be anything, and are checked once they take part. ``averaged``: see `check_orthogonal`.
     """
-    refuse_sharded(params)
+    refuse_flat(params)
     check_params(params, others)
+    check_orthogonal(params, group, averaged)
     check_shardable(params, others, group)
-    check_no_shared_memory([p for p in (*others, *params) if takes_part(p)])
+    check_no_shared_memory([local(p) for p in (*others, *params) if takes_part(p)])
 
 
-def complete_new_group(groups: Sequence[Group], defaults: Group, process_group: dist.ProcessGroup) -> None:
-    """Completes the last parameter group, which is new, from the defaults, and checks it.
+def complete_new_group(
+    groups: Sequence[Group], defaults: Group, process_group: dist.ProcessGroup, averaged: bool
+) -> None:
+    """Completes the last parameter group, which is new, from the defaults, and checks it; ``averaged`` as for
+    `check_new`.
 
     Raises:
         ValueError, TypeError: a hyper-parameter or parameter that ShardedLion cannot use.
@@ -68,7 +73,7 @@ def complete_new_group(groups: Sequence[Group], defaults: Group, process_group: 
     *others, group = groups
     complete_group(group, defaults)
     normalize_group(group)
-    check_new(group["params"], [p for other in others for p in other["params"]], process_group)
+    check_new(group["params"], [p for other in others for p in other["params"]], process_group, averaged)
     for p in group["params"]:
         state_columns(p, group)
     warn_of_unknown_keys(group, others)
@@ -86,9 +91,10 @@ def describe_new(groups: Sequence[Group], first: int, group: dist.ProcessGroup) 
         f"frozen parameter {i} of the new ones is "
         + ("broadcast" if i in reached else "not broadcast, since it is on another device than the trainable ones")
         for i, p in enumerate(params)
-        if not takes_part(p) and is_plain(p)
+        if not takes_part(p) and is_plain(local(p))
     ]
-    return [*describe_groups(groups, first), *frozen]
+    parts = [f"parameter {i} of the new ones{part}" for i, p in enumerate(params) if (part := describe_part(p))]
+    return [*describe_groups(groups, first), *parts, *frozen]
 
 
 def make_equal(params: Sequence[Tensor], named: bool, group: dist.ProcessGroup) -> set[int]:
@@ -136,13 +142,17 @@ def _columns_of(params: Sequence[Tensor], groups: Sequence[Group]) -> list[tuple
 class FrozenParams:
     """The parameters that are not sharded, because they were frozen when the optimizer was given them.
 
+    Args:
+        group: the ranks.
+        averaged: see `check_orthogonal`.
+
     Attributes:
         params: in the order in which they were given.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, averaged: bool) -> None:
         self.params: list[Tensor] = []
-        self._group = group
+        self._group, self._averaged = group, averaged
         self._given: list[Tensor] = []  # `params`, and those that have been sharded since
         self._unequal: set[int] = set()  # ids of those that could not be broadcast when they were given
 
@@ -186,11 +196,11 @@ class FrozenParams:
         """
         new = [self.params[i] for i in indices]
         with Agreement(self._group, call) as agreement:
-            check_new(new, [p for shard in shards for p in shard.params], self._group)
+            check_new(new, [p for shard in shards for p in shard.params], self._group, self._averaged)
             _columns_of(new, groups)
             agreement.says(
                 [
-                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}, "
+                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}{describe_part(p)}, "
                     f"requires_grad={p.requires_grad}"
                     for i, p in zip(indices, new, strict=True)
                 ]

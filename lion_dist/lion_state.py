@@ -56,7 +56,7 @@ def _shown(entry: Mapping[str, Any], p: Tensor, float32: bool) -> dict[str, Any]
     return shown
 
 
-def order_free(entry: dict[str, Any]) -> dict[str, Any]:
+def order_free(entry: dict[str, Any], of_part: bool = False) -> dict[str, Any]:
     """An entry of a replicated parameter whose momentum can be read whatever the memory order of the parameter is.
 
     torch.distributed.checkpoint copies elements by their logical indices, and scales by their numbers, which count
@@ -65,12 +65,13 @@ def order_free(entry: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         entry: any that has an 8-bit momentum, or none.
+        of_part: whether the entry is that of a part of a parameter, whose blocks are not those of the whole.
 
     Returns:
         A copy, or the entry itself where it has no such momentum or a row-major one.
     """
     codes, scale = entry.get(EXP_AVG), entry.get(EXP_AVG_SCALE)
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or scale is None or codes.is_contiguous():
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or scale is None or (codes.is_contiguous() and not of_part):
         return entry
     return {**entry, EXP_AVG: decoded(codes, scale, codes), EXP_AVG_SCALE: torch.ones((), device=codes.device)}
 

@@ -379,7 +379,7 @@ def describe_groups(groups: Sequence[Group], first: int = 0) -> list[str]:
 
 
 def _describe(p: Tensor) -> str:
-    if not (takes_part(p) or is_plain(p)):
+    if not (takes_part(p) or is_plain(local(p))):
         return f"frozen, a {type(p).__name__} that is not compared"
     kind = "trainable" if p.requires_grad else "frozen"
     return f"shape {tuple(p.shape)}, strides {p.stride()}, {p.dtype}, {p.device.type}, {kind}"

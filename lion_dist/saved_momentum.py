@@ -18,6 +18,7 @@ from torch import Tensor
 from .dtypes import dtype_name
 from .fsdp import is_flat_view, local, misfit
 from .hyper_values import shown
+from .meshes import local_box
 from .momentum_codes import BLOCK, cast, decoded, decoded_run, encoded, encoded_run, in_order_of, scales_of
 from .param_groups import Group, state_columns
 from .sharding.box_tensor import BoxTensor
@@ -195,27 +196,28 @@ _Runs = Sequence[tuple[int, int]]  # first element and length of each
 
 
 def _runs(scale: BoxTensor, p: Tensor) -> _Runs:
-    """The runs of p's elements, in memory order, to which this rank's scales belong."""
+    """The runs of the elements that this rank holds of p, in memory order, to which its scales belong."""
     starts = [(box.offsets[0] * BLOCK, box.sizes[0] * BLOCK) for box in scale.boxes]
-    return [(start, min(length, p.numel() - start)) for start, length in starts]
+    return [(start, min(length, local(p).numel() - start)) for start, length in starts]
 
 
 def _boxes_of(p: Tensor, runs: _Runs, numbers: Sequence[Tensor], dtype: torch.dtype) -> BoxTensor:
-    like = torch.empty(0, dtype=dtype, device=p.device)
+    part = local(p)
     pairs = [(start, cast(t, dtype)) for (start, _), t in zip(runs, numbers, strict=True)]
-    return BoxTensor.of_runs(p.shape, p.stride(), pairs, like)
+    found = BoxTensor.of_runs(part.shape, part.stride(), pairs, torch.empty(0, dtype=dtype, device=part.device))
+    return found.within(p.shape, local_box(p).offsets)
 
 
 def _split(t: BoxTensor, p: Tensor, runs: _Runs) -> tuple[Tensor, ...]:
     """The elements of each run. ``t`` has the boxes of these runs."""
-    order = memory_order(p.stride())
+    order = memory_order(local(p).stride())
     parts = [part.permute(order).reshape(-1) for part in t.parts]
     whole: Tensor = torch.cat([*parts, torch.empty(0, dtype=t.dtype, device=t.device)])
     return tuple(torch.split(whole, [n for _, n in runs]))
 
 
 def _decoded_boxes(who: str, codes: BoxTensor, scale: BoxTensor, p: Tensor, dtype: torch.dtype) -> BoxTensor:
-    if not p.numel():
+    if not local(p).numel():
         return codes.map(lambda part: part.to(dtype), torch.empty(0, dtype=dtype, device=codes.device))
     runs = _runs(scale, p)
     if sum(n for _, n in runs) != sum(box.numel for box in codes.boxes):
@@ -234,7 +236,7 @@ def _encoded_boxes(who: str, m: BoxTensor, p: Tensor, own: Mapping[str, Any]) ->
             f"{EXP_AVG} {who} is a BoxTensor of another cut (other ranks or parameters) than this ShardedLion's, so "
             f"it cannot become 8-bit codes. {_ADVICE}"
         )
-    if not p.numel():
+    if not local(p).numel():
         return codes.map(torch.zeros_like), scale.map(torch.zeros_like)
     runs = _runs(scale, p)
     pairs = [encoded_run(t) for t in _split(m, p, runs)]

@@ -88,6 +88,7 @@ class ShardedLion(Optimizer):
         self._constructed = False
         with Agreement(self._group, "ShardedLion()") as agreement:
             check_stage(stage, bucket_mb)
+            self._averaged = stage == 1  # by something else, over the group
             check_param_sync(param_sync)
             check_use_triton(use_triton)
             defaults = make_defaults(
@@ -101,7 +102,7 @@ class ShardedLion(Optimizer):
         self._grads = make_grad_source(stage, self._membership, math.ceil(bucket_mb * 2**20))
         self._deferred = DeferredCheck()
         self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
-        self._frozen = FrozenParams(self._group)
+        self._frozen = FrozenParams(self._group, self._averaged)
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
         self._rounding = RoundingWarnings()
         self._step_supports_amp_scaling = self._grads.takes_loss_scale  # read by torch's GradScaler
@@ -131,7 +132,7 @@ class ShardedLion(Optimizer):
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        complete_new_group(self.param_groups, self.defaults, self._group)
+        complete_new_group(self.param_groups, self.defaults, self._group, self._averaged)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -346,9 +347,8 @@ class ShardedLion(Optimizer):
             check_last_steps(self)
             agreement.says([f"rank0_only={rank0_only}"])
         self._grads.settle()
-        keep = not rank0_only or self._rank == 0
-        gathered = gather_whole(self._shards, self._group, keep)
-        if not keep:
+        gathered = gather_whole(self._shards, self._group, rank0_only)
+        if gathered is None:
             return {}
         packed = with_named_dtypes(super().state_dict())
         return {**packed, "state": whole(packed["state"], self.param_groups, gathered)}

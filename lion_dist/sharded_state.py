@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
 from .intake import new_shards
+from .fsdp import is_dtensor, local, placed_like
 from .lion_state import order_free
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
@@ -26,7 +27,7 @@ from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Column, Shard
 from .state_dicts import check_and_wrap_state, map_tensors
-from .update.state import EXP_AVG, EXP_AVG_SCALE, StateColumn
+from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
 
 class ShardEntry(MutableMapping[str, Any]):
@@ -103,9 +104,10 @@ def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: 
 
 
 def order_free_boxes(state: Mapping[Any, Any], groups: Sequence[Group]) -> dict[Any, Any]:
-    """A copy of this rank's part of the state in which 8-bit momenta of parameters that are not row-major are decoded.
+    """A copy of this rank's part of the state in which 8-bit momenta of DTensors, and of parameters that are not
+    row-major, are decoded, and remainders of DTensors are float32: as `lion_state.as_shown` shows them.
 
-    They are float32 `BoxTensor`s of the same boxes, and copies, with one scale; see `lion_state.order_free`.
+    Momenta are float32 `BoxTensor`s of the same boxes, and copies, with one scale.
 
     Args:
         state: as `ordered` returned it.
@@ -114,11 +116,13 @@ def order_free_boxes(state: Mapping[Any, Any], groups: Sequence[Group]) -> dict[
     shown, numbers = dict(state), (StateColumn(EXP_AVG, torch.float32),)
     for i, p in enumerate(p for group in groups for p in group["params"]):
         entry = shown.get(i, {})
-        codes = entry.get(EXP_AVG)
-        if isinstance(codes, BoxTensor) and codes.dtype == torch.int8 and not p.is_contiguous():
+        codes, sharded = entry.get(EXP_AVG), is_dtensor(p)
+        if isinstance(codes, BoxTensor) and codes.dtype == torch.int8 and (sharded or not p.is_contiguous()):
             momentum = {name: entry[name] for name in (EXP_AVG, EXP_AVG_SCALE)}
             decoded = in_kept_form(i, momentum, p, numbers, {})
-            shown[i] = {**entry, **decoded, EXP_AVG_SCALE: torch.ones((), device=codes.device)}
+            shown[i] = entry = {**entry, **decoded, EXP_AVG_SCALE: torch.ones((), device=codes.device)}
+        if sharded and isinstance(remainder := entry.get(REMAINDER), Tensor):
+            shown[i] = {**entry, REMAINDER: remainder.float()}
     return shown
 
 
@@ -153,20 +157,46 @@ def _on_cpu(t: Tensor, _: Any) -> Tensor:
     return t.detach().to("cpu", copy=True)
 
 
-def gather_whole(shards: Sequence[Shard], group: dist.ProcessGroup, keep: bool) -> dict[int, dict[str, Tensor]]:
+def gather_whole(
+    shards: Sequence[Shard], group: dist.ProcessGroup, rank0_only: bool
+) -> dict[int, dict[str, Tensor]] | None:
     """The whole state on the CPU, by ``id`` of the parameter and by column name; a collective call.
 
-    The tensors are contiguous; an 8-bit momentum is decoded where `lion_state.order_free` does so.
+    The tensors are contiguous; momenta and remainders are as `lion_state.as_shown` shows them.
 
     Args:
-        keep: whether this rank wants it. If not, the result is {}.
+        rank0_only: whether only the group's first rank wants it, and of those in the meshes of DTensors the first.
+
+    Returns:
+        None if this rank does not want it.
     """
-    gathered = {}
+    gathered: dict[int, dict[str, Tensor]] = {}
+    # Of the ranks that hold replicas one set gathers over the meshes.
+    keeps = not rank0_only or dist.get_rank(group) == 0
+    wants = keeps and not (rank0_only and any(shard.placing.is_elsewhere for shard in shards))
     for shard in shards:
-        for p, state in zip(shard.params, shard.gather_state(group, keep), strict=True):
-            if keep:
-                gathered[id(p)] = {name: t.contiguous() for name, t in order_free(state).items()}
-    return gathered
+        for p, state in zip(shard.params, shard.gather_state(group, keeps), strict=True):
+            if not keeps:
+                continue
+            whole = {name: _over_mesh(t, p, wants) for name, t in order_free(state, is_dtensor(p)).items()}
+            if wants:
+                gathered[id(p)] = whole
+    return gathered if wants else None
+
+
+def _over_mesh(t: Tensor, p: Any, wants: bool) -> Tensor:
+    """The whole tensor of state on the CPU, contiguous; a collective call for the ranks of p's mesh.
+
+    Args:
+        t: state of what this rank holds of the parameter, on the CPU.
+        p: the parameter.
+        wants: whether this rank wants the result.
+    """
+    if not is_dtensor(p) or not t.dim() and p.dim():
+        return t.contiguous()
+    part = (t.float() if t.dtype == torch.int16 else t).to(p.device_mesh.device_type)
+    whole: Any = placed_like(part, p)
+    return whole.full_tensor().cpu().contiguous() if wants else whole.full_tensor()
 
 
 class IncomingState:
@@ -271,7 +301,7 @@ class IncomingState:
     def of_params(self) -> list[tuple[str, Tensor]]:
         """Whole tensors that are loaded into columns ``of_param``, each with its name, once `check` has been called."""
         return [
-            (f"{column.name} of parameter {i}", given.contiguous())
+            (f"{column.name} of parameter {i}", local(given).contiguous())
             for i, p in enumerate(self._params)
             for column in self.columns.get(id(p), ())
             if column.of_param and (given := self.state[id(p)].get(column.name)) is not None

@@ -19,6 +19,7 @@ from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
 from .fsdp import is_dtensor, is_flat_view, local, misfit
 from .hyper_values import shown
+from .meshes import own_part
 from .param_groups import (
     Group,
     check_steppable,
@@ -97,7 +98,7 @@ def check_and_wrap_state(
         state_dict: the state_dict.
         groups, defaults, state: those of the optimizer. Tensors that are in ``state`` already count as loaded.
         subclasses: types of tensors that a column may be, beside a plain tensor and, where its parameter is one, a
-            DTensor.
+            DTensor. If there are any, whole tensors are cut as their parameters are.
 
     Returns:
         A copy. Groups, and parameters in each, are in the order of the optimizer's, and hyper-parameters in the form in
@@ -132,6 +133,8 @@ def check_and_wrap_state(
             columns, own = state_columns(p, saved), state.get(p, {})
             _check_entry(i, entry, p, columns)
             entry = without_empty(entry)
+            if subclasses and is_dtensor(p):
+                entry = {key: own_part(value, p) for key, value in entry.items()}
             refuse_altered(i, entry, eight_bits)
             casts = float32 and is_flat_view(p) and p.dtype == torch.bfloat16
             entry = in_kept_form(i, entry, p, columns, own, casts)
@@ -245,7 +248,7 @@ def _check_column(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tu
     who, dtypes = f"{column.name} of parameter {shown(i)}", column.loadable
     # Blocks are counted in this rank's part.
     shape = column.shape(p.shape if column.block == 1 else local(p).shape)
-    if column.block == 1 and isinstance(t, Tensor) and (reason := misfit(t, p, shape)):
+    if column.block == 1 and isinstance(t, Tensor) and not isinstance(t, subclasses) and (reason := misfit(t, p, shape)):
         raise ValueError(f"{who} {reason}")
     if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout != torch.strided:
         got = f"{tuple(t.shape)} {t.dtype} {t.layout}" if isinstance(t, Tensor) else type(t).__name__

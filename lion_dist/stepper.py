@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .clipping import Clipping
 from .grad_source import GradSource
+from .fsdp import local
 from .intake import FrozenParams
+from .meshes import Placing, sum_over_meshes
 from .mismatch import mismatch, refusal
 from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
@@ -115,7 +117,7 @@ class Stepper:
         for i, (part, group_numbers) in enumerate(zip(self._parts, numbers, strict=True)):
             shard = part.shard
             shard.refresh()
-            params = shard.params
+            params = shard.locals
             state = {name: [buffer] * len(params) for name, buffer in shard.buffers.items()}
             grads = self._grads.grads_of(i)
             blocks = {column.name: column.block for column in shard.columns}
@@ -161,6 +163,8 @@ class Stepper:
         self._grads.finish()
         for finish in under_way:
             finish()
+        if stepped := [p for shard in self.shards if shard.placing.mesh is not None for p in shard.params]:
+            torch.autograd.graph.increment_version(stepped)  # only the versions of their local tensors have risen
         self._deferred.check()  # it may raise, so not before everything has ended
         self.set_clipping(None)
         self._warn_of_no_gradient()
@@ -215,31 +219,34 @@ class Stepper:
             raise fault
         return norm
 
-    def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> list[Tensor]:
-        """For each shard, the sum of squares of this rank's part of the gradients, if any: float64, shape ()."""
-        sums = []
+    def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
+        """The sum of squares of this rank's part of the gradients, by the placing of the parameters: float64, shape
+        ()."""
+        sums: dict[Placing, list[Tensor]] = {}
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)
             total = part.update.sum_of_squares(part.update.prepare(own))
-            if total is not None:
-                sums.append(total)
+            of_placing = sums.setdefault(part.shard.placing, [])
+            of_placing.append(torch.zeros((), dtype=torch.float64, device=part.shard.device) if total is None else total)
         self._grads.finish()
-        return sums
+        return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 
     def _total(
-        self, sums: Sequence[Tensor], process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group]
+        self, sums: Mapping[Placing, Tensor], process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group]
     ) -> Tensor:
-        """The sum over all ranks, of these process groups too."""
-        if sums:
-            total = torch.stack(list(sums)).sum()
-        else:
-            device = next((p.device for group in groups for p in group["params"]), "cpu")
-            total = torch.zeros((), dtype=torch.float64, device=device)
+        """The sum over all ranks, of the parameters' meshes and these process groups too."""
         own = self._membership.group
         with self._membership.collective():
-            for group in (own, *process_groups) if self._parts else process_groups:
+            if sums:
+                of_placings = torch.stack(list(sums.values()))
+                all_reduce_sum(of_placings, own)
+                total = sum_over_meshes(zip(sums, of_placings.unbind(), strict=True))
+            else:
+                device = next((local(p).device for group in groups for p in group["params"]), "cpu")
+                total = torch.zeros((), dtype=torch.float64, device=device)
+            for group in process_groups:
                 all_reduce_sum(total, group)
-            if process_groups and self._parts:
+            if sums and (process_groups or any(placing.mesh is not None for placing in sums)):
                 # Other groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
                 broadcast_from_first([total], own)
         return total

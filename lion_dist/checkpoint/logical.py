@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._torch_compat_distributed import flat_param_slices
 from ..fsdp import is_dtensor, local
+from ..meshes import local_box
 from ..sharding.box_tensor import BoxTensor
 
 
@@ -109,15 +110,16 @@ def like(t: Tensor, parts: Sequence[Tensor]) -> Tensor:
 
 
 def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
-    """This rank's part of a tensor that it holds as a whole, if another tensor of the same shape is a BoxTensor.
+    """A part of what this rank holds of a tensor, if another tensor of the same shape is a BoxTensor.
 
     Returns:
         A view of ``whole``, with the boxes of ``part``.
     """
     if not isinstance(part, BoxTensor) or isinstance(whole, BoxTensor):
         return whole
-    parts = [whole[box.slices()] for box in part.boxes]
-    return BoxTensor(part.shape, part.boxes, parts, whole.dtype, whole.device)
+    held, origin = local(whole), local_box(whole).offsets
+    parts = [held[box.slices(origin)] for box in part.boxes]
+    return BoxTensor(part.shape, part.boxes, parts, whole.dtype, held.device)
 
 
 def _as_dtensor(like: Tensor, t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ own shape, and loaded from any other cut, without a collective. It is a view: lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -69,6 +70,16 @@ class BoxTensor(Tensor):
                 parts.append(in_order.permute(back))
                 at += box.numel
         return BoxTensor(shape, boxes, parts, like.dtype, like.device)
+
+    def within(self, shape: Sequence[int], offsets: Sequence[int]) -> BoxTensor:
+        """The same elements as part of a larger tensor.
+
+        Args:
+            shape: shape of the larger tensor.
+            offsets: index in it of this tensor's first element.
+        """
+        boxes = [Box(tuple(map(add, box.offsets, offsets)), box.sizes) for box in self.boxes]
+        return BoxTensor(shape, boxes, self.parts, self.dtype, self.device)
 
     def map(self, function: Callable[[Tensor], Tensor], like: Tensor | None = None) -> BoxTensor:
         """The same boxes with ``function`` applied to each part.

@@ -163,6 +163,7 @@ class GradReducer:
         if i == local.stand_in:
             if self._sentinel.replaced:
                 self._forget()
+            self._sentinel.arrived()
         elif current not in self._passes:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)

@@ -27,7 +27,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from .._torch_compat import version_of
+from ..fsdp import changes_of, is_dtensor, local, local_gradients, place_gradient
 from ..memory_order import flat, laid_out_like
 from .placeholder import Placeholder
 
@@ -65,6 +65,7 @@ class ParamGrads:
         self.params = params
         self.states = [GradState.LOCAL] * len(params)
         self.stand_in = -1
+        self._sharded = any(map(is_dtensor, params))
         self._placeholder: Tensor | None = None
         # p.grad as autograd last left it, and its version then: for each SPLIT parameter and for the stand-in.
         self._records: dict[int, tuple[Tensor, int]] = {}
@@ -77,7 +78,7 @@ class ParamGrads:
 
     def _is_placeholder(self, grad: Tensor) -> bool:
         """Whether a tensor is the placeholder, to which nothing has been added."""
-        return grad is self._placeholder and version_of(grad) == 0
+        return grad is self._placeholder and changes_of(grad) == 0
 
     def any_gradient(self) -> bool:
         """Whether any ``p.grad`` holds a gradient."""
@@ -96,13 +97,15 @@ class ParamGrads:
 
     def arrived(self, i: int) -> None:
         """Takes note that autograd has added to ``p.grad``."""
+        if self._sharded:
+            place_gradient(self.params[i])
         state = self.states[i]
         if state is GradState.LOCAL and i != self.stand_in:
             return
         grad = self.params[i].grad
         if grad is None:
             return
-        self._records[i] = grad, version_of(grad)
+        self._records[i] = grad, changes_of(grad)
         if state is GradState.REDUCED:
             self.states[i] = GradState.SPLIT
 
@@ -110,14 +113,14 @@ class ParamGrads:
         """Takes gradients out of ``p.grad``, whose states become ``REDUCED``.
 
         Returns:
-            For each parameter its gradient, 1-D in the parameter's memory order, or None if there is none. The caller
-            owns these tensors; no ``p.grad`` refers to them any more.
+            For each parameter its gradient, of a DTensor what this rank holds, 1-D in the parameter's memory order, or
+            None if there is none. The caller owns these tensors; no ``p.grad`` refers to them any more.
         """
         taken: list[Tensor | None] = []
         for i in indices:
             p = self.params[i]
             grad = p.grad
-            if grad is None or (grad is self._placeholder and version_of(grad) == 0):
+            if grad is None or (grad is self._placeholder and changes_of(grad) == 0):
                 taken.append(None)
                 continue
             self.states[i] = GradState.REDUCED
@@ -126,6 +129,8 @@ class ParamGrads:
             else:
                 p.grad = None
                 self._records.pop(i, None)
+            if self._sharded:
+                (grad,), p = local_gradients([p], [grad]), local(p)
             if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
                 taken.append(grad.view(-1))  # the usual case, in a third of the time
             else:
@@ -157,7 +162,7 @@ class ParamGrads:
 
     def is_as_recorded(self, i: int) -> bool:
         """Whether ``p.grad`` is as autograd last left it."""
-        return self.is_recorded_tensor(i) and version_of(self._records[i][0]) == self._records[i][1]
+        return self.is_recorded_tensor(i) and changes_of(self._records[i][0]) == self._records[i][1]
 
     # The stand-in -------------------------------------------------------------------------------
 
@@ -169,13 +174,13 @@ class ParamGrads:
         if grad is None:
             self._put_placeholder(i)
         else:
-            self._records.setdefault(i, (grad, version_of(grad)))
+            self._records.setdefault(i, (grad, changes_of(grad)))
 
     def accept(self, i: int) -> None:
         """Records a ``p.grad`` of the stand-in that other code has set, as if autograd had set it."""
         grad = self.params[i].grad
         assert grad is not None
-        self._records[i] = grad, version_of(grad)
+        self._records[i] = grad, changes_of(grad)
 
     def stop_filling(self) -> None:
         """Makes no parameter the stand-in, and removes the placeholder."""
@@ -209,7 +214,7 @@ class ParamGrads:
                 self.states[i] = GradState.REDUCED
                 del self._records[i]
             else:
-                self._records[i] = grad, version_of(grad)
+                self._records[i] = grad, changes_of(grad)
 
     def carry_over(self, previous: ParamGrads, lost: Collection[int], is_hooked: Callable[[int], bool]) -> None:
         """Takes over states from an object that had some of the parameters.
@@ -228,7 +233,7 @@ class ParamGrads:
             if before in previous._records:
                 self._records[i] = previous._records[before]
             if self.states[i] is not GradState.LOCAL and p.grad is not None and not is_hooked(before):
-                self._records[i] = p.grad, version_of(p.grad)  # a backward may have reached it, unseen
+                self._records[i] = p.grad, changes_of(p.grad)  # a backward may have reached it, unseen
                 self.states[i] = GradState.SPLIT
 
     # Between intervals --------------------------------------------------------------------------

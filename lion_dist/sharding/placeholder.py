@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import DisableTorchFunctionSubclass, amp_unscale_, data_getter
+from ..fsdp import is_dtensor, local, placed_like
 
 ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
@@ -26,7 +27,10 @@ class Placeholder(Tensor):
 
     @staticmethod
     def of(param: Tensor) -> Tensor:
-        """A new placeholder in the shape, dtype and strides of a parameter, on its device."""
+        """A new placeholder in the shape, dtype and strides of a parameter, on its device. That of a DTensor is a plain
+        DTensor, since FSDP2 adds to no other, and shows changes by its versions alone (`fsdp.changes_of`)."""
+        if is_dtensor(param):
+            return placed_like(torch.zeros_like(local(param)), param)
         return torch.zeros_like(param, requires_grad=False).as_subclass(Placeholder)
 
     @classmethod

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..frozen import is_plain, takes_part
+from ..fsdp import local
 from ..memory_order import flat_bytes
 from .collectives import all_gather_in_place, broadcast_from_first, check_device, device_types, explaining
 
@@ -18,11 +19,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def comparable(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     """Indices of the parameters whose replicas can be compared and sent: all that take part, and the frozen ones that
-    are plain tensors on the same device."""
+    are plain tensors on the same device. Of a DTensor it is what this rank holds that has replicas."""
     types = device_types(group)
-    plain = [i for i, p in enumerate(params) if takes_part(p) or (is_plain(p) and p.device.type in types)]
+    plain = [i for i, p in enumerate(params) if takes_part(p) or (is_plain(local(p)) and local(p).device.type in types)]
     ordered = sorted(plain, key=lambda i: not takes_part(params[i]))
-    return [i for i in plain if params[i].device == params[ordered[0]].device]
+    return [i for i in plain if local(params[i]).device == local(params[ordered[0]]).device]
 
 
 def bits_checksum(t: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _checksums(params: Sequence[Tensor], group: dist.ProcessGroup, state: Iterable[Tensor] = ()) -> Tensor:
     """Checksums of at least one parameter, and of state on any device, on every rank: int64, shape (world_size,
     tensors). A collective call."""
-    own = [bits_checksum(p.detach()) for p in params]
+    own = [bits_checksum(local(p).detach()) for p in params]
     own += [bits_checksum(t).to(own[0].device) for t in state]
     with explaining(group):
         return gathered(torch.stack(own), group)
@@ -116,7 +117,7 @@ def refuse_permuted(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     first, *others = _checksums(params, group).tolist()
     for rank, sums in enumerate(others, 1):
         unlike = [i for i, (a, b) in enumerate(zip(first, sums, strict=True)) if a != b]
-        kinds = {i: (params[i].shape, params[i].dtype) for i in unlike}
+        kinds = {i: (local(params[i]).shape, params[i].dtype) for i in unlike}
         here = {(kinds[i], sums[i]) for i in unlike}
         there = {(kinds[i], first[i]): i for i in unlike}
         moved = [
@@ -144,7 +145,7 @@ def broadcast(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[int]:
     """
     numbers = comparable(params, group)
     sent = [params[i] for i in numbers]
-    broadcast_from_first([flat_bytes(p) for p in sent if p.numel()], group)
+    broadcast_from_first([flat_bytes(t) for t in map(local, sent) if t.numel()], group)
     torch.autograd.graph.increment_version(sent)  # autograd does not notice writes to their bytes
     return numbers
 

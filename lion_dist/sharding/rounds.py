@@ -124,7 +124,7 @@ class Rounds:
         self._bucket_bytes = bucket_bytes
         self._local = local
         self._shards = shards
-        self._params = [p for shard in shards for p in shard.params]
+        self._params = [t for shard in shards for t in shard.locals]  # for their shapes
         self._numbers = [n for shard in shards for n in shard.numbers]
         self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
         self._device = shards[0].tail_buffer.device if shards else None

@@ -10,15 +10,18 @@ another tensor, or the same one with another version.
   user can still set those gradients by hand.
 - Autograd adds to the placeholder as to any gradient. A tensor hook on the sentinel runs just before that, and asks for
   traces, which would look like autograd's own work afterwards. `ParamGrads` records what autograd has left.
-- A frozen parameter takes no such hook. If it is unfrozen while it is the sentinel, a zeroing before the next addition
-  shows as another tensor in ``p.grad`` than the recorded one (see `Sentinel.replaced`).
+- A frozen parameter takes no such hook, and FSDP2, which adds to the gradients of its parameters itself, calls none. A
+  zeroing before the next addition then shows as another tensor in ``p.grad`` than the recorded one (see
+  `Sentinel.replaced`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .param_grads import GradState, ParamGrads
 from .placeholder import ADVICE
@@ -43,6 +46,7 @@ class Sentinel:
         params = grads.params
         self._order = sorted(range(len(params)), key=lambda i: (not params[i].requires_grad, params[i].numel()))
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._looked = False  # whether `look` has been called since the last `arrived`
 
     def watch(self) -> None:
         """Begins to watch, unless it does so already or there are no parameters. See [Note: Sentinel]."""
@@ -59,8 +63,15 @@ class Sentinel:
     def hook(self) -> None:
         """Hooks the sentinel, if it is trainable and has no hook. Call it again when it may have been unfrozen."""
         if self._hook is None and self.index >= 0 and self._grads.params[self.index].requires_grad:
-            look = self._look
-            self._hook = self._grads.params[self.index].register_hook(lambda _: look())
+            self_ref = weakref.ref(self)
+
+            def called(_: Tensor) -> None:
+                sentinel = self_ref()
+                if sentinel is not None:
+                    sentinel._looked = True
+                    sentinel._look()
+
+            self._hook = self._grads.params[self.index].register_hook(called)
 
     @property
     def watches(self) -> bool:
@@ -69,9 +80,13 @@ class Sentinel:
 
     @property
     def replaced(self) -> bool:
-        """Whether autograd has put a new gradient where the previous one was set to None, and `look` was not called,
-        because the parameter was frozen when it became the sentinel."""
-        return self._hook is None and self.watches and not self._grads.is_recorded_tensor(self.index)
+        """Whether a new gradient has been put where the previous one was set to None, without a call of `look`: ask when
+        the sentinel's gradient has arrived, and then call `arrived`."""
+        return not self._looked and self.watches and not self._grads.is_recorded_tensor(self.index)
+
+    def arrived(self) -> None:
+        """Takes note that the sentinel's gradient has arrived."""
+        self._looked = False
 
     @property
     def zeroed(self) -> bool:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from .._torch_compat import foreach_copy_
 from ..frozen import takes_part
+from ..fsdp import local, locals_of, placed_like
 from ..memory_order import flat, flat_bytes, is_dense, laid_out_like
+from ..meshes import Placing, local_box
 from .box_tensor import BoxTensor
 from .boxes import Box
 from .collectives import all_gather_in_place, all_reduce_sum, check_device, start_all_gather
@@ -58,20 +60,21 @@ class Column(Protocol):
 
 def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Raises ValueError where a parameter that takes part cannot be sharded over the group together with ``others``."""
-    device = next((p.device for p in (*others, *params) if takes_part(p)), None)
+    device = next((local(p).device for p in (*others, *params) if takes_part(p)), None)
     for i, p in enumerate(params):
         if not takes_part(p):
             continue
-        check_device(p.device, group)
-        if p.device != device:
+        part = local(p)
+        check_device(part.device, group)
+        if part.device != device:
             raise ValueError(
-                f"parameter {i} of the group is on {p.device}, but the optimizer's others are on {device}: all "
+                f"parameter {i} of the group is on {part.device}, but the optimizer's others are on {device}: all "
                 "parameters of a rank must be on one device, so move the model before making the optimizer"
             )
-        if not is_dense(p):
+        if not is_dense(part):
             raise ValueError(
                 f"parameter {i} of the group, shape {tuple(p.shape)}, has gaps between its elements (strides "
-                f"{p.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
+                f"{part.stride()}); ShardedLion needs dense parameters: use .contiguous() or .clone()"
             )
 
 
@@ -86,24 +89,26 @@ def make_shards(
         world_size: number of ranks.
         keep_whole: whether columns ``of_param`` are whole on every rank.
     """
-    alike: dict[tuple[torch.dtype, tuple[Column, ...]], list[list[Tensor]]] = {}
-    filled: dict[tuple[torch.dtype, tuple[Column, ...]], int] = {}
+    alike: dict[tuple[torch.dtype, tuple[Column, ...], Placing], list[list[Tensor]]] = {}
+    filled: dict[tuple[torch.dtype, tuple[Column, ...], Placing], int] = {}
     for p, own in zip(params, columns, strict=True):
-        key = p.dtype, own
+        key = p.dtype, own, Placing.of(p)
         parts = alike.setdefault(key, [])
-        if not parts or filled[key] + p.numel() > SHARD_NUMEL:
+        if not parts or filled[key] + local(p).numel() > SHARD_NUMEL:
             parts.append([])
             filled[key] = 0
         parts[-1].append(p)
-        filled[key] += p.numel()
-    return [Shard(part, own, world_size, keep_whole) for (_, own), parts in alike.items() for part in parts]
+        filled[key] += local(p).numel()
+    return [Shard(part, own, world_size, keep_whole) for (_, own, _), parts in alike.items() for part in parts]
 
 
 class Shard:
-    """Parameters of one dtype with the same columns, and this rank's part of their state.
+    """Parameters of one dtype with the same columns and placing, and this rank's part of their state.
 
     Attributes:
         params: the parameters, dense, all on one device.
+        placing: their mesh, if they are DTensors.
+        locals: what this rank holds of them: plain tensors, which are what is cut over the ranks, as of `refresh`.
         numbers: the number of each parameter in the optimizer, for error messages.
         columns: the kinds of state.
         layout: how the parameters are cut; its parameter numbers are indices into ``params``.
@@ -116,15 +121,17 @@ class Shard:
         self, params: list[Tensor], columns: tuple[Column, ...], world_size: int, keep_whole: bool = False
     ) -> None:
         self.params = params
+        self.placing = Placing.of(params[0])
+        self.locals = params if self.placing.mesh is None else locals_of(params)
         self.numbers = list(range(len(params)))
         self.columns = columns
-        self.layout = ShardLayout.make([p.numel() for p in params], world_size)
-        device = params[0].device
+        self.layout = ShardLayout.make([t.numel() for t in self.locals], world_size)
+        device = self.locals[0].device
         self.buffers: dict[str, Tensor] = {}
         self.whole: dict[str, list[Tensor]] = {}
         for column in columns:
             if keep_whole and column.of_param:
-                self.whole[column.name] = [_zeros(column, p) for p in params]
+                self.whole[column.name] = [_zeros(column, t) for t in self.locals]
                 continue
             if ALIGN % column.block:
                 raise ValueError(f"the block of {column.name} must divide {ALIGN}, got {column.block}")
@@ -144,10 +151,12 @@ class Shard:
         return self.tail_buffer.device
 
     def _describe(self) -> list[list[Any]]:
-        return [list(map(attribute, self.params)) for attribute in (_DTYPE, _SHAPE, Tensor.stride)]
+        return [list(map(attribute, self.locals)) for attribute in (_DTYPE, _SHAPE, Tensor.stride)]
 
     def refresh(self) -> None:
         """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
+        if self.placing.mesh is not None:
+            self.locals = locals_of(self.params)
         described = self._describe()
         if described != self._described:
             pairs = zip(zip(*self._described, strict=True), zip(*described, strict=True), strict=True)
@@ -156,16 +165,16 @@ class Shard:
                 f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {before} to {now} after ShardedLion "
                 "was made: convert the model before making the optimizer"
             )
-        addresses = list(map(Tensor.data_ptr, self.params))
+        addresses = list(map(Tensor.data_ptr, self.locals))
         if addresses == self._addresses:
             return
         layout = self.layout
-        heads = [flat(p, 0, head) for p, head in zip(self.params, layout.heads, strict=True) if head]
+        heads = [flat(p, 0, head) for p, head in zip(self.locals, layout.heads, strict=True) if head]
         self._gathered = [*heads, self.tail_buffer] if layout.tail_buffer_numel else heads
         # As integers: copies of 16-bit floats on a GPU may change the bits of a NaN.
         bits = _BITS[self.tail_buffer.element_size()]
         staged = self.tail_buffer.view(bits)
-        self._tails = [flat(self.params[t.param], t.start, t.length).view(bits) for t in layout.tails]
+        self._tails = [flat(self.locals[t.param], t.start, t.length).view(bits) for t in layout.tails]
         self._staged_tails = [staged[t.offset : t.offset + t.length] for t in layout.tails]
         self._addresses = addresses
 
@@ -193,8 +202,8 @@ class Shard:
         """Yields the whole state of each parameter in turn, by column name; a collective call.
 
         Yields:
-            Tensors on the CPU, in the shape that the column gives to the parameter's state and in the parameter's
-            memory order. Where ``keep`` is False, this rank only contributes its part, and the dicts are empty.
+            Tensors on the CPU, in the shape that the column gives to the state of what this rank holds of the
+            parameter, and in its memory order. Where ``keep`` is False, this rank only contributes its part, and the dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
 
@@ -211,7 +220,7 @@ class Shard:
         sharded = [column for column in self.columns if column.name in self.buffers]
         all_tails = [gathered(column, part, layout.tail_shard_offset) for column in sharded]
         tails, offset = {t.param: t for t in layout.tails}, 0
-        for i, p in enumerate(self.params):
+        for i, p in enumerate(self.locals):
             length = layout.heads[i] // layout.world_size
             state = {name: _on_cpu(of_params[i]) for name, of_params in self.whole.items() if keep}
             for column, staged in zip(sharded, all_tails, strict=True):
@@ -232,13 +241,14 @@ class Shard:
         """Copies a state into the buffers, this rank's slices of it, and into whole columns; a collective call.
 
         Args:
-            state: by ``id`` of the parameter and by column name: whole tensors, or `BoxTensor`s that `boxes` made of
+            state: by ``id`` of the parameter and by column name: whole tensors, of DTensors such as are placed as they
+                are (with blocks: plain tensors of what this rank holds); or `BoxTensor`s that `boxes` made of
                 this shard or of one with the same layout, where they are on every rank. Missing state becomes zeros.
             group: the ranks.
         """
         rank = dist.get_rank(group)
-        for i, p in enumerate(self.params):
-            own_state = state.get(id(p), {})
+        for i, p in enumerate(self.locals):
+            own_state = state.get(id(self.params[i]), {})
             for column in self.columns:
                 given = own_state.get(column.name)
                 if column.name in self.whole:
@@ -249,6 +259,7 @@ class Shard:
                     continue
                 in_order = None
                 if given is not None:
+                    given = local(given)
                     in_order = laid_out_like(given, p) if column.block == 1 else given.contiguous()
                 for start, own in self._runs(i, column, rank):
                     if in_order is None:
@@ -259,7 +270,7 @@ class Shard:
     def _take_whole(self, param: int, column: Column, given: Tensor | None, group: dist.ProcessGroup) -> None:
         own = self.whole[column.name][param]
         if given is not None and not isinstance(given, BoxTensor):
-            own.copy_(given)
+            own.copy_(local(given))
             return
         own.zero_()
         if given is not None:
@@ -275,18 +286,26 @@ class Shard:
         return self._slices[rank][param]
 
     def state(self, param: int, column: Column, rank: int) -> Tensor:
-        """A parameter's state where it lies: the tensor of a whole column, else this rank's `boxes`."""
-        return self.whole[column.name][param] if column.name in self.whole else self.boxes(param, column, rank)
+        """A parameter's state where it lies: the tensor of a whole column, placed as the parameter is, else this rank's
+        `boxes`."""
+        if column.name in self.whole:
+            return placed_like(self.whole[column.name][param], self.params[param])
+        return self.boxes(param, column, rank)
 
     def boxes(self, param: int, column: Column, rank: int) -> BoxTensor:
-        """A view of the part of a parameter's state that belongs to this rank's slices. The first rank has the box of
-        one without elements."""
-        shape, strides = _shape_and_strides(column, self.params[param])
+        """A view of the part of a parameter's state that belongs to this rank's slices, as part of the state of the whole
+        parameter; of a DTensor's state that has blocks, as part of the state of what this rank holds. The first rank
+        has the box of one without elements."""
+        p, part = self.params[param], self.locals[param]
+        own = column.block == 1 and self.placing.mesh is not None
+        shape, strides = _shape_and_strides(column, part)
+        whole_shape = tuple(p.shape) if own else shape
         buffer = self.whole[column.name][param] if column.name in self.whole else self.buffers[column.name]
-        if rank == 0 and 0 in shape:
-            nothing = buffer.new_empty(shape)
-            return BoxTensor(shape, [Box((0,) * len(shape), shape)], [nothing], nothing.dtype, nothing.device)
-        return BoxTensor.of_runs(shape, strides, self._runs(param, column, rank), buffer)
+        if rank == 0 and 0 in whole_shape:
+            nothing, box = buffer.new_empty(whole_shape), Box((0,) * len(whole_shape), whole_shape)
+            return BoxTensor(whole_shape, [box], [nothing], nothing.dtype, nothing.device)
+        found = BoxTensor.of_runs(shape, strides, self._runs(param, column, rank), buffer)
+        return found.within(whole_shape, local_box(p).offsets) if own else found
 
     def _runs(self, param: int, column: Column, rank: int) -> list[tuple[int, Tensor]]:
         """The runs of a parameter's state that a rank owns: where each starts, and a view of its elements."""

@@ -1,0 +1,151 @@
+"""Parameters that are sharded over a mesh already, and that a ShardedLion shards further over another process group.
+
+FSDP2 inside a node with replicas on other nodes is the usual case, tensor parallelism with data parallelism another.
+What this rank holds of a DTensor, its local tensor, is then a parameter like any other, and the ranks of the process
+group hold replicas of it. That is so if the group is *orthogonal* to the mesh: none of its other ranks is in the mesh,
+or only along dimensions over which the parameter is replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._torch_compat_distributed import dtensor_offset
+from .frozen import is_plain, takes_part
+from .fsdp import is_dtensor, local, placed_like
+from .sharding.boxes import Box
+
+
+class Placing(NamedTuple):
+    """The mesh over which a parameter is sharded.
+
+    Attributes:
+        mesh: its DeviceMesh; None for a plain tensor.
+        replicated: for each dimension of the mesh, whether the parameter is replicated over it.
+    """
+
+    mesh: Any = None
+    replicated: tuple[bool, ...] = ()
+
+    @staticmethod
+    def of(p: Any) -> Placing:
+        """How a parameter is placed."""
+        if not is_dtensor(p):
+            return Placing()
+        return Placing(p.device_mesh, tuple(placement.is_replicate() for placement in p.placements))
+
+    @property
+    def counts_here(self) -> bool:
+        """Whether this rank counts what it holds, where each element counts once: of replicas, the first counts."""
+        if self.mesh is None:
+            return True
+        return not any(r and at for r, at in zip(self.replicated, self.mesh.get_coordinate(), strict=True))
+
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this rank is not the first of the mesh."""
+        return self.mesh is not None and any(self.mesh.get_coordinate())
+
+
+def local_box(p: Any) -> Box:
+    """The box of the whole parameter that this rank holds."""
+    offsets = dtensor_offset(p) if is_dtensor(p) else (0,) * p.dim()
+    return Box(offsets, tuple(local(p).shape))
+
+
+def own_part(t: Any, p: Any) -> Any:
+    """What this rank holds of a whole tensor in the shape of a DTensor, placed as that is; anything else as it is."""
+    if type(t) is not Tensor or t.shape != p.shape or not t.dim() or not is_plain(t):
+        return t
+    return placed_like(t[local_box(p).slices()].contiguous(), p)
+
+
+def describe_part(p: Any) -> str:
+    """What this rank holds of a parameter, as a part of a line that all ranks must have alike; "" for a plain tensor."""
+    if not is_dtensor(p):
+        return ""
+    box = local_box(p)
+    return f", of which this rank holds shape {box.sizes}, strides {local(p).stride()}, from index {box.offsets} on"
+
+
+def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: bool) -> None:
+    """Checks that the ranks of a process group hold replicas of what this rank holds of each parameter.
+
+    Args:
+        params: the parameters. Those that do not take part may be anything.
+        group: the process group.
+        averaged: whether something else averages the gradients over the group, so that parameters may be replicated
+            over a dimension of their mesh that holds the group's ranks.
+
+    Raises:
+        ValueError: other ranks of the group are in the mesh of a parameter, or FSDP2 offloads it to the CPU.
+    """
+    ranks, rank = set(dist.get_process_group_ranks(group)), dist.get_rank()
+    known: dict[Placing, str] = {}
+    for i, p in enumerate(params):
+        placing = Placing.of(p) if takes_part(p) else Placing()
+        if placing not in known:
+            known[placing] = _overlap(placing, ranks, rank, averaged)
+        part = local(p)
+        if placing.mesh is not None and part.device.type != placing.mesh.device_type:
+            raise ValueError(
+                f"parameter {i} of the group is on {part.device} and its mesh is one of {placing.mesh.device_type} "
+                "devices (FSDP2's CPUOffloadPolicy?): ShardedLion does not offload; use lion_dist.Lion, which does"
+            )
+        if known[placing]:
+            raise ValueError(f"parameter {i} of the group, shape {tuple(p.shape)}, {known[placing]}")
+
+
+def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> str:
+    """How the other ranks of the group are in the mesh of parameters that are placed so; "" where they may be."""
+    mesh = placing.mesh
+    if mesh is None:
+        return ""
+    names = mesh.mesh_dim_names or tuple(f"dimension {d}" for d in range(mesh.ndim))
+    here = mesh.get_coordinate()
+    wrong = False
+    for other in ranks - {rank}:
+        where = (mesh.mesh == other).nonzero()
+        if len(where):
+            moved = [d for d, (a, b) in enumerate(zip(where[0].tolist(), here, strict=True)) if a != b]
+            wrong = wrong or not averaged or not all(placing.replicated[d] for d in moved)
+    if not wrong:
+        return ""
+    return (
+        f"is a DTensor on the mesh ({', '.join(names)}) of ranks {mesh.mesh.flatten().tolist()}, and process_group has "
+        f"ranks {sorted(ranks)}: they must hold replicas of one part of it, and so must be along another dimension of "
+        "the mesh than those over which the model is sharded:\n"
+        '    fully_shard(model, mesh=mesh["shard"])\n'
+        '    optimizer = ShardedLion(model.named_parameters(), process_group=mesh["replicate"].get_group())\n'
+        'with mesh = init_device_mesh("cuda", (replicas, shards), mesh_dim_names=("replicate", "shard")). '
+        + ("" if averaged else "Stage 2 averages over the replicas itself, so FSDP2 must not. ")
+        + "Over a model that is sharded over all ranks, use lion_dist.Lion"
+    )
+
+
+def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
+    """The sum over all ranks of all meshes, each element counting once; a collective call for the ranks of the meshes.
+
+    Args:
+        of_placings: at least one placing, with the sum over what this rank holds of parameters that are placed so,
+            shape (). All ranks of a mesh give the same placings in the same order.
+
+    Returns:
+        The sum, shape ().
+    """
+    by_mesh: dict[Any, Tensor] = {}
+    for placing, own in of_placings:
+        counted = own if placing.counts_here else torch.zeros_like(own)
+        by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
+    for mesh, of_mesh in by_mesh.items():
+        if mesh is not None:
+            by_mesh[mesh] = of_mesh = of_mesh.clone()
+            for dimension in range(mesh.ndim):
+                dist.all_reduce(of_mesh, group=mesh.get_group(dimension))
+    return torch.stack(list(by_mesh.values())).sum()
