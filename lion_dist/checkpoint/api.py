@@ -69,8 +69,9 @@ def save(
             that. Checkpoints of other jobs stay, also of a job that continued from the same checkpoint (both remove
             the common ones before it), and so do checkpoints that record no run; a warning on the logger "lion_dist"
             names some. A checkpoint that is being read stays until the next save. None keeps all.
-        process_group: The group of all ranks that hold a part. None: the ShardedLion's group, or else all ranks. Where
-            each pipeline stage has a ShardedLion of its own, give the group of all stages.
+        process_group: The group of all ranks that hold a part. None: the ShardedLion's group if its parameters are
+            plain tensors, or else all ranks. Where each pipeline stage has a ShardedLion of its own, give the group of
+            all stages.
 
     Raises:
         FileExistsError: There is something at ``path``.

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from .._torch_compat_distributed import is_known_group, rank_steps
+from ..fsdp import is_dtensor
 from ..sharded_lion import ShardedLion
 from ..sharding.agreement import Agreement
 from ..sharding.collectives import group_timeout
@@ -38,13 +39,15 @@ class Ranks:
 
     @staticmethod
     def of(optimizer: object, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of ``group``; where it is None, those of a ShardedLion's group, else all ranks.
+        """The ranks of ``group``; where it is None, those of a ShardedLion's group, unless its parameters are sharded over
+        other ranks too; else all ranks.
 
         Raises:
             ValueError: this rank is not in the group.
         """
         if group is None and isinstance(optimizer, ShardedLion):
-            group = optimizer.process_group
+            params = (p for of_group in optimizer.param_groups for p in of_group["params"])
+            group = None if any(map(is_dtensor, params)) else optimizer.process_group
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         if group is not None and dist.get_rank(group) < 0:
