@@ -46,7 +46,6 @@ class Placing(NamedTuple):
             return True
         return not any(r and at for r, at in zip(self.replicated, self.mesh.get_coordinate(), strict=True))
 
-
     @property
     def is_elsewhere(self) -> bool:
         """Whether this rank is not the first of the mesh."""
@@ -67,7 +66,7 @@ def own_part(t: Any, p: Any) -> Any:
 
 
 def describe_part(p: Any) -> str:
-    """What this rank holds of a parameter, as a part of a line that all ranks must have alike; "" for a plain tensor."""
+    """What this rank holds of a DTensor, for a line that all ranks must have alike; "" for a plain tensor."""
     if not is_dtensor(p):
         return ""
     box = local_box(p)
