@@ -72,6 +72,7 @@ class HybridToy(nn.Module):
         shards: the number of ranks of a replica; rank r is in replica r // shards.
         use: see `uses`.
         reentrant: None, or use_reentrant of a checkpoint around each unit.
+        tied: whether the embedding has a second name.
     """
 
     embedding: nn.Parameter
@@ -86,6 +87,7 @@ class HybridToy(nn.Module):
         shards: int = 1,
         use: str = "alike",
         reentrant: bool | None = None,
+        tied: bool = True,
     ) -> None:
         super().__init__()
         self.shards, self.use, self.reentrant = shards, use, reentrant
@@ -96,14 +98,15 @@ class HybridToy(nn.Module):
 
         for name, value in make(OWN, dtypes[0]).items():
             self.register_parameter(name, nn.Parameter(value))
-        self.tied = self.embedding
+        if tied:
+            self.tied = self.embedding
         self.units = nn.ModuleDict()
         for i, (name, shapes) in enumerate(UNITS.items()):
             self.units[name] = Unit(name, make(shapes, dtypes[(i + 1) % len(dtypes)]))
 
     def forward(self, step: int, rank: int, size: int) -> Tensor:
         loss = term("embedding", self.embedding, step, rank, size)
-        loss = loss + term("again", self.tied, step, rank, size)
+        loss = loss + term("again", getattr(self, "tied", self.embedding), step, rank, size)
         loss = loss + term("scale", self.scale, step, rank, size)
         for name, unit in self.units.items():
             if uses(name, step, rank // self.shards, self.use):
