@@ -205,7 +205,7 @@ class Stepper:
             before = None
         if before is None:
             self._reduce(adopt)
-        tensors, fault = self._tensors(groups)
+        tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them, on every rank
         sums = self._sums_of_squares(tensors)
         if before is None:
             self._grads.check(tensors)
@@ -215,8 +215,6 @@ class Stepper:
             norm, coefficient = clip_coefficient(total, max_norm)
             scale = before.scale * coefficient
         self.set_clipping(Clipping(max_norm, scale, self._grads.snapshot()))
-        if fault is not None:  # after the collectives, which other ranks may make
-            raise fault
         return norm
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
