@@ -202,9 +202,23 @@ class Case:
     def made(self, device: torch.device, shards: int, seed: int = 0) -> HybridToy:
         return HybridToy(device, self.dtypes, seed, shards=shards, use=self.use, reentrant=self.reentrant)
 
+    def kwargs(self) -> dict[str, Any]:
+        return {"lr": 1e-2, "weight_decay": 0.1, **self.options}
+
     def sharded(self, model: HybridToy, mesh: DeviceMesh) -> Any:
         policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32) if self.policy else MixedPrecisionPolicy()
         return shard_(model, mesh, reshard_after_forward=self.reshard, mp_policy=policy)
+
+
+def make_hybrid(case: Case, mesh: DeviceMesh, seed: int) -> tuple[Any, ShardedLion]:
+    device = device_of(dist.get_rank(), dist.get_world_size())
+    toy = case.made(device, mesh["shard"].size(), seed)
+    model = case.sharded(toy, mesh["shard"] if case.stage == 2 else mesh)
+    optimizer = ShardedLion(
+        groups_of(model), **case.kwargs(), process_group=mesh["replicate"].get_group(), stage=case.stage,
+        param_sync=case.sync, bucket_mb=FEW,
+    )  # fmt: skip
+    return model, optimizer
 
 
 class Twins:
@@ -215,14 +229,9 @@ class Twins:
         self.rank, self.size = dist.get_rank(), mesh.size()
         device = device_of(self.rank, dist.get_world_size())
         shards = mesh["shard"].size()
-        kwargs: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, **case.options}
         # Replicas begin with other weights: the first one's are what counts.
-        seed = mesh.get_local_rank("replicate")
-        self.model = case.sharded(case.made(device, shards, seed), mesh["shard"] if case.stage == 2 else mesh)
-        self.optimizer = ShardedLion(
-            groups_of(self.model), **kwargs, process_group=mesh["replicate"].get_group(), stage=case.stage,
-            param_sync=case.sync, bucket_mb=FEW,
-        )  # fmt: skip
+        self.model, self.optimizer = make_hybrid(case, mesh, mesh.get_local_rank("replicate"))
+        kwargs = case.kwargs()
         self.single = case.made(device, shards)
         self.single_lion = Lion(groups_of(self.single), **kwargs)
         # FSDP2 itself waits for ever where the replicas use different units.
