@@ -22,7 +22,7 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import check_last_steps
+from .sharded_access import check_last_steps, clip_optimizers
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
@@ -266,9 +266,7 @@ class ShardedLion(Optimizer):
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.
         """
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        return self._stepper.clip(max_norm, process_groups, self.param_groups, self._adopt)
+        return clip_optimizers([self], max_norm, process_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used.
