@@ -43,9 +43,9 @@ def local(t: Any) -> Any:
 
 def changes_of(t: Any) -> int:
     """A number that rises when a tensor is changed in place. Of a DTensor, FSDP2 changes the local tensor and user code
-    the DTensor; each has a version of its own."""
+    the DTensor; each has a version of its own, and a placeholder counts further changes (sharding/placeholder.py)."""
     part = getattr(t, LOCAL_TENSOR, t)
-    return version_of(t) if part is t else version_of(t) + version_of(part)
+    return version_of(t) if part is t else version_of(t) + version_of(part) + getattr(t, "changes", 0)
 
 
 # For loops in C, because they run over every tensor in every step; in most models all parameters are DTensors, or none.

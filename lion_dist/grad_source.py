@@ -18,6 +18,7 @@ from torch import Tensor
 from .clipping import same_gradients
 from .frozen import takes_part
 from .fsdp import local_gradients
+from .plain_beside_sharded import PlainGradients
 from .sharding.averaged import AveragedGradients
 from .sharding.collectives import Membership
 from .sharding.grad_reducer import GradReducer
@@ -119,6 +120,7 @@ class LocalGrads:
         self._several = dist.get_world_size(membership.group) > 1
         # Nothing else would notice that gradients are not averaged.
         self._averaged = AveragedGradients(membership.group)
+        self._plain = PlainGradients(membership)
         self._shards: list[Shard] = []
         self._present: list[bytes] = []  # for each shard, 1 where a parameter had a gradient when `grads_of` was called
 
@@ -126,6 +128,7 @@ class LocalGrads:
         self._shards = list(shards)
         self._present = [b""] * len(shards)
         self._averaged.again()
+        self._plain.set_shards(shards)
 
     def start_of(self, run: Run) -> int:
         return run.start
@@ -151,6 +154,7 @@ class LocalGrads:
         pass
 
     def check(self, tensors: Sequence[StepTensors]) -> None:
+        self._plain.check(tensors)
         if not (self._several and self._averaged.left):
             return
         params = [p for own in tensors for p in own.params]
@@ -193,11 +197,13 @@ class ReducedGrads:
     def __init__(self, membership: Membership, bucket_bytes: int) -> None:
         self._membership = membership
         self._reducer = GradReducer(membership, bucket_bytes)
+        self._plain = PlainGradients(membership)
         self._shards: list[Shard] = []
 
     def set_shards(self, shards: Sequence[Shard]) -> None:
         self._reducer.set_shards(shards)
         self._shards = list(shards)
+        self._plain.set_shards(shards)
 
     def start_of(self, run: Run) -> int:
         return run.offset
@@ -223,7 +229,7 @@ class ReducedGrads:
         self._reducer.finish()
 
     def check(self, tensors: Sequence[StepTensors]) -> None:
-        pass
+        self._plain.check(tensors, self._reducer.finish)
 
     def fingerprint(self) -> int:
         return 0  # the ranks have exchanged which parameters have gradients

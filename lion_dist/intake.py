@@ -200,8 +200,8 @@ class FrozenParams:
             _columns_of(new, groups)
             agreement.says(
                 [
-                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}{describe_part(p)}, "
-                    f"requires_grad={p.requires_grad}"
+                    f"unfrozen parameter {i}, shape {tuple(p.shape)}, {p.dtype}, {p.layout}, {p.device.type}, "
+                    f"requires_grad={p.requires_grad}{describe_part(p)}"
                     for i, p in zip(indices, new, strict=True)
                 ]
             )

@@ -71,7 +71,9 @@ def order_free(entry: dict[str, Any], of_part: bool = False) -> dict[str, Any]:
         A copy, or the entry itself where it has no such momentum or a row-major one.
     """
     codes, scale = entry.get(EXP_AVG), entry.get(EXP_AVG_SCALE)
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or scale is None or (codes.is_contiguous() and not of_part):
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or scale is None:
+        return entry
+    if codes.is_contiguous() and not of_part:
         return entry
     return {**entry, EXP_AVG: decoded(codes, scale, codes), EXP_AVG_SCALE: torch.ones((), device=codes.device)}
 

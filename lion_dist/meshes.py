@@ -89,7 +89,7 @@ def own_part(t: Any, p: Any) -> Any:
 
 
 def describe_part(p: Any) -> str:
-    """What this rank holds of a parameter, as a part of a line that all ranks must have alike; "" for a plain tensor."""
+    """What this rank holds of a DTensor, for a line that all ranks must have alike; "" for a plain tensor."""
     if not is_dtensor(p):
         return ""
     box = local_box(p)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
-from .intake import new_shards
 from .fsdp import is_dtensor, local, placed_like
+from .intake import new_shards
 from .lion_state import order_free
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
@@ -192,11 +192,12 @@ def _over_mesh(t: Tensor, p: Any, wants: bool) -> Tensor:
         p: the parameter.
         wants: whether this rank wants the result.
     """
-    if not is_dtensor(p) or not t.dim() and p.dim():
+    if not is_dtensor(p) or (not t.dim() and p.dim()):
         return t.contiguous()
     part = (t.float() if t.dtype == torch.int16 else t).to(p.device_mesh.device_type)
-    whole: Any = placed_like(part, p)
-    return whole.full_tensor().cpu().contiguous() if wants else whole.full_tensor()
+    shards: Any = placed_like(part, p)
+    whole: Tensor = shards.full_tensor()
+    return whole.cpu().contiguous() if wants else whole
 
 
 class IncomingState:

@@ -248,7 +248,8 @@ def _check_column(i: Any, column: StateColumn, t: Any, p: Tensor, subclasses: tu
     who, dtypes = f"{column.name} of parameter {shown(i)}", column.loadable
     # Blocks are counted in this rank's part.
     shape = column.shape(p.shape if column.block == 1 else local(p).shape)
-    if column.block == 1 and isinstance(t, Tensor) and not isinstance(t, subclasses) and (reason := misfit(t, p, shape)):
+    placed = column.block == 1 and isinstance(t, Tensor) and not isinstance(t, subclasses)
+    if placed and (reason := misfit(t, p, shape)):
         raise ValueError(f"{who} {reason}")
     if not isinstance(t, Tensor) or t.shape != shape or t.dtype not in dtypes or t.layout != torch.strided:
         got = f"{tuple(t.shape)} {t.dtype} {t.layout}" if isinstance(t, Tensor) else type(t).__name__

@@ -238,10 +238,9 @@ class Stepper:
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)
             total = part.update.sum_of_squares(part.update.prepare(own))
-            of_placing = sums.setdefault(part.shard.placing, [])
-            of_placing.append(
-                torch.zeros((), dtype=torch.float64, device=part.shard.device) if total is None else total
-            )
+            if total is None:
+                total = torch.zeros((), dtype=torch.float64, device=part.shard.device)
+            sums.setdefault(part.shard.placing, []).append(total)
         self._grads.finish()
         return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 

@@ -39,8 +39,8 @@ class Ranks:
 
     @staticmethod
     def of(optimizer: object, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of ``group``; where it is None, those of a ShardedLion's group, unless its parameters are sharded over
-        other ranks too; else all ranks.
+        """The ranks of ``group``; where it is None, those of a ShardedLion's group, unless its parameters are DTensors;
+        else all ranks.
 
         Raises:
             ValueError: this rank is not in the group.

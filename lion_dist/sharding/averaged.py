@@ -65,20 +65,8 @@ class AveragedGradients:
         """
         if not self.left or not params:
             return
-        device = params[0].device
-        vector = torch.arange(min(_CHUNK, max(p.numel() for p in params)), dtype=torch.float64, device=device).cos()
-        absent = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # no norm is negative
-        own = [
-            absent if g is None else _sketch(laid_out_like(g, p), vector) for p, g in zip(params, grads, strict=True)
-        ]
-        unlike, evidence = [], False
-        for i, of_ranks in enumerate(gathered(torch.stack(own), self._group).transpose(0, 1).tolist()):
-            sketches = {rank: sketch for rank, sketch in enumerate(of_ranks) if sketch[0] != -1.0}
-            evidence = evidence or any(norm != 0 for norm, _ in sketches.values())
-            first = min(sketches, default=0)
-            others = [rank for rank in sketches if not _close(sketches[first], sketches[rank])]
-            if others:
-                unlike.append((i, first, others))
+        laid = [None if g is None else flat(laid_out_like(g, p)) for p, g in zip(params, grads, strict=True)]
+        unlike, evidence = compare(laid, params[0].device, self._group)
         if unlike:
             i, first, others = unlike[0]
             raise ValueError(
@@ -92,10 +80,39 @@ class AveragedGradients:
         self.left -= evidence
 
 
+def compare(
+    grads: Sequence[Tensor | None], device: torch.device, group: dist.ProcessGroup
+) -> tuple[list[tuple[int, int, list[int]]], bool]:
+    """Compares gradients over the ranks of a group; a collective call, for which the host waits.
+
+    Args:
+        grads: at least one, 1-D, on one device; the same numbers of elements on every rank.
+        device: the device.
+        group: the ranks.
+
+    Returns:
+        For each gradient that differs its index, the first rank that has it, and the ranks where it is another one than
+        there; and whether any rank has a gradient other than 0.
+    """
+    length = min(_CHUNK, max((g.numel() for g in grads if g is not None), default=0))
+    vector = torch.arange(length, dtype=torch.float64, device=device).cos()
+    absent = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # no norm is negative
+    own = [absent if g is None else _sketch(g, vector) for g in grads]
+    unlike, evidence = [], False
+    for i, of_ranks in enumerate(gathered(torch.stack(own), group).transpose(0, 1).tolist()):
+        sketches = {rank: sketch for rank, sketch in enumerate(of_ranks) if sketch[0] != -1.0}
+        evidence = evidence or any(norm != 0 for norm, _ in sketches.values())
+        first = min(sketches, default=0)
+        others = [rank for rank in sketches if not _close(sketches[first], sketches[rank])]
+        if others:
+            unlike.append((i, first, others))
+    return unlike, evidence
+
+
 def _sketch(grad: Tensor, vector: Tensor) -> Tensor:
     """Norm, and dot product with the vector, which is repeated every _CHUNK elements: float64, shape (2,)."""
     sums = torch.zeros(2, dtype=torch.float64, device=grad.device)
-    for chunk in flat(grad).split(_CHUNK):
+    for chunk in grad.split(_CHUNK):
         x = chunk.double()
         sums += torch.stack([x.dot(x), x.dot(vector[: x.numel()])])
     sums[0].sqrt_()

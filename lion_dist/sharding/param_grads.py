@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..fsdp import changes_of, is_dtensor, local, local_gradients, place_gradient
 from ..memory_order import flat, laid_out_like
-from .placeholder import Placeholder
+from .placeholder import placeholder_of
 
 
 class GradState(Enum):
@@ -196,7 +196,7 @@ class ParamGrads:
             self._records.pop(i, None)
 
     def _put_placeholder(self, i: int) -> None:
-        self._placeholder = self.params[i].grad = Placeholder.of(self.params[i])
+        self._placeholder = self.params[i].grad = placeholder_of(self.params[i])
         self._records[i] = self._placeholder, 0
 
     # Zeroing, and other parameters. There is no stand-in meanwhile --------------------------------

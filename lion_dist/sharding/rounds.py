@@ -13,6 +13,12 @@ A reduce-scatter reads its inputs and writes its outputs beside the current stre
 the current stream has waited for it; freed earlier, their memory could be handed out again and overwritten. At most
 IN_FLIGHT buckets are under way, so that the gradients that are kept take bounded memory. Whoever reads `Rounds.grads`
 calls `Rounds.finish` first.
+
+[Note: Streams of FSDP2]
+FSDP2 finishes gradients on a stream of its own and calls the hooks with that stream current. A bucket is launched on
+the stream that is current when its last gradient arrives, or on that of the backward, when it ends, or of the step. So
+every launch and every `finish` makes its stream wait for the others on which gradients have arrived or buckets have
+been launched. FSDP2's stream waits for the backward's before each reduction anyway, and so nothing is slower for it.
 """
 
 from __future__ import annotations
@@ -153,6 +159,10 @@ class Rounds:
         self._completed_tails: list[list[int]] = []  # for each bucket, the shards whose last tail it has
         self._seen: list[int] | None = []  # the order in which gradients arrive; None once buckets follow it
 
+        # Streams with work of this round, if it may have several; see [Note: Streams of FSDP2].
+        self._several_streams = any(s.placing.mesh is not None and s.device.type == "cuda" for s in shards)
+        self._streams: set[torch.cuda.Stream] = set()
+
         self._launched = 0  # number of buckets of the current round
         self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
         self._under_way: deque[_UnderWay] = deque()
@@ -209,6 +219,7 @@ class Rounds:
             expected: says for a parameter whether its bucket waits for its gradient.
         """
         self.finish()
+        self._streams.clear()
         self.state = RoundState.OPEN
         self._launched = 0
         self._awaited = [set(filter(expected, bucket)) for bucket in self._buckets]
@@ -218,6 +229,8 @@ class Rounds:
         gradient whose bucket has been launched stays in ``p.grad``."""
         if self._seen is not None:
             self._seen.append(i)
+        if self._several_streams:
+            self._streams.add(torch.cuda.current_stream(self._device))
         bucket = self._bucket_of[i]
         if bucket < self._launched:
             return
@@ -250,8 +263,18 @@ class Rounds:
 
     def finish(self, shard: int | None = None) -> None:
         """Makes what follows on the current stream see the averages of one shard, by its index, or of all."""
+        self._join_streams()
         while self._under_way and (shard is None or self._under_way[0].bucket <= self._last_bucket[shard]):
             self._finish_oldest()
+
+    def _join_streams(self) -> None:
+        """Makes the current stream wait for the others of this round. See [Note: Streams of FSDP2]."""
+        if not self._several_streams:
+            return
+        current = torch.cuda.current_stream(self._device)
+        for stream in self._streams - {current}:
+            current.wait_stream(stream)
+        self._streams.add(current)
 
     @torch.no_grad()  # a backward with create_graph=True enables gradients
     def _launch(self, takes: bool = True) -> None:
@@ -259,6 +282,7 @@ class Rounds:
         bucket = self._buckets[number]
         if takes:
             self._check(bucket)
+        self._join_streams()
         self._launched += 1
         if self._launched == len(self._buckets):
             self.state = RoundState.LAUNCHED

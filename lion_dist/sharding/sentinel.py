@@ -80,8 +80,8 @@ class Sentinel:
 
     @property
     def replaced(self) -> bool:
-        """Whether a new gradient has been put where the previous one was set to None, without a call of `look`: ask when
-        the sentinel's gradient has arrived, and then call `arrived`."""
+        """Whether a new gradient has been put where the previous one was set to None, and `look` was not called. Ask
+        when the sentinel's gradient has arrived, and then call `arrived`."""
         return not self._looked and self.watches and not self._grads.is_recorded_tensor(self.index)
 
     def arrived(self) -> None:

@@ -203,7 +203,8 @@ class Shard:
 
         Yields:
             Tensors on the CPU, in the shape that the column gives to the state of what this rank holds of the
-            parameter, and in its memory order. Where ``keep`` is False, this rank only contributes its part, and the dicts are empty.
+            parameter, and in its memory order. Where ``keep`` is False, this rank only contributes its part, and the
+            dicts are empty.
         """
         layout, rank = self.layout, dist.get_rank(group)
 
@@ -293,9 +294,9 @@ class Shard:
         return self.boxes(param, column, rank)
 
     def boxes(self, param: int, column: Column, rank: int) -> BoxTensor:
-        """A view of the part of a parameter's state that belongs to this rank's slices, as part of the state of the whole
-        parameter; of a DTensor's state that has blocks, as part of the state of what this rank holds. The first rank
-        has the box of one without elements."""
+        """A view of the part of a parameter's state that belongs to this rank's slices, in the shape of the whole
+        parameter's state; where a DTensor's state has blocks, in that of the state of what this rank holds. The first
+        rank has the box of one without elements."""
         p, part = self.params[param], self.locals[param]
         own = column.block == 1 and self.placing.mesh is not None
         shape, strides = _shape_and_strides(column, part)
