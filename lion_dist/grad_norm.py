@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,34 +57,34 @@ def clip_grad_norm_(
             gradient is a DTensor.
     """
     given = [parameters] if isinstance(parameters, (Tensor, Optimizer)) else list(parameters)
-    optimizers = [o for o in given if isinstance(o, ShardedLion)]
-    if optimizers and len(optimizers) == len(given):
-        return clip_optimizers(optimizers, max_norm, process_groups)
-    return _clip_parameters([_parameter(p, bool(optimizers)) for p in given], max_norm, process_groups)
+    if any(isinstance(o, Optimizer) for o in given):
+        return clip_optimizers(_sharded_lions(given), max_norm, process_groups)
+    return _clip_parameters(given, max_norm, process_groups)
 
 
-def _parameter(p: object, beside_optimizers: bool) -> Tensor:
-    """The argument, checked.
-
-    Raises:
-        TypeError: it is not a parameter, or stands beside ShardedLions.
-    """
-    if isinstance(p, Optimizer) and not isinstance(p, ShardedLion):
-        raise TypeError(
-            f"clip_grad_norm_() takes ShardedLions, got a {type(p).__name__}: give the parameters that it steps, "
-            'such as model.parameters(), or [p for group in optimizer.param_groups for p in group["params"]]'
-        )
-    if beside_optimizers:
-        raise TypeError(
-            "clip_grad_norm_() takes parameters or ShardedLions, got both, and cannot clip them together. Give the "
-            "other parameters to a ShardedLion too, whose process_group is the ranks that hold replicas of them"
-        )
-    if not isinstance(p, Tensor):
-        raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
-    return p
+def _sharded_lions(given: Sequence[Any]) -> list[ShardedLion]:
+    """Raises TypeError unless all are ShardedLions."""
+    for o in given:
+        if isinstance(o, Optimizer) and not isinstance(o, ShardedLion):
+            raise TypeError(
+                f"clip_grad_norm_() takes parameters or ShardedLions, got a {type(o).__name__}: give the parameters "
+                "that it steps, such as model.parameters() or [p for group in optimizer.param_groups for p in "
+                'group["params"]]'
+            )
+    for o in given:
+        if not isinstance(o, ShardedLion):
+            raise TypeError(
+                f"clip_grad_norm_() takes parameters or ShardedLions, got both: a {type(o).__name__} stands beside a "
+                "ShardedLion. Give the other parameters to a ShardedLion too, whose process_group is the ranks that "
+                "hold replicas of them"
+            )
+    return list(given)
 
 
-def _clip_parameters(params: Sequence[Tensor], max_norm: float, process_groups: Sequence[dist.ProcessGroup]) -> Tensor:
+def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     counted = local_gradients(params, [p.grad for p in params])

@@ -260,6 +260,14 @@ class Stepper:
                 summed += zip(placings, of_placings.unbind(), strict=True)
             return sum_over_meshes(summed)
 
+    def agree_on(self, total: Tensor, process_groups: Sequence[dist.ProcessGroup]) -> None:
+        """Sums over further groups, in place, and gives every rank the same bits."""
+        with self._membership.collective() as own:
+            for group in process_groups:
+                all_reduce_sum(total, group)
+            # Groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
+            broadcast_from_first([total], own)
+
     def clip(self, max_norm: float, measured: Measured, coefficient: Tensor) -> None:
         """Takes a coefficient, float32, shape (), for the gradients that were measured."""
         scale = coefficient if measured.scale is None else measured.scale * coefficient
@@ -295,35 +303,32 @@ def clip_together(
     Raises:
         ValueError: the ranks of the widest process group do not include those of all others.
     """
-    widest = _widest([stepper.group for stepper, _, _ in clipped])
-    measured = [stepper.measure(groups, adopt, widest) for stepper, groups, adopt in clipped]
+    widest = _widest([stepper for stepper, _, _ in clipped])
+    measured = [stepper.measure(groups, adopt, widest.group) for stepper, groups, adopt in clipped]
     if totals := [m.total for m in measured if m.total is not None]:
         total = torch.stack(totals).sum()
     else:
         device = next((local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]), "cpu")
         total = torch.zeros((), dtype=torch.float64, device=device)
-    for group in process_groups:
-        all_reduce_sum(total, group)
-    meshes = [shard.placing.mesh for stepper, _, _ in clipped for shard in stepper.shards]
-    if totals and (process_groups or len(clipped) > 1 or any(mesh is not None for mesh in meshes)):
-        # Groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
-        broadcast_from_first([total], widest)
+    sharded = [shard for stepper, _, _ in clipped for shard in stepper.shards if shard.placing.mesh is not None]
+    if process_groups or (totals and (len(clipped) > 1 or sharded)):
+        widest.agree_on(total, process_groups)
     norm, coefficient = clip_coefficient(total, max_norm)
     for (stepper, _, _), m in zip(clipped, measured, strict=True):
         stepper.clip(max_norm, m, coefficient)
     return norm
 
 
-def _widest(groups: Sequence[dist.ProcessGroup]) -> dist.ProcessGroup:
-    """The group whose ranks include those of all others.
+def _widest(steppers: Sequence[Stepper]) -> Stepper:
+    """The one whose group has the ranks of all others.
 
     Raises:
         ValueError: there is none.
     """
-    widest = max(groups, key=dist.get_world_size)
-    ranks = dist.get_process_group_ranks(widest)
-    for group in groups:
-        if not set(ranks).issuperset(own := dist.get_process_group_ranks(group)):
+    widest = max(steppers, key=lambda stepper: dist.get_world_size(stepper.group))
+    ranks = dist.get_process_group_ranks(widest.group)
+    for stepper in steppers:
+        if not set(ranks).issuperset(own := dist.get_process_group_ranks(stepper.group)):
             raise ValueError(
                 f"optimizers whose process groups have ranks {ranks} and {own} cannot be clipped together: expected "
                 "one group to have the ranks of all others, as that of the dense parameters has those of each expert"
