@@ -52,7 +52,8 @@ class ShardedLion(Optimizer):
     Args:
         params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
             device are broadcast and compared too, others once they are unfrozen.
-        process_group: the ranks that hold the replicas; None is the default group.
+        process_group: the ranks that hold the replicas; None is the default group. Parameters may be DTensors, as of
+            FSDP2 or tensor parallelism. The ranks then hold replicas of this rank's part, and none of the others.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
             2: the optimizer averages the gradients itself; do not wrap the model. Gradients are reduce-scattered in
@@ -259,9 +260,9 @@ class ShardedLion(Optimizer):
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
-            process_groups: groups whose ranks hold other parameters of the same model, such as those of tensor or
-                pipeline parallelism: the norm includes those. (A parameter that several ranks of such a group hold
-                counts once for each.)
+            process_groups: groups whose ranks hold other parameters of the same model, such as those of pipeline
+                parallelism: the norm includes those, and the meshes of DTensors in any case. (A parameter that several
+                ranks of such a group hold counts once for each.) Several optimizers: `lion_dist.clip_grad_norm_`.
 
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.
