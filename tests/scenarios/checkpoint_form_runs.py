@@ -64,8 +64,8 @@ def kept(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         state = {names[id(params[i])]: entry for i, entry in entries.items()}
     exact, momenta = {}, {}
     for name, entry in state.items():
-        entry = {key: t.cpu() for key, t in entry.items()}
-        p, remainder, m = weights[name].detach().cpu(), entry.get("remainder"), entry["exp_avg"]
+        entry = {key: t.to("cpu", copy=True) for key, t in entry.items()}  # the run goes on
+        p, remainder, m = weights[name].detach().to("cpu", copy=True), entry.get("remainder"), entry["exp_avg"]
         exact[name] = p.float() if remainder is None else codecs.join(p, remainder.short())
         momenta[name] = (
             codecs.decode(m.reshape(-1), entry["exp_avg_scale"]).view(m.shape) if m.dtype == torch.int8 else m.float()
