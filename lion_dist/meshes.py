@@ -56,6 +56,8 @@ class Placing(NamedTuple):
         Raises:
             ValueError: that is so, and ranks of ``widest`` are in the mesh too.
         """
+        if widest is group:
+            return False
         replicas, all_ranks = dist.get_process_group_ranks(group), set(dist.get_process_group_ranks(widest))
         in_mesh = {dist.get_rank()} if self.mesh is None else set(self.mesh.mesh.flatten().tolist())
         parts = len(in_mesh & all_ranks) // len(in_mesh.intersection(replicas))  # of the mesh, on ranks of widest

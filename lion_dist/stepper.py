@@ -328,7 +328,8 @@ def _widest(steppers: Sequence[Stepper]) -> Stepper:
     widest = max(steppers, key=lambda stepper: dist.get_world_size(stepper.group))
     ranks = dist.get_process_group_ranks(widest.group)
     for stepper in steppers:
-        if not set(ranks).issuperset(own := dist.get_process_group_ranks(stepper.group)):
+        own = dist.get_process_group_ranks(stepper.group)
+        if stepper is not widest and not set(ranks).issuperset(own):
             raise ValueError(
                 f"optimizers whose process groups have ranks {ranks} and {own} cannot be clipped together: expected "
                 "one group to have the ranks of all others, as that of the dense parameters has those of each expert"

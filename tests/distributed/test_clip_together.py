@@ -82,7 +82,7 @@ def body(rank: int, world_size: int) -> list[float]:
     over_both = [Kind(EXPERTS, [10 * n + 10, 10 * n + 11], [rank], grid["parts"]) for n in range(2)]
     dense_over_mesh = Kind(DENSE, [0, 1, 2], PARTS[part], grid["parts"])
     norms = []
-    for stage, sync in ((1, "params"), (2, "params"), (2, "signs")):
+    for stage, sync in ((1, "params"), (2, "signs")):
         for name, kinds, everywhere in (
             ("plain experts", [dense, experts[part]], [dense, *experts]),
             ("experts first", [experts[part], dense], [*experts, dense]),

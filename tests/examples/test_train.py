@@ -101,12 +101,16 @@ def body_meshes(rank: int, world_size: int, out: Path) -> None:
         assert tuple(p.device_mesh.shape) == (2, 2), name
         assert p.placements == (Replicate(), Shard(0)), name
         assert p.to_local().numel() == whole[name] // 2, name
-    for options, shards, replicas in (
-        ((), [0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]),
-        (("--replicas", "4"), [rank], [0, 1, 2, 3]),
-        (("--replicas", "1"), [0, 1, 2, 3], [rank]),
+    halves, nodes = [0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]
+    for ranks_of_node, options, shards, replicas in (
+        ("4", (), halves, nodes),
+        ("2", (), halves, nodes),
+        ("1", (), [rank], [0, 1, 2, 3]),
+        ("2", ("--replicas", "1"), [0, 1, 2, 3], [rank]),
     ):
-        strategy, whole = made("hybrid", *options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", ranks_of_node)
+            strategy, whole = made("hybrid", *options)
         for name, p in strategy.model.named_parameters():
             assert isinstance(p, DTensor), name
             assert p.device_mesh.mesh.tolist() == shards, name
