@@ -18,6 +18,7 @@ from torch import Tensor
 from ._torch_compat_distributed import dtensor_offset
 from .frozen import is_plain, takes_part
 from .fsdp import is_dtensor, local, placed_like
+from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import Box
 
 
@@ -88,6 +89,19 @@ def own_part(t: Any, p: Any) -> Any:
     if type(t) is not Tensor or t.shape != p.shape or not t.dim() or not is_plain(t):
         return t
     return placed_like(t[local_box(p).slices()].contiguous(), p)
+
+
+def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
+    """A part of what this rank holds of a tensor, if another tensor of the same shape is a BoxTensor.
+
+    Returns:
+        A view of ``whole``, with the boxes of ``part``.
+    """
+    if not isinstance(part, BoxTensor) or isinstance(whole, BoxTensor):
+        return whole
+    held, origin = local(whole), local_box(whole).offsets
+    parts = [held[box.slices(origin)] for box in part.boxes]
+    return BoxTensor(part.shape, part.boxes, parts, whole.dtype, held.device)
 
 
 def describe_part(p: Any) -> str:

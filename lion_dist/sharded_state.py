@@ -21,6 +21,7 @@ from ._torch_compat import load_state_dict_post_hooks
 from .fsdp import is_dtensor, local, placed_like
 from .intake import new_shards
 from .lion_state import order_free
+from .meshes import of_same_boxes
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
 from .sharding.box_tensor import BoxTensor
@@ -72,7 +73,7 @@ class ShardEntry(MutableMapping[str, Any]):
                 f"{own.dtype}, or give a whole state to load_state_dict, which converts it"
             )
         with torch.no_grad():
-            own.copy_(value)
+            own.copy_(of_same_boxes(value, own) if is_dtensor(value) else value)
 
     def __delitem__(self, key: str) -> None:
         if self._column(key) is not None:

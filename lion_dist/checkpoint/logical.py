@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .._torch_compat_distributed import flat_param_slices
 from ..fsdp import is_dtensor, local
-from ..meshes import local_box
 from ..sharding.box_tensor import BoxTensor
 
 
@@ -107,19 +106,6 @@ def like(t: Tensor, parts: Sequence[Tensor]) -> Tensor:
     if isinstance(t, BoxTensor):
         return BoxTensor(t.shape, t.boxes, parts, (parts[0] if parts else t).dtype, t.device)
     return _as_dtensor(t, parts[0]) if is_dtensor(t) else parts[0]
-
-
-def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
-    """A part of what this rank holds of a tensor, if another tensor of the same shape is a BoxTensor.
-
-    Returns:
-        A view of ``whole``, with the boxes of ``part``.
-    """
-    if not isinstance(part, BoxTensor) or isinstance(whole, BoxTensor):
-        return whole
-    held, origin = local(whole), local_box(whole).offsets
-    parts = [held[box.slices(origin)] for box in part.boxes]
-    return BoxTensor(part.shape, part.boxes, parts, whole.dtype, held.device)
 
 
 def _as_dtensor(like: Tensor, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..lion import Lion
+from ..meshes import of_same_boxes
 from ..param_groups import state_columns
 from ..sharded_lion import ShardedLion
 from ..state_dicts import FOREIGN_ENTRIES
@@ -20,7 +21,7 @@ from .codes import code_runs
 from .computed import Computed, DecodedMomentum, MasterWeight
 from .json_values import to_json
 from .keys import BESIDE, MASTER, MODEL, STATE
-from .logical import Logical, of_same_boxes, parts_of
+from .logical import Logical, parts_of
 from .manifest import BLOCK_BYTES
 from .names import Names
 from .ranks import Ranks, together
