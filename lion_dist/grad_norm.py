@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import foreach_mul_, foreach_norm
 from .dtensors import local, local_gradients
-from .meshes import Placing, refuse_ranks_of_meshes, sum_over_meshes
+from .meshes import Placing, refuse_counted, sum_over_meshes
 from .sharded_access import clip_optimizers
 from .sharded_lion import ShardedLion
 from .update.reference import clip_coefficient
@@ -88,7 +88,7 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Seq
             raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
-    refuse_ranks_of_meshes(map(Placing.of, params), process_groups)
+    refuse_counted(process_groups, map(Placing.of, params))
     counted = local_gradients(params, [p.grad for p in params])
     devices = {g.device for g in counted if g is not None} or {local(p).device for p in params} or {torch.device("cpu")}
     if len(devices) > 1:

@@ -128,12 +128,19 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
             over a dimension of their mesh that holds the group's ranks.
 
     Raises:
-        ValueError: other ranks of the group are in the mesh of a parameter, or FSDP2 offloads it to the CPU.
+        ValueError: other ranks of the group are in the mesh of a parameter, or this rank is not, or FSDP2 offloads it
+            to the CPU.
     """
     ranks, rank = set(dist.get_process_group_ranks(group)), dist.get_rank()
     known: dict[Placing, str] = {}
     for i, p in enumerate(params):
         placing = Placing.of(p) if takes_part(p) else Placing()
+        if placing.mesh is not None and placing.mesh.get_coordinate() is None:
+            raise ValueError(
+                f"parameter {i} of the group, shape {tuple(p.shape)}, is a DTensor on a mesh of ranks "
+                f"{placing.mesh.mesh.flatten().tolist()}, which rank {rank} is not in: give each rank the parameters "
+                "of which it holds a part"
+            )
         if placing not in known:
             known[placing] = _overlap(placing, ranks, rank, averaged)
         part = local(p)
@@ -173,18 +180,29 @@ def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> st
     )
 
 
-def refuse_ranks_of_meshes(placings: Iterable[Placing], groups: Iterable[dist.ProcessGroup]) -> None:
-    """Raises ValueError where a group has other ranks of a mesh: sums over the group and the mesh would count twice."""
-    meshes = {placing.mesh: None for placing in placings if placing.mesh is not None}
+def refuse_counted(
+    groups: Iterable[dist.ProcessGroup], placings: Iterable[Placing], own: Iterable[dist.ProcessGroup] = ()
+) -> None:
+    """Checks that a norm does not count elements twice.
+
+    Args:
+        groups: further groups that the norm is to include.
+        placings: the placings of the parameters, over whose meshes it sums.
+        own: the optimizers' process groups, over which it sums too.
+
+    Raises:
+        ValueError: one of ``groups`` has other ranks of these.
+    """
+    here = dist.get_rank() if dist.is_initialized() else 0
+    counted = {r for mesh in {placing.mesh for placing in placings} if mesh for r in mesh.mesh.flatten().tolist()}
+    counted = counted.union(*map(dist.get_process_group_ranks, own)) - {here}
     for group in groups:
-        others = set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
-        for mesh in meshes:
-            if shared := others & set(mesh.mesh.flatten().tolist()):
-                raise ValueError(
-                    f"process_groups has a group with ranks {sorted(shared)} of the mesh of some parameters: the norm "
-                    "includes the meshes of DTensors by itself. Give only groups whose ranks hold other parameters, "
-                    "such as those of pipeline stages"
-                )
+        if shared := counted.intersection(dist.get_process_group_ranks(group)):
+            raise ValueError(
+                f"process_groups has a group with ranks {sorted(shared)}, which the norm includes by itself: it sums "
+                "over a ShardedLion's process group and the meshes of DTensors. Give only groups whose ranks hold "
+                "other parameters, such as those of pipeline stages"
+            )
 
 
 def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:

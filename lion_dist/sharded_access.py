@@ -27,7 +27,9 @@ def agreeing(
         call: what follows the name of the class.
         params: the parameters; None: those of the optimizer.
     """
-    return agree(optimizer._group, mesh_groups(optimizer._params() if params is None else params), f"ShardedLion{call}")
+    if params is None:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+    return agree(optimizer.process_group, mesh_groups(params), f"ShardedLion{call}")
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:

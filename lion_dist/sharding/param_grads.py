@@ -165,6 +165,10 @@ class ParamGrads:
         """Whether ``p.grad`` is as autograd last left it."""
         return self.is_recorded_tensor(i) and changes_of(self._records[i][0]) == self._records[i][1]
 
+    def changes(self, i: int) -> int:
+        """How often ``p.grad`` has been changed since it was recorded; 0 if it is another tensor."""
+        return changes_of(self._records[i][0]) - self._records[i][1] if self.is_recorded_tensor(i) else 0
+
     # The stand-in -------------------------------------------------------------------------------
 
     def keep_filled(self, i: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import SPEC, DisableTorchFunctionSubclass, amp_unscale_, data_getter
-from ..dtensors import is_dtensor, local
+from ..dtensors import is_dtensor, local, placed_like
 
 ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
@@ -89,5 +89,12 @@ def _dtensor_placeholder() -> Any:
                         t.changes += 1
             with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+
+        def __deepcopy__(self, memo: Any) -> Tensor:
+            copied: Tensor = placed_like(local(self).clone(), self)
+            return copied
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return placed_like(local(self), self).__reduce_ex__(protocol)
 
     return DTensorPlaceholder

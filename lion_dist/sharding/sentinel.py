@@ -12,7 +12,7 @@ another tensor, or the same one with another version.
   traces, which would look like autograd's own work afterwards. `ParamGrads` records what autograd has left.
 - A frozen parameter takes no such hook, and FSDP2, which adds to the gradients of its parameters itself, calls none. A
   zeroing before the next addition then shows as another tensor in ``p.grad`` than the recorded one (see
-  `Sentinel.replaced`).
+  `Sentinel.replaced`), and other changes as more than FSDP2's one (see `Sentinel.arrived`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..dtensors import is_dtensor
 from .param_grads import GradState, ParamGrads
 from .placeholder import ADVICE
+
+_CHANGED = f"p.grad of a parameter was changed after gradients had been reduced. {ADVICE}"
 
 
 class Sentinel:
@@ -85,8 +88,15 @@ class Sentinel:
         return not self._looked and self.watches and not self._grads.is_recorded_tensor(self.index)
 
     def arrived(self) -> None:
-        """Takes note that the sentinel's gradient has arrived."""
-        self._looked = False
+        """Takes note that the sentinel's gradient has arrived.
+
+        Raises:
+            RuntimeError: `look` was not called, and more has changed the gradient than FSDP2's one addition.
+        """
+        looked, self._looked = self._looked, False
+        unseen = not looked and self.watches and is_dtensor(self._grads.params[self.index])
+        if unseen and self._grads.changes(self.index) > 1:
+            raise RuntimeError(_CHANGED)
 
     @property
     def zeroed(self) -> bool:
@@ -109,7 +119,7 @@ class Sentinel:
         if grads.states[i] is GradState.LOCAL and not grads.is_recorded_tensor(i):
             grads.accept(i)  # The user made it: no gradient had left, so any parameter became the sentinel.
             return False
-        raise RuntimeError(f"p.grad of a parameter was changed after gradients had been reduced. {ADVICE}")
+        raise RuntimeError(_CHANGED)
 
     def remove(self) -> None:
         """Stops watching, and removes the placeholder."""

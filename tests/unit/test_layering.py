@@ -166,7 +166,8 @@ def test_the_wings_meet_only_in_the_sharded_optimizer_and_its_protocols() -> Non
         return any(within(n, f"lion_dist.{wing}") and not within(n, "lion_dist.update.state") for n in imports(path))
 
     both = {str(path.relative_to(PACKAGE)) for path in FILES if uses(path, "update") and uses(path, "sharding")}
-    assert both == {"sharded_lion.py", "stepper.py", "grad_source.py", "param_sync.py", "intake.py"}
+    optimizer = {"sharded_lion.py", "stepper.py", "grad_source.py", "param_sync.py", "intake.py"}
+    assert both == {*optimizer, "plain_beside_sharded.py"}
 
 
 def test_every_folder_is_installed() -> None:
