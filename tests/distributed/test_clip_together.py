@@ -184,6 +184,17 @@ def bad_input(rank: int, world_size: int) -> float:
     for optimizer in (everywhere, row, column, sharded):  # nothing was clipped
         optimizer.step()
         assert all((local(p.detach()) == 1 + i - LR).all() for i, p in enumerate(optimizer.param_groups[0]["params"]))
+    # The mesh of DTensors, here of ranks 0 and 1 or 2 and 3, counts by itself.
+    of_mesh = sharded.param_groups[0]["params"]
+    for given in (sharded, [sharded], of_mesh):
+        with pytest.raises(
+            ValueError, match=rf"ranks \[{rank ^ 1}\] of the mesh of some parameters: the norm includes"
+        ):
+            lion_dist.clip_grad_norm_(given, 1.0, [rows[rank // 2]])
+    for p in of_mesh:
+        p.grad = torch.ones_like(p)
+    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), [columns[rank % 2]])
+    assert norm.item() == pytest.approx((2 * (40 * 33 + 5)) ** 0.5, rel=1e-6)
     # One optimizer is clipped as by its own method: 600 elements.
     lone = made(None, [nn.Parameter(torch.ones(600, device=device))])
     expected = lone.clip_grad_norm_(float("inf"))
