@@ -52,8 +52,7 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: ``max_norm`` is not > 0, the gradients are on several devices, a group of ``process_groups`` has
-            ranks of a mesh, or no ShardedLion's process group has
-            the ranks of all others.
+            ranks of a mesh, or no ShardedLion's process group has the ranks of all others.
         TypeError: parameters stand beside ShardedLions, there are other optimizers, or only one of a parameter and its
             gradient is a DTensor.
     """

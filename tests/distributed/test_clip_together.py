@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import lion_dist
-from lion_dist import Lion, ShardedLion
+from lion_dist import Lion, ShardedLion, stepper
+from lion_dist.meshes import sum_over_meshes
 from lion_dist.update import reference
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
@@ -50,6 +51,10 @@ class Kind(NamedTuple):
     def own(self, t: Tensor) -> Tensor:
         """This rank's part of a whole tensor."""
         return t if self.mesh is None else distribute_tensor(t, self.mesh, [Shard(0)]).to_local()
+
+    def idle(self, step: int) -> bool:
+        """Whether nobody uses the parameters in a step: experts that no token has chosen."""
+        return step == 2 and self.mesh is None and self.replicas == PARTS[1]
 
     def averages(self, step: int, device: torch.device) -> list[Tensor]:
         shapes = [torch.empty(shape, device=device) for shape in self.shapes]
@@ -107,17 +112,22 @@ def train(
     lions = [Lion(of_kind, lr=LR) for of_kind in copies]
     norms = []
     for step in range(3):
-        losses = [kind.give_gradients(own, step, rank, stage) for kind, own in zip(kinds, params, strict=True)]
+        losses = [
+            kind.give_gradients(own, step, rank, stage)
+            for kind, own in zip(kinds, params, strict=True)
+            if not kind.idle(step)
+        ]
         if stage == 2:
             torch.stack(losses).sum().backward()
-        grads = [g for kind in everywhere for g in kind.averages(step, device)]
+        used = [(of_kind, kind) for of_kind, kind in zip(copies, everywhere, strict=True) if not kind.idle(step)]
+        grads = [g for _, kind in used for g in kind.averages(step, device)]
         total = torch.stack([reference.sum_of_squares(g) for g in grads]).sum()
         norm, scale = reference.clip_coefficient(total, 5.0)
         assert scale < 1
         if step == 1:  # a second call clips what is clipped
             lion_dist.clip_grad_norm_(optimizers, float("inf"))
         assert_same_bits(lion_dist.clip_grad_norm_(iter(optimizers), 5.0), norm, f"{what}, norm")
-        for p, g in zip([p for of_kind in copies for p in of_kind], grads, strict=True):
+        for p, g in zip([p for of_kind, _ in used for p in of_kind], grads, strict=True):
             p.grad = g * scale
         for optimizer in (*optimizers, *lions):
             optimizer.step()
@@ -141,7 +151,7 @@ def test_experts_beside_dense_parameters(tmp_path: Path) -> None:
     assert all(n == norms[0] for n in norms)
 
 
-def bad_input(rank: int, world_size: int) -> None:
+def bad_input(rank: int, world_size: int) -> float:
     device = device_of(rank, world_size)
     rows, columns = ([dist.new_group(ranks) for ranks in halves] for halves in ([[0, 1], [2, 3]], PARTS))
     grid = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicas", "parts"))
@@ -174,13 +184,32 @@ def bad_input(rank: int, world_size: int) -> None:
     for optimizer in (everywhere, row, column, sharded):  # nothing was clipped
         optimizer.step()
         assert all((local(p.detach()) == 1 + i - LR).all() for i, p in enumerate(optimizer.param_groups[0]["params"]))
+    # The mesh of DTensors, here of ranks 0 and 1 or 2 and 3, counts by itself.
+    of_mesh = sharded.param_groups[0]["params"]
+    for given in (sharded, [sharded], of_mesh):
+        with pytest.raises(
+            ValueError, match=rf"ranks \[{rank ^ 1}\] of the mesh of some parameters: the norm includes"
+        ):
+            lion_dist.clip_grad_norm_(given, 1.0, [rows[rank // 2]])
+    for p in of_mesh:
+        p.grad = torch.ones_like(p)
+    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), [columns[rank % 2]])
+    assert norm.item() == pytest.approx((2 * (40 * 33 + 5)) ** 0.5, rel=1e-6)
     # One optimizer is clipped as by its own method: 600 elements.
     lone = made(None, [nn.Parameter(torch.ones(600, device=device))])
     expected = lone.clip_grad_norm_(float("inf"))
     assert expected.item() == pytest.approx(600**0.5, rel=1e-6)
     for given in (lone, [lone]):
         assert_same_bits(lion_dist.clip_grad_norm_(given, float("inf")), expected)
+    # Groups may add in other orders. All ranks take the first one's sum, or their steps would be refused.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepper, "sum_over_meshes", lambda sums: sum_over_meshes(sums) * (1 + rank))
+        norm = lion_dist.clip_grad_norm_([column, everywhere], 1.0)
+    column.step()
+    everywhere.step()
+    return norm.item()
 
 
-def test_bad_input(tmp_path: Path) -> None:
-    run_ranks(bad_input, RANKS, tmp_path)
+def test_bad_input_and_sums_that_differ(tmp_path: Path) -> None:
+    norms = run_ranks(bad_input, RANKS, tmp_path)
+    assert norms == [norms[0]] * RANKS
