@@ -2,8 +2,8 @@
 
 Triton 3.6 puts its own functions in the place of all those of ``triton.language`` when a kernel is launched, which is
 needed, and again at every call of a function by the kernel, which finds them in place already. It also makes a table of
-all dtypes whenever it looks one up. Both together take 40 % of the time of a test, and change nothing that a kernel
-computes.
+all dtypes whenever it looks one up. Both together take a third of the time of a test, and change nothing that a
+kernel computes.
 """
 
 from __future__ import annotations
