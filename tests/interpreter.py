@@ -31,7 +31,7 @@ def speed_up() -> None:
     modules: dict[Any, set[int]] = {}  # that a function sees
     patched: set[int] = set()  # in the present launch
 
-    class Scope(interpreter._LangPatchScope):
+    class Scope(interpreter._LangPatchScope):  # type: ignore[misc]
         """What a launch restores when it ends."""
 
         def restore(self) -> None:
