@@ -7,8 +7,11 @@ import os
 import pytest
 import torch
 
+from tests import interpreter
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.speed_up()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
 # Empty records by the thousand, which pytest would print below a failure under torch.compile.

@@ -37,6 +37,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.speed_up()  # in the fork server too
+
 DEADLINE_S = 400.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=180)
 

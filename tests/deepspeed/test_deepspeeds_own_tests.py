@@ -83,9 +83,17 @@ def passes_deepspeeds_test(a: Tensor, b: Tensor) -> bool:
     return bool((a.float().norm() - b.float().norm()).abs() <= 1e-2 * a.float().norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
-def test_ten_steps_on_random_gradients(dtype: torch.dtype) -> None:
-    for size in SIZES if dtype == torch.float32 else SIZES[:-1]:  # the last is compiled, for each mix of dtypes anew
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        pytest.param(torch.float16, SIZES[:-1], id="fp16"),
+        pytest.param(torch.float32, SIZES[:-1], id="fp32"),
+        # It is compiled, as in tests/unit/test_compiled.py.
+        pytest.param(torch.float32, SIZES[-1:], id="fp32-long", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_ten_steps_on_random_gradients(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    for size in sizes:
         expected = by_the_rule(size, dtype)
         assert_same_bits(trained(ours, size, dtype), expected, f"{size}")
         for other in (ours, Idle, upside_down):
@@ -98,6 +106,7 @@ def assert_equal_but_for_ties(a: Tensor, b: Tensor) -> None:
     assert apart <= 1e-4 * a.numel(), f"{apart} of {a.numel()} weights are a step apart"
 
 
+@pytest.mark.exhaustive  # DeepSpeed may have to compile it again, which takes minutes
 @needs_cpu_lion
 def test_ten_steps_beside_deepspeeds_lion_for_cpus() -> None:
     from deepspeed.ops.lion import DeepSpeedCPULion

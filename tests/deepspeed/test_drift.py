@@ -22,7 +22,7 @@ from .common import engine_of, make_config, micro_steps, needs_cpu_lion, start_d
 
 skip_module_without("deepspeed")
 
-STEPS, LR = 20, 1e-2
+STEPS, LR = 8, 1e-2
 USED = 7  # of 37 rows
 
 

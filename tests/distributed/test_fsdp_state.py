@@ -34,6 +34,7 @@ from tests.scenarios.fsdp_wrapping import fsdp1_way, shard_fsdp2, wrap_fsdp1
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNTIED = {"tied": False}
+SAVED_AT = 3  # one step of these uses what the others do not, and so does one of the two that follow
 
 
 def fp32_momentum(model: nn.Module) -> Lion:
@@ -59,7 +60,7 @@ def body_save(rank: int, world_size: int, folder: Path) -> None:
     place = Place(rank, world_size, device_of(rank, world_size))
     for name, way in ways(place).items():
         model, optimizer, twin = way.start(place)
-        train(way, place, range(5), model, optimizer, twin)
+        train(way, place, range(SAVED_AT), model, optimizer, twin)
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / name / "sharded")
         flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
@@ -105,10 +106,12 @@ def load_broadcast(model: nn.Module, optimizer: Lion, folder: Path) -> None:
 LOADS: list[Callable[[nn.Module, Lion, Path], None]] = [load_sharded, load_flattened, load_whole, load_broadcast]
 
 
-def body_resume(rank: int, world_size: int, folder: Path) -> None:
+def body_resume(rank: int, world_size: int, folder: Path, every: bool) -> None:
+    """Without ``every`` each way's loads are shared out: half of them on one rank, the others on several."""
     place = Place(rank, world_size, device_of(rank, world_size))
-    for name, way in ways(place).items():
-        for load in LOADS if len(way.dtypes) > 1 else LOADS[:2]:
+    for number, (name, way) in enumerate(ways(place).items()):
+        loads = LOADS if len(way.dtypes) > 1 else LOADS[:2]
+        for load in loads if every else loads[(number // 2 + (world_size == 1)) % 2 :: 2]:
             what = f"{name}, {load.__name__} on {world_size}"
             try:
                 check_resume(what, way, place, folder / name, load)
@@ -126,7 +129,7 @@ def check_resume(
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # all that is right afterwards has been loaded
-    for step in range(5):
+    for step in range(SAVED_AT):
         twin.step([step], 2)
     load(model, optimizer, folder)
     assert_same_as(twin, model, optimizer, f"{what}: loaded")
@@ -135,16 +138,17 @@ def check_resume(
         g["momentum_dtype"] for g in twin.optimizer.param_groups
     ]
     twin.zeros = isinstance(model, FSDP)
-    train(way, place, range(5, 8), model, optimizer, twin)
+    train(way, place, range(SAVED_AT, SAVED_AT + 2), model, optimizer, twin)
     assert_same_as(twin, model, optimizer, what)
 
 
-def test_save_on_two_ranks_load_on_four_and_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_save_on_two_ranks_load_on_four_and_one(every: bool, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
     run_ranks(body_save, 2, tmp_path, (folder,))
     for world_size in (4, 1):
-        run_ranks(body_resume, world_size, tmp_path, (folder,))
+        run_ranks(body_resume, world_size, tmp_path, (folder, every))
 
 
 def body_doors(rank: int, world_size: int) -> None:

@@ -36,7 +36,7 @@ from tests.scenarios.toy import hash_of
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
 # FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks.
 OVER_TWO_DIMENSIONS = ("hsdp", "tp")
-FIRST, MORE = 3, 5  # steps before a checkpoint, and after it
+FIRST, MORE = 3, 2  # steps before a checkpoint, and after it
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "embedding": ((37, 29), torch.float32),

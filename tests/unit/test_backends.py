@@ -42,6 +42,9 @@ SHAPES: list[tuple[int, ...]] = [
     (0,), (), (1,), (127,), (128,), (129,), (2047,), (2048,), (2049,), (8191,), (8192,), (8193,), (20000,),
     (3, 0, 2), (37, 19), (2, 3, 5, 7),
 ]  # fmt: skip
+# The interpreter takes as long for a tile as torch for a million elements; where the cuts are depends on no dtype.
+FEW_SHAPES: list[tuple[int, ...]] = [(0,), (), (129,), (2047,), (8193,), (37, 19)]
+OF_ALL_SHAPES = ((F32, F32, F32), (F16, F16, F16))
 
 
 def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
@@ -65,13 +68,22 @@ def compare(columns: StepTensors, use_triton: bool, steps: int) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("mix", INTERPRETED, ids=name)
 def test_interpreter(mix: Mix) -> None:
+    compare(tensors(mix, SHAPES if mix in OF_ALL_SHAPES else FEW_SHAPES), use_triton=True, steps=2)
+
+
+@needs_interpreter
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mix", [mix for mix in INTERPRETED if mix not in OF_ALL_SHAPES], ids=name)
+def test_interpreter_on_all_shapes(mix: Mix) -> None:
     compare(tensors(mix, SHAPES), use_triton=True, steps=2)
 
 
 @needs_interpreter
+@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("mix", [(F32, F32, F32), (F16, F16, F32), (F16, BF16, F16)], ids=name)
-def test_interpreter_for_twenty_steps(mix: Mix) -> None:
-    compare(tensors(mix, [(), (129,), (2049,), (8193,)]), use_triton=True, steps=20)
+def test_interpreter_for_several_steps(mix: Mix, steps: int) -> None:
+    """Each parameter is left out in some steps, and takes part in those after them."""
+    compare(tensors(mix, [(), (129,), (2049,), (8193,)]), use_triton=True, steps=steps)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=name)

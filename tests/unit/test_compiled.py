@@ -130,7 +130,7 @@ def test_more_graphs_than_torch_makes_by_itself(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     threads, before = torch.get_num_threads(), graphs()
     try:
-        for count in (1, 2, 3, 4):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             for dtype in (F32, BF16, F16):
                 columns = tensors((F32, dtype, F32), [(COMPILE_FROM,)])
@@ -138,7 +138,7 @@ def test_more_graphs_than_torch_makes_by_itself(monkeypatch: pytest.MonkeyPatch)
     finally:
         torch.set_num_threads(threads)
     assert not compiled.step_.failed
-    assert graphs() - before == 12
+    assert graphs() - before == 9
 
 
 @pytest.mark.usefixtures("fresh_compile")
