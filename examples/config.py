@@ -34,7 +34,8 @@ class Config:
     """Every option of a run; the defaults are those of the preset `tiny`."""
 
     strategy: Annotated[str, Option(f"how the work is distributed over the ranks: {', '.join(STRATEGIES)}")] = "zero2"
-    param_sync: Annotated[str, Option("what zero1 and zero2 gather: auto, params or signs")] = "auto"
+    param_sync: Annotated[str, Option("what zero1, zero2 and hybrid gather: auto, params or signs")] = "auto"
+    replicas: Annotated[int, Option("copies of the model under hsdp and hybrid; 0: one on each node", least=0)] = 0
     deepspeed_config: Annotated[Path | None, Option("DeepSpeed's JSON file, for the strategy deepspeed")] = None
     data: Annotated[Path | None, Option("a file or folder; if absent, the Python standard library's sources")] = None
     out: Annotated[Path | None, Option("folder of checkpoint and curve; if absent, runs/<strategy>")] = None

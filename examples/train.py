@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 2 examples/train.py --resume        the same, after a crash or SIGTERM
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc_per_node 2 --max_restarts 3 examples/train.py
                                                                   continues by itself after a crash
+    torchrun --nproc_per_node 4 examples/train.py --strategy hybrid --replicas 2
+                                                                  each half of the ranks shards a copy of the model
     python examples/train.py --strategy single                    one process
     torchrun --nproc_per_node 2 examples/train.py --dtype bf16 --master-weights --momentum int8
                                                                   bfloat16 weights that learn as float32 weights do
@@ -57,7 +59,7 @@ def find_world(config: Config) -> World:
     """Reads what torchrun has set (without torchrun: a single process) and selects this rank's device.
 
     Raises:
-        ValueError: there are more processes than the strategy or the machine allows.
+        ValueError: the strategy or the machine does not allow this number of processes.
     """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, size, local_rank, local_size = (int(os.environ.get(name, alone)) for name, alone in names.items())
@@ -65,6 +67,11 @@ def find_world(config: Config) -> World:
         raise ValueError(
             f"--strategy single is for one process, but WORLD_SIZE is {size}: start it as "
             "`python examples/train.py --strategy single`, or choose another strategy"
+        )
+    if config.replicas and size % config.replicas:
+        raise ValueError(
+            f"--replicas {config.replicas} does not divide the {size} processes: give a divisor of it, or leave it out "
+            "for one replica on each node"
         )
     if config.device == "cpu":
         # torchrun gives every rank one thread. Divide the cores among the ranks instead.

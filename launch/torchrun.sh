@@ -11,6 +11,7 @@
 #   JOB             a name that no other job on HEAD_NODE and PORT uses at the time (lion)
 #
 #   HEAD_NODE=node1 NODES=2 launch/torchrun.sh --out runs/two-nodes --resume
+#   HEAD_NODE=node1 NODES=2 launch/torchrun.sh --out runs/hybrid --strategy hybrid    FSDP2 in each node, signs between
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${HEAD_NODE:?set it to the host name of one of the nodes}" "${NODES:?set it to the number of nodes}"

@@ -1,33 +1,47 @@
-"""Clipping of gradients that `Lion` steps: plain tensors and DTensors of any number of meshes, in one call."""
+"""Clipping of gradients together: plain tensors and DTensors of any number of meshes, or several ShardedLions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import foreach_mul_, foreach_norm
-from .fsdp import is_dtensor, local, local_gradients
+from .fsdp import local, local_gradients
+from .meshes import Placing, sum_over_meshes
+from .sharded_access import clip_optimizers
+from .sharded_lion import ShardedLion
 from .update.reference import clip_coefficient
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()
+    parameters: Tensor | ShardedLion | Iterable[Tensor] | Iterable[ShardedLion],
+    max_norm: float,
+    process_groups: Sequence[dist.ProcessGroup] = (),
 ) -> Tensor:
-    """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``, in place.
+    """Clips the gradients of all parameters, or of several ShardedLions, together to a 2-norm of at most ``max_norm``.
 
-    Unlike ``torch.nn.utils.clip_grad_norm_`` it takes DTensors of several meshes, and DTensors beside plain tensors.
-    Each element counts once: a plain tensor counts as replicated, a DTensor by its placements. It is a collective call:
+    Parameters are those of a `Lion`, or of any optimizer that reads ``p.grad``, which is scaled in place. Unlike
+    ``torch.nn.utils.clip_grad_norm_`` it takes DTensors of several meshes, and DTensors beside plain tensors. Each
+    element counts once: a plain tensor counts as replicated, a DTensor by its placements. It is a collective call:
     every dimension of every mesh, and every process group, makes one all-reduce. All ranks must give parameters on the
     same meshes, in the same order.
 
-    The norm is a sum of squares in float64, rounded once. `ShardedLion` has its own ``clip_grad_norm_``.
+    ShardedLions are given themselves, in the same order on every rank, and clipped by one coefficient as their own
+    ``clip_grad_norm_`` does it. Their process groups may differ: one must have the ranks of all others. Ranks that a
+    narrower group lacks are taken to hold other parameters, as with experts beside dense parameters; give
+    ``process_groups`` only for parts of the model on ranks outside the widest group. Each element counts once.
+
+    The norm is a sum of squares in float64, rounded once.
 
     Args:
-        parameters: parameters, of which those without a gradient are left out; on one device.
+        parameters: parameters, of which those without a gradient are left out; on one device. Or one or several
+            ShardedLions.
         max_norm: > 0; infinite: the gradients are only measured.
         process_groups: groups whose ranks hold other parts of the model, such as the stages of a pipeline, or FSDP1's
             parts of flat parameters.
@@ -37,12 +51,42 @@ def clip_grad_norm_(
         wait for it.
 
     Raises:
-        ValueError: ``max_norm`` is not > 0, or the gradients are on several devices.
-        TypeError: only one of a parameter and its gradient is a DTensor.
+        ValueError: ``max_norm`` is not > 0, the gradients are on several devices, or no ShardedLion's process group has
+            the ranks of all others.
+        TypeError: parameters stand beside ShardedLions, there are other optimizers, or only one of a parameter and its
+            gradient is a DTensor.
     """
+    given = [parameters] if isinstance(parameters, (Tensor, Optimizer)) else list(parameters)
+    if any(isinstance(o, Optimizer) for o in given):
+        return clip_optimizers(_sharded_lions(given), max_norm, process_groups)
+    return _clip_parameters(given, max_norm, process_groups)
+
+
+def _sharded_lions(given: Sequence[Any]) -> list[ShardedLion]:
+    """Raises TypeError unless all are ShardedLions."""
+    for o in given:
+        if isinstance(o, Optimizer) and not isinstance(o, ShardedLion):
+            raise TypeError(
+                f"clip_grad_norm_() takes parameters or ShardedLions, got a {type(o).__name__}: give the parameters "
+                "that it steps, such as model.parameters() or [p for group in optimizer.param_groups for p in "
+                'group["params"]]'
+            )
+    for o in given:
+        if not isinstance(o, ShardedLion):
+            raise TypeError(
+                f"clip_grad_norm_() takes parameters or ShardedLions, got both: a {type(o).__name__} stands beside a "
+                "ShardedLion. Give the other parameters to a ShardedLion too, whose process_group is the ranks that "
+                "hold replicas of them"
+            )
+    return list(given)
+
+
+def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     counted = local_gradients(params, [p.grad for p in params])
     devices = {g.device for g in counted if g is not None} or {local(p).device for p in params} or {torch.device("cpu")}
     if len(devices) > 1:
@@ -65,26 +109,15 @@ def _total(params: Sequence[Tensor], grads: Sequence[Tensor | None], device: tor
         grads: this rank's part of each gradient, in the placements of its parameter, or None.
         device: their device.
     """
-    by_mesh: dict[object, list[Tensor]] = {None: []}  # None: plain tensors
+    by_placing: dict[Placing, list[Tensor]] = {Placing(): []}
     for p, g in zip(params, grads, strict=True):
-        mesh = p.device_mesh if is_dtensor(p) else None  # type: ignore[attr-defined]
-        own = by_mesh.setdefault(mesh, [])
-        if g is not None and g.numel() and (mesh is None or _counts_here(p)):
+        own = by_placing.setdefault(Placing.of(p), [])
+        if g is not None and g.numel():
             own.append(g)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for mesh, own in by_mesh.items():
-        of_mesh = torch.zeros_like(total)
-        if own:
-            of_mesh += torch.stack(foreach_norm(own, 2, dtype=torch.float64)).square().sum()
-        if mesh is not None:
-            for dimension in range(mesh.ndim):  # type: ignore[attr-defined]
-                dist.all_reduce(of_mesh, group=mesh.get_group(dimension))  # type: ignore[attr-defined]
-        total += of_mesh
-    return total
+    return sum_over_meshes((placing, _sum_of_squares(own, device)) for placing, own in by_placing.items())
 
 
-def _counts_here(p: Tensor) -> bool:
-    """Whether this rank counts its part of a DTensor: of replicas, the first counts."""
-    coordinate = p.device_mesh.get_coordinate()  # type: ignore[attr-defined]
-    placements = p.placements  # type: ignore[attr-defined]
-    return all(not placement.is_replicate() or at == 0 for placement, at in zip(placements, coordinate, strict=True))
+def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(foreach_norm(grads, 2, dtype=torch.float64)).square().sum()

@@ -47,6 +47,31 @@ class Placing(NamedTuple):
             return True
         return not any(r and at for r, at in zip(self.replicated, self.mesh.get_coordinate(), strict=True))
 
+    def is_part_of(self, widest: dist.ProcessGroup, group: dist.ProcessGroup) -> bool:
+        """Whether ranks of a wider process group hold other parameters than those that are placed so.
+
+        Args:
+            widest: the wider group.
+            group: the ranks that hold replicas of what this rank holds. ``widest`` includes them.
+
+        Raises:
+            ValueError: that is so, and ranks of ``widest`` are in the mesh too.
+        """
+        if widest is group:
+            return False
+        replicas, all_ranks = dist.get_process_group_ranks(group), set(dist.get_process_group_ranks(widest))
+        in_mesh = {dist.get_rank()} if self.mesh is None else set(self.mesh.mesh.flatten().tolist())
+        parts = len(in_mesh & all_ranks) // len(in_mesh.intersection(replicas))  # of the mesh, on ranks of widest
+        if parts * len(replicas) == len(all_ranks):
+            return False
+        if parts == 1:
+            return True
+        raise ValueError(
+            f"of ranks {sorted(all_ranks)}, the process group of one optimizer, some are in the mesh of DTensors of "
+            f"another one (ranks {sorted(in_mesh)}; its process group has ranks {replicas}), and others hold other "
+            "parameters: expected all of these ranks to hold parts of the DTensors, or only replicas"
+        )
+
     @property
     def is_elsewhere(self) -> bool:
         """Whether this rank is not the first of the mesh."""

@@ -22,7 +22,7 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import check_last_steps
+from .sharded_access import check_last_steps, clip_optimizers
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
 from .sharding.agreement import Agreement, meet
@@ -52,7 +52,8 @@ class ShardedLion(Optimizer):
     Args:
         params: as for `Lion`, dense and on one device. Frozen ones may be anything; those that are dense and on that
             device are broadcast and compared too, others once they are unfrozen.
-        process_group: the ranks that hold the replicas; None is the default group.
+        process_group: the ranks that hold the replicas; None is the default group. Parameters may be DTensors, as of
+            FSDP2 or tensor parallelism. The ranks then hold replicas of this rank's part, and none of the others.
         stage: 1: the gradients in ``p.grad`` are averaged over the ranks before step(), as by DistributedDataParallel,
             and are None on all ranks or on none. The first two steps compare them over the ranks.
             2: the optimizer averages the gradients itself; do not wrap the model. Gradients are reduce-scattered in
@@ -259,16 +260,14 @@ class ShardedLion(Optimizer):
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
-            process_groups: groups whose ranks hold other parameters of the same model, such as those of tensor or
-                pipeline parallelism: the norm includes those. (A parameter that several ranks of such a group hold
-                counts once for each.)
+            process_groups: groups whose ranks hold other parameters of the same model, such as those of pipeline
+                parallelism: the norm includes those, and the meshes of DTensors in any case. (A parameter that several
+                ranks of such a group hold counts once for each.) Several optimizers: `lion_dist.clip_grad_norm_`.
 
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.
         """
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        return self._stepper.clip(max_norm, process_groups, self.param_groups, self._adopt)
+        return clip_optimizers([self], max_norm, process_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used.

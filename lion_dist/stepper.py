@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -27,6 +28,20 @@ from .update.segments import Segment, StepTensors
 # Shards frozen parameters, given by their indices, that take part by now; a collective call. It is an argument of each
 # call, since an optimizer whose bound method is kept would live until the garbage collector finds the cycle.
 Adopt = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The gradients of an optimizer, measured to be clipped.
+
+    Attributes:
+        total: float64, shape (): their sum of squares over all ranks, as they would be stepped with; None if the
+            optimizer has no shards.
+        scale: float32, shape (): the factor by which they are clipped already; None is 1.
+    """
+
+    total: Tensor | None
+    scale: Tensor | None
 
 
 class Stepper:
@@ -195,10 +210,13 @@ class Stepper:
 
     # Clipping -----------------------------------------------------------------------------------
 
-    def clip(
-        self, max_norm: float, process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group], adopt: Adopt
-    ) -> Tensor:
-        """Clips all gradients together; see `ShardedLion.clip_grad_norm_`, and `step` for the other arguments."""
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that hold the replicas."""
+        return self._membership.group
+
+    def measure(self, groups: Sequence[Group], adopt: Adopt, widest: dist.ProcessGroup) -> Measured:
+        """The gradients' sum of squares over all ranks; see `clip_together`, and `step` for the other arguments."""
         self._membership.check()
         before = self._clipping
         if before is not None and any(self._membership.any_rank(self._changed_since(before))):
@@ -209,13 +227,9 @@ class Stepper:
         sums = self._sums_of_squares(tensors)
         if before is None:
             self._grads.check(tensors)
-            norm, scale = clip_coefficient(self._total(sums, process_groups, groups), max_norm)
         else:  # what counts is the gradient as it would be stepped
-            total = self._total(sums, process_groups, groups) * before.scale.double().square()
-            norm, coefficient = clip_coefficient(total, max_norm)
-            scale = before.scale * coefficient
-        self.set_clipping(Clipping(max_norm, scale, self._grads.snapshot()))
-        return norm
+            sums = {placing: total * before.scale.double().square() for placing, total in sums.items()}
+        return Measured(self._total(sums, widest), None if before is None else before.scale)
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
         """The sum of squares of this rank's part of the gradients, by the placing of the parameters: float64, shape
@@ -230,25 +244,34 @@ class Stepper:
         self._grads.finish()
         return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 
-    def _total(
-        self, sums: Mapping[Placing, Tensor], process_groups: Sequence[dist.ProcessGroup], groups: Sequence[Group]
-    ) -> Tensor:
-        """The sum over all ranks, of the parameters' meshes and these process groups too."""
-        own = self._membership.group
+    def _total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
+        """The sum over all ranks, of the parameters' meshes too; None if there are no shards."""
+        if not sums:
+            return None
+        own = self.group
+        by_group: dict[dist.ProcessGroup, list[Placing]] = {}
+        for placing in sums:
+            by_group.setdefault(widest if placing.is_part_of(widest, own) else own, []).append(placing)
+        summed: list[tuple[Placing, Tensor]] = []
         with self._membership.collective():
-            if sums:
-                of_placings = torch.stack(list(sums.values()))
-                all_reduce_sum(of_placings, own)
-                total = sum_over_meshes(zip(sums, of_placings.unbind(), strict=True))
-            else:
-                device = next((local(p).device for group in groups for p in group["params"]), "cpu")
-                total = torch.zeros((), dtype=torch.float64, device=device)
+            for group, placings in by_group.items():
+                of_placings = torch.stack([sums[placing] for placing in placings])
+                all_reduce_sum(of_placings, group)
+                summed += zip(placings, of_placings.unbind(), strict=True)
+            return sum_over_meshes(summed)
+
+    def agree_on(self, total: Tensor, process_groups: Sequence[dist.ProcessGroup]) -> None:
+        """Sums over further groups, in place, and gives every rank the same bits."""
+        with self._membership.collective() as own:
             for group in process_groups:
                 all_reduce_sum(total, group)
-            if sums and (process_groups or any(placing.mesh is not None for placing in sums)):
-                # Other groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
-                broadcast_from_first([total], own)
-        return total
+            # Groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
+            broadcast_from_first([total], own)
+
+    def clip(self, max_norm: float, measured: Measured, coefficient: Tensor) -> None:
+        """Takes a coefficient, float32, shape (), for the gradients that were measured."""
+        scale = coefficient if measured.scale is None else measured.scale * coefficient
+        self.set_clipping(Clipping(max_norm, scale, self._grads.snapshot()))
 
     def set_clipping(self, clipping: Clipping | None) -> None:
         """Takes clipping, on every rank, or drops it."""
@@ -258,6 +281,60 @@ class Stepper:
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""
         return not clipping.fits() or bool(self._frozen.unfrozen())
+
+
+def clip_together(
+    clipped: Sequence[tuple[Stepper, Sequence[Group], Adopt]],
+    max_norm: float,
+    process_groups: Sequence[dist.ProcessGroup],
+) -> Tensor:
+    """Clips all gradients of one or several optimizers together; a collective call for the ranks of all of them.
+
+    Each optimizer adds up over its own ranks. Ranks that another one's group has beyond those hold other parameters,
+    and it then adds up over that group instead, so that every element counts once.
+
+    Args:
+        clipped: each optimizer's stepper, with the arguments of `Stepper.step`; in the same order on every rank.
+        max_norm, process_groups: as for `ShardedLion.clip_grad_norm_`.
+
+    Returns:
+        The norm before clipping: float32, shape ().
+
+    Raises:
+        ValueError: the ranks of the widest process group do not include those of all others.
+    """
+    widest = _widest([stepper for stepper, _, _ in clipped])
+    measured = [stepper.measure(groups, adopt, widest.group) for stepper, groups, adopt in clipped]
+    if totals := [m.total for m in measured if m.total is not None]:
+        total = torch.stack(totals).sum()
+    else:
+        device = next((local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]), "cpu")
+        total = torch.zeros((), dtype=torch.float64, device=device)
+    sharded = [shard for stepper, _, _ in clipped for shard in stepper.shards if shard.placing.mesh is not None]
+    if process_groups or (totals and (len(clipped) > 1 or sharded)):
+        widest.agree_on(total, process_groups)
+    norm, coefficient = clip_coefficient(total, max_norm)
+    for (stepper, _, _), m in zip(clipped, measured, strict=True):
+        stepper.clip(max_norm, m, coefficient)
+    return norm
+
+
+def _widest(steppers: Sequence[Stepper]) -> Stepper:
+    """The one whose group has the ranks of all others.
+
+    Raises:
+        ValueError: there is none.
+    """
+    widest = max(steppers, key=lambda stepper: dist.get_world_size(stepper.group))
+    ranks = dist.get_process_group_ranks(widest.group)
+    for stepper in steppers:
+        own = dist.get_process_group_ranks(stepper.group)
+        if stepper is not widest and not set(ranks).issuperset(own):
+            raise ValueError(
+                f"optimizers whose process groups have ranks {ranks} and {own} cannot be clipped together: expected "
+                "one group to have the ranks of all others, as that of the dense parameters has those of each expert"
+            )
+    return widest
 
 
 def _check_columns(shard: Shard, groups: Sequence[Group]) -> None:

@@ -9,6 +9,7 @@ from strategies.deepspeed import DeepSpeed
 from strategies.fsdp1 import FSDP1
 from strategies.fsdp2 import FSDP2
 from strategies.hsdp import HSDP
+from strategies.hybrid import Hybrid
 from strategies.single import Single
 from strategies.zero1 import Zero1
 from strategies.zero2 import Zero2
@@ -21,5 +22,6 @@ STRATEGIES: dict[str, type[Single]] = {
     "fsdp1": FSDP1,
     "fsdp2": FSDP2,
     "hsdp": HSDP,
+    "hybrid": Hybrid,
     "deepspeed": DeepSpeed,
 }

@@ -28,13 +28,15 @@ class FSDP2(FSDP):
         return model
 
     def make_optimizer(self, groups: Groups, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        # fully_shard has replaced the parameters that the groups were made from.
+        return super().make_optimizer(self.after_sharding(groups), lr, betas)
+
+    def after_sharding(self, groups: Groups) -> Groups:
+        """The groups with the parameters by which fully_shard has replaced those that the groups were made from."""
         parameters = dict(self.model.named_parameters())
-        sharded = [
+        return [
             {**group, "params": [parameters[name] for name in names]}
             for group, names in zip(groups, self.names, strict=True)
         ]
-        return super().make_optimizer(sharded, lr, betas)
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:

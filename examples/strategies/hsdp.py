@@ -1,5 +1,6 @@
-"""FSDP2 over a 2-D mesh (HSDP): parameters are sharded over the ranks of a node, and replicated over the nodes. On a
-single node with four ranks or more, two halves of them take the place of nodes."""
+"""FSDP2 over a 2-D mesh (HSDP): parameters are sharded over the ranks of a node, and replicated over the nodes.
+`--replicas` says how many parts of the ranks take the place of nodes. On a single node with four ranks or more two
+halves do, without it."""
 
 import os
 
@@ -14,8 +15,8 @@ class HSDP(FSDP2):
 
     def mesh(self, device_type: str) -> DeviceMesh:
         ranks = dist.get_world_size()
-        self.replicas = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        if self.replicas == 1 and ranks >= 4 and ranks % 2 == 0:
+        self.replicas = self.config.replicas or ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        if not self.config.replicas and self.replicas == 1 and ranks >= 4 and ranks % 2 == 0:
             self.replicas = 2
         names = ("replicate", "shard")
         return init_device_mesh(device_type, (self.replicas, ranks // self.replicas), mesh_dim_names=names)

@@ -11,12 +11,15 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lion_dist import checkpoint
+from tests.asserts import momentum_parts
 from tests.examples.runs import (
     LAST_LINE,
     ROOT,
@@ -57,43 +60,82 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     # FSDP: from the beginning, and then each strategy goes on from the last but one checkpoint of the one before it.
     out = tmp_path / "fsdp1"
     assert run_well(2, out, "--strategy", "fsdp1")[0] == pytest.approx(losses["ddp"], abs=2e-3)
+    resumed = {}
     for strategy, ranks, step, every in (
-        ("fsdp2", 2, 18, 3), ("zero2", 2, 21, 2), ("hsdp", 4, 22, 6), ("ddp", 3, 22, 6), ("single", 0, 22, 6),
+        ("fsdp2", 2, 18, 3), ("zero2", 2, 21, 2), ("hsdp", 4, 22, 6), ("hybrid", 4, 22, 6), ("ddp", 3, 22, 6),
+        ("single", 0, 22, 6),
     ):  # fmt: skip
         shutil.rmtree(checkpoint.latest(out))
         assert step_of(out) == step
         loss = run_well(ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every))[0]
+        resumed[strategy] = loss
         if ranks == 2:  # else a step's data are others
             assert loss == pytest.approx(losses["ddp"], abs=2e-3), strategy
         assert step_of(out) == 24
+    assert resumed["hybrid"] == pytest.approx(resumed["hsdp"], abs=2e-3)  # of the same data
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def body_hsdp(rank: int, world_size: int, out: Path) -> None:
+def body_meshes(rank: int, world_size: int, out: Path) -> None:
     sys.path.insert(0, str(ROOT / "examples"))
     from config import Config, make_parser
     from model import GPT
     from strategies import STRATEGIES
     from train import parameter_groups
 
-    given = arguments(out, "--strategy", "hsdp")
-    options = vars(make_parser(given).parse_args(given))
-    del options["preset"]
-    config = Config(**options)
-    model = GPT(config.model()).to(device_of(rank, world_size))
-    whole = {name: p.numel() for name, p in model.named_parameters()}
-    strategy = STRATEGIES["hsdp"](model, parameter_groups(model, 0.1), config)
+    def made(name: str, *more: str) -> tuple[Any, dict[str, int]]:
+        """A strategy, and the number of elements of each parameter."""
+        given = arguments(out, "--strategy", name, *more)
+        options = vars(make_parser(given).parse_args(given))
+        del options["preset"]
+        config = Config(**options)
+        model = GPT(config.model()).to(device_of(rank, world_size))
+        whole = {name: p.numel() for name, p in model.named_parameters()}
+        return STRATEGIES[name](model, parameter_groups(model, 0.1), config), whole
+
+    strategy, whole = made("hsdp")
     for name, p in strategy.model.named_parameters():
         assert isinstance(p, DTensor), name
         assert tuple(p.device_mesh.shape) == (2, 2), name
         assert p.placements == (Replicate(), Shard(0)), name
         assert p.to_local().numel() == whole[name] // 2, name
+    halves, nodes = [0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]
+    for ranks_of_node, options, shards, replicas in (
+        ("4", (), halves, nodes),
+        ("2", (), halves, nodes),
+        ("1", (), [rank], [0, 1, 2, 3]),
+        ("2", ("--replicas", "1"), [0, 1, 2, 3], [rank]),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", ranks_of_node)
+            strategy, whole = made("hybrid", *options)
+        for name, p in strategy.model.named_parameters():
+            assert isinstance(p, DTensor), name
+            assert p.device_mesh.mesh.tolist() == shards, name
+            assert p.placements == (Shard(0),), name
+        assert dist.get_process_group_ranks(strategy.optimizer.process_group) == replicas
+        momenta = torch.tensor(sum(part.numel() for part in momentum_parts(strategy.optimizer)))
+        dist.all_reduce(momenta)
+        assert momenta == sum(whole.values()), "each element on one rank"
 
 
-def test_hsdp_shards_within_halves(tmp_path: Path) -> None:
-    run_ranks(body_hsdp, 4, tmp_path, (tmp_path,))
+def test_meshes_of_hsdp_and_hybrid(tmp_path: Path) -> None:
+    run_ranks(body_meshes, 4, tmp_path, (tmp_path,))
+
+
+@spawn_only
+@on_proc
+def test_a_killed_hybrid_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    short = ("--steps", "12", "--checkpoint-every", "2", "--layers", "1", "--seq-len", "16", "--eval-windows", "4")
+    precision = ("--dtype", "bf16", "--master-weights", "--momentum", "int8", "--param-sync", "signs")
+    options = ("--strategy", "hybrid", *short, *precision)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_well(4, whole, *options)
+    assert kill_after_checkpoint(4, killed, *options) < 12
+    run_well(4, killed, "--resume", *options)
+    assert_same_checkpoint(killed, whole)
 
 
 @spawn_only
@@ -196,6 +238,8 @@ def test_bad_options_say_what_to_do(
         (["--steps", "0"], "--steps must be at least 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--beta2", "1"], "--beta2 must be less than 1"),
+        (["--replicas", "-1"], "--replicas must be at least 0"),
+        (["--replicas", "2"], "--replicas 2 does not divide the 1 processes"),
     ):
         assert message in refused(*options)
         assert not checkpoint.checkpoints(out)
