@@ -23,6 +23,7 @@ from tests.scenarios.hybrid import (
     BF16,
     F32,
     Case,
+    HybridToy,
     Twins,
     check_whole,
     groups_of,
@@ -99,7 +100,8 @@ def body_added(rank: int, world_size: int) -> None:
         for step in range(2, 4):
             grads = [coefficient("late", copy, step, r, 2) for r in range(2)]
             # Its gradients are those of the replicas: nothing else averages them.
-            (late * distribute_tensor(grads[rank // 2], mesh["shard"])).sum().full_tensor().backward()
+            loss: Any = (late * distribute_tensor(grads[rank // 2], mesh["shard"])).sum()
+            loss.full_tensor().backward()
             copy.grad = (grads[0] + grads[1]) / 2
             twins.step(step)
             twins.check("with another group")
@@ -182,6 +184,25 @@ def body_whole(rank: int, world_size: int, folder: Path) -> None:
                 for name, p in model.named_parameters():
                     expected = whole(twins.hsdp.get_parameter(name))
                     assert_same_bits(local(p), part_of(expected, p), f"{what}, a step later: {name}")
+
+
+def body_master_weights(rank: int, world_size: int) -> None:
+    """Those that a float32 model gives, as HSDP's Lion takes them."""
+    for sync in ("signs", "params"):
+        twins = Twins(Case(sync=sync, dtypes=(BF16,), options=MASTER), mesh_of(2, 2))
+        exact = HybridToy(device_of(rank, world_size), seed=5)
+        twins.optimizer.take_master_weights(exact.named_parameters())
+        assert twins.hsdp_lion is not None
+        for lion in (twins.hsdp_lion, twins.single_lion):
+            lion.take_master_weights(exact.named_parameters())
+        twins.check(f"{sync}, taken")
+        twins.check_state(f"{sync}, taken")
+        twins.step(0)
+        twins.check(f"{sync}, a step later")
+
+
+def test_take_master_weights(tmp_path: Path) -> None:
+    run_ranks(body_master_weights, 4, tmp_path)
 
 
 def test_replicas_astray(tmp_path: Path) -> None:
