@@ -39,7 +39,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion
-from lion_dist.fsdp import local
+from lion_dist.dtensors import local
 from lion_dist.update.backends.chunks import Chunks
 from lion_dist.update.codecs import BLOCK
 

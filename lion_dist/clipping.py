@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from .fsdp import changes_of
+from .dtensors import changes_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import foreach_mul_, foreach_norm
-from .fsdp import local, local_gradients
-from .meshes import Placing, sum_over_meshes
+from .dtensors import local, local_gradients
+from .meshes import Placing, refuse_ranks_of_meshes, sum_over_meshes
 from .sharded_access import clip_optimizers
 from .sharded_lion import ShardedLion
 from .update.reference import clip_coefficient
@@ -44,14 +44,15 @@ def clip_grad_norm_(
             ShardedLions.
         max_norm: > 0; infinite: the gradients are only measured.
         process_groups: groups whose ranks hold other parts of the model, such as the stages of a pipeline, or FSDP1's
-            parts of flat parameters.
+            parts of flat parameters. The meshes of DTensors count by themselves, and are refused here.
 
     Returns:
         The norm before clipping: float32, shape (), on the gradients' device, the same on every rank. The host does not
         wait for it.
 
     Raises:
-        ValueError: ``max_norm`` is not > 0, the gradients are on several devices, or no ShardedLion's process group has
+        ValueError: ``max_norm`` is not > 0, the gradients are on several devices, a group of ``process_groups`` has
+            ranks of a mesh, or no ShardedLion's process group has
             the ranks of all others.
         TypeError: parameters stand beside ShardedLions, there are other optimizers, or only one of a parameter and its
             gradient is a DTensor.
@@ -87,6 +88,7 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Seq
             raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
+    refuse_ranks_of_meshes(map(Placing.of, params), process_groups)
     counted = local_gradients(params, [p.grad for p in params])
     devices = {g.device for g in counted if g is not None} or {local(p).device for p in params} or {torch.device("cpu")}
     if len(devices) > 1:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .clipping import same_gradients
+from .dtensors import local_gradients
 from .frozen import takes_part
-from .fsdp import local_gradients
 from .plain_beside_sharded import PlainGradients
 from .sharding.averaged import AveragedGradients
 from .sharding.collectives import Membership

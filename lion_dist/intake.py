@@ -5,13 +5,15 @@ Frozen parameters wait in `FrozenParams` and are sharded once they are unfrozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .dtensors import local
 from .frozen import is_plain, takes_part
-from .fsdp import local, refuse_flat
+from .fsdp import refuse_flat
 from .meshes import check_orthogonal, describe_part
 from .param_groups import (
     Group,
@@ -47,6 +49,28 @@ def own_rank(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup
     if rank < 0:
         raise ValueError("this rank is not in process_group; make the optimizer on the group's ranks only")
     return group, rank
+
+
+def listed(params: Any) -> tuple[Any, list[Tensor]]:
+    """An optimizer's argument ``params`` in a form that can be read again, and the tensors in it. What torch refuses is
+    left to it."""
+
+    def kept(items: Any) -> Any:
+        return list(items) if isinstance(items, Iterator) else items
+
+    params = kept(params)
+    if isinstance(params, (list, tuple)):
+        params = [{**g, "params": kept(g["params"])} if isinstance(g, dict) and "params" in g else g for g in params]
+    found, todo = [], [params]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            todo.append(item.get("params"))
+        elif isinstance(item, (list, tuple)):
+            todo += reversed(item)
+    return params, found
 
 
 def check_new(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup, averaged: bool) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._torch_compat import disable_dynamo
+from .dtensors import is_dtensor
 from .frozen import takes_part
-from .fsdp import is_dtensor, is_flat_view, new_state
+from .fsdp import is_flat_view, new_state
 from .lion_state import as_shown, copy_columns
 from .master_weights import NamedTensors, find, put
 from .members import Members

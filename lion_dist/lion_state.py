@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fsdp import is_dtensor, is_flat_view, local, new_state, placed_like
+from .dtensors import is_dtensor, local, placed_like
+from .fsdp import is_flat_view, new_state
 from .momentum_codes import decoded
 from .param_groups import Group, state_columns
 from .saved_momentum import shows_float32

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dtensors import is_dtensor, local, placed_like
 from .dtypes import dtype_name
 from .frozen import is_freed, takes_part
-from .fsdp import is_dtensor, is_flat_view, local, misfit
+from .fsdp import is_flat_view, misfit
 from .hyper_values import shown
+from .meshes import of_same_boxes
 from .param_groups import Group, names_of, state_columns
 from .param_names import without_wrappers
 from .update.codecs import split
@@ -73,7 +75,8 @@ def put(found: Sequence[MasterWeight], remainder_of: Callable[[Tensor], Tensor])
         rounded, r = split(weight)
         part.copy_(rounded)
         if keeps_remainder:
-            local(remainder_of(p)).copy_(r)
+            own = remainder_of(p)
+            local(own).copy_(local(of_same_boxes(placed_like(r, p), own)))
     dtensors = [p for _, p, _, _ in found if is_dtensor(p)]
     torch.autograd.graph.increment_version(dtensors)  # only the versions of their local tensors have risen
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .fsdp import local_gradients, locals_of
+from .dtensors import local_gradients, locals_of
 from .update.segments import StepTensors
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._torch_compat_distributed import dtensor_offset
+from .dtensors import is_dtensor, local, placed_like
 from .frozen import is_plain, takes_part
-from .fsdp import is_dtensor, local, placed_like
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import Box
 
@@ -86,9 +86,15 @@ def local_box(p: Any) -> Box:
 
 def own_part(t: Any, p: Any) -> Any:
     """What this rank holds of a whole tensor in the shape of a DTensor, placed as that is; anything else as it is."""
-    if type(t) is not Tensor or t.shape != p.shape or not t.dim() or not is_plain(t):
+    if type(t) is not Tensor or t.shape != p.shape or not is_plain(t):
         return t
     return placed_like(t[local_box(p).slices()].contiguous(), p)
+
+
+def mesh_groups(params: Iterable[Any]) -> list[dist.ProcessGroup]:
+    """The process groups of all dimensions, of more than one rank, of the meshes of DTensors, in their order."""
+    meshes = {p.device_mesh: None for p in params if is_dtensor(p)}
+    return [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
 
 
 def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
@@ -165,6 +171,20 @@ def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> st
         + ("" if averaged else "Stage 2 averages over the replicas itself, so FSDP2 must not. ")
         + "Over a model that is sharded over all ranks, use lion_dist.Lion"
     )
+
+
+def refuse_ranks_of_meshes(placings: Iterable[Placing], groups: Iterable[dist.ProcessGroup]) -> None:
+    """Raises ValueError where a group has other ranks of a mesh: sums over the group and the mesh would count twice."""
+    meshes = {placing.mesh: None for placing in placings if placing.mesh is not None}
+    for group in groups:
+        others = set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
+        for mesh in meshes:
+            if shared := others & set(mesh.mesh.flatten().tolist()):
+                raise ValueError(
+                    f"process_groups has a group with ranks {sorted(shared)} of the mesh of some parameters: the norm "
+                    "includes the meshes of DTensors by itself. Give only groups whose ranks hold other parameters, "
+                    "such as those of pipeline stages"
+                )
 
 
 def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:

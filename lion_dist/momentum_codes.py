@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .fsdp import local, placed_like
+from .dtensors import local, placed_like
 from .memory_order import flat, is_dense, laid_out_like
 from .update import codecs
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._torch_compat import is_traceable_wrapper_subclass
+from .dtensors import local
 from .frozen import is_plain, takes_part
-from .fsdp import local
 from .hyper_values import to_betas, to_count, to_dtype, to_flag, to_float, to_lr, to_weight_decay
 from .memory_order import may_overlap
 from .update.codecs import BLOCK, seed_of

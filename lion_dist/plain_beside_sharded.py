@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .memory_order import flat, laid_out_like
+from .meshes import mesh_groups
 from .sharding.averaged import compare
 from .sharding.collectives import Membership
 from .sharding.shard import Shard
@@ -36,8 +37,7 @@ class PlainGradients:
     def set_shards(self, shards: Sequence[Shard]) -> None:
         """Takes other shards. Compares again, if there are both kinds."""
         self._plain = [i for i, shard in enumerate(shards) if shard.placing.mesh is None]
-        meshes = dict.fromkeys(shard.placing.mesh for shard in shards if shard.placing.mesh is not None)
-        self._groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
+        self._groups = mesh_groups(shard.params[0] for shard in shards)
         self._left = STEPS if self._plain and self._groups else 0
 
     def check(self, tensors: Sequence[StepTensors], wait: Callable[[], None] = lambda: None) -> None:

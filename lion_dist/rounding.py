@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensors import local
 from .frozen import is_plain, takes_part
-from .fsdp import local
 from .hyper_values import to_float
 from .memory_order import flat
 from .param_groups import Group, warn

@@ -9,16 +9,17 @@ rank converts if they are its own part. Remainders are int16, or the same intege
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dtensors import local
 from .dtypes import dtype_name
-from .fsdp import is_flat_view, local, misfit
+from .fsdp import is_flat_view, misfit
 from .hyper_values import shown
-from .meshes import local_box
+from .meshes import local_box, own_part
 from .momentum_codes import BLOCK, cast, decoded, decoded_run, encoded, encoded_run, in_order_of, scales_of
 from .param_groups import Group, state_columns
 from .sharding.box_tensor import BoxTensor
@@ -89,6 +90,25 @@ def in_kept_form(
     if REMAINDER in rest:
         rest[REMAINDER] = _integers(who, rest[REMAINDER], p)
     return {**found, **rest}
+
+
+def own_entry(entry: Mapping[str, Any], p: Tensor, columns: Container[str]) -> dict[str, Any]:
+    """An entry with this rank's part of each tensor that is whole, where its parameter is a DTensor.
+
+    Codes of the whole parameter are decoded: blocks are those of what a rank holds.
+
+    Args:
+        entry: the entry.
+        p: the parameter, a DTensor.
+        columns: names of the columns of its state.
+    """
+    found = dict(entry)
+    m, scale = found.get(EXP_AVG), found.get(EXP_AVG_SCALE)
+    if type(m) is type(scale) is Tensor and m.dtype == torch.int8 and m.shape == p.shape and is_readable(m):
+        found[EXP_AVG] = decoded(m, _checked_scales("of a whole parameter", m, scale, m), m)
+        found[EXP_AVG_SCALE] = torch.ones(())
+    # Of a parameter without dimensions, other entries may be numbers of a wrapper's own.
+    return {key: own_part(t, p) if p.dim() or key in columns else t for key, t in found.items()}
 
 
 def _fits(m: Tensor, p: Tensor) -> bool:

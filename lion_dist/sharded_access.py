@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .meshes import mesh_groups
+from .sharding.agreement import Agreement, agree
 from .stepper import clip_together
 from .update.state import StateColumn
 
 if TYPE_CHECKING:
     from .sharded_lion import ShardedLion
+
+
+def agreeing(
+    optimizer: ShardedLion, call: str, params: Iterable[Tensor] | None = None
+) -> AbstractContextManager[Agreement]:
+    """The agreement on a call, of which the ranks of the parameters' meshes learn too if it fails.
+
+    Args:
+        call: what follows the name of the class.
+        params: the parameters; None: those of the optimizer.
+    """
+    return agree(optimizer._group, mesh_groups(optimizer._params() if params is None else params), f"ShardedLion{call}")
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:

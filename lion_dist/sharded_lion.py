@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_stage, make_grad_source
-from .intake import FrozenParams, complete_new_group, describe_new, make_equal, new_shards, own_rank
+from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
 from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import check_last_steps, clip_optimizers
+from .sharded_access import agreeing, check_last_steps, clip_optimizers
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
-from .sharding.agreement import Agreement, meet
+from .sharding.agreement import meet
 from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import Shard, whole_state
@@ -86,10 +86,10 @@ class ShardedLion(Optimizer):
         momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False, maximize: bool = False,
     ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
-        self._constructed = False
-        with Agreement(self._group, "ShardedLion()") as agreement:
+        self._constructed, self._averaged = False, stage == 1  # whether something else averages over the group
+        params, tensors = listed(params)
+        with agreeing(self, "()", tensors) as agreement:
             check_stage(stage, bucket_mb)
-            self._averaged = stage == 1  # by something else, over the group
             check_param_sync(param_sync)
             check_use_triton(use_triton)
             defaults = make_defaults(
@@ -123,7 +123,7 @@ class ShardedLion(Optimizer):
             return self._append_group(param_group)
         before = len(self.param_groups)
         try:
-            with Agreement(self._group, "ShardedLion.add_param_group()") as agreement:
+            with agreeing(self, ".add_param_group()") as agreement:
                 self._append_group(param_group)
                 agreement.says(describe_new(self.param_groups, before, self._group))
             self._take_in(self.param_groups[-1]["params"])
@@ -184,7 +184,7 @@ class ShardedLion(Optimizer):
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call."""
         given = list(buffers)
-        with Agreement(self._group, "ShardedLion.broadcast_buffers()") as agreement:
+        with agreeing(self, ".broadcast_buffers()") as agreement:
             agreement.says(describe_dense(given, self._group))
         self._grads.settle()
         broadcast_dense(given, self._group)
@@ -342,7 +342,7 @@ class ShardedLion(Optimizer):
             RuntimeError: some ranks did not make the call within the group's time-out; it names them.
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        with Agreement(self._group, "ShardedLion.full_state_dict()") as agreement:
+        with agreeing(self, ".full_state_dict()") as agreement:
             check_last_steps(self)
             agreement.says([f"rank0_only={rank0_only}"])
         self._grads.settle()
@@ -370,7 +370,7 @@ class ShardedLion(Optimizer):
         """
         incoming = IncomingState(self.param_groups, self.defaults, self.state)
         with incoming.receiving(self):
-            with Agreement(self._group, "ShardedLion.load_state_dict()") as agreement:
+            with agreeing(self, ".load_state_dict()") as agreement:
                 check_is_dict(state_dict)
                 super().load_state_dict(state_dict)
                 incoming.check(self.param_groups, self._shards, self._group)
@@ -383,7 +383,7 @@ class ShardedLion(Optimizer):
             shard.take_state(incoming.state, self._group)
         self._stepper.set_clipping(None)
         self._deferred.clear()
-        with Agreement(self._group, "the post hooks of ShardedLion.load_state_dict()"):
+        with agreeing(self, ".load_state_dict(), its post hooks"):
             incoming.run_post_hooks(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

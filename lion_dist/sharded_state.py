@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
-from .fsdp import is_dtensor, local, placed_like
+from .dtensors import is_dtensor, local, placed_like
 from .intake import new_shards
 from .lion_state import order_free
 from .meshes import of_same_boxes

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ._torch_compat import value_like_param
+from .dtensors import is_dtensor, local
 from .dtypes import dtype_name
 from .frozen import is_freed, is_plain, takes_part
-from .fsdp import is_dtensor, is_flat_view, local, misfit
+from .fsdp import is_flat_view, misfit
 from .hyper_values import shown
-from .meshes import own_part
 from .param_groups import (
     Group,
     check_steppable,
@@ -31,7 +31,7 @@ from .param_groups import (
     warn_of_unknown_keys,
 )
 from .param_names import pair_groups
-from .saved_momentum import in_kept_form, shows_float32
+from .saved_momentum import in_kept_form, own_entry, shows_float32
 from .torch_entries import has_eight_bits, refuse_altered, without_empty
 from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
@@ -134,7 +134,7 @@ def check_and_wrap_state(
             _check_entry(i, entry, p, columns)
             entry = without_empty(entry)
             if subclasses and is_dtensor(p):
-                entry = {key: own_part(value, p) for key, value in entry.items()}
+                entry = own_entry(entry, p, {column.name for column in columns})
             refuse_altered(i, entry, eight_bits)
             casts = float32 and is_flat_view(p) and p.dtype == torch.bfloat16
             entry = in_kept_form(i, entry, p, columns, own, casts)

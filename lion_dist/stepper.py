@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .clipping import Clipping
-from .fsdp import local
+from .dtensors import local
 from .grad_source import GradSource
 from .intake import FrozenParams
-from .meshes import Placing, sum_over_meshes
+from .meshes import Placing, refuse_ranks_of_meshes, sum_over_meshes
 from .mismatch import mismatch, refusal
 from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
@@ -301,9 +301,11 @@ def clip_together(
         The norm before clipping: float32, shape ().
 
     Raises:
-        ValueError: the ranks of the widest process group do not include those of all others.
+        ValueError: the ranks of the widest process group do not include those of all others, or one of
+            ``process_groups`` has ranks of a mesh.
     """
     widest = _widest([stepper for stepper, _, _ in clipped])
+    refuse_ranks_of_meshes((shard.placing for stepper, _, _ in clipped for shard in stepper.shards), process_groups)
     measured = [stepper.measure(groups, adopt, widest.group) for stepper, groups, adopt in clipped]
     if totals := [m.total for m in measured if m.total is not None]:
         total = torch.stack(totals).sum()

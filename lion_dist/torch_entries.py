@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensors import is_dtensor, local
 from .frozen import is_freed
-from .fsdp import is_dtensor, local
 from .hyper_values import shown, to_dtype
 from .param_groups import Group
 from .sharding.box_tensor import BoxTensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..fsdp import is_dtensor
+from ..dtensors import is_dtensor
 from ..update.codecs import join
 from .codes import CodeRun, decode_at
 

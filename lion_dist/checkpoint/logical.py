@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_compat_distributed import flat_param_slices
-from ..fsdp import is_dtensor, local
+from ..dtensors import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
 
 

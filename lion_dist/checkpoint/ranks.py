@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from .._torch_compat_distributed import is_known_group, rank_steps
-from ..fsdp import is_dtensor
+from ..dtensors import is_dtensor
 from ..sharded_lion import ShardedLion
 from ..sharding.agreement import Agreement
 from ..sharding.collectives import group_timeout

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._torch_compat_distributed import dtensor_offset
+from ..dtensors import is_dtensor, local
 from ..dtypes import dtype_name
-from ..fsdp import is_dtensor, local
 from ..sharding.box_tensor import BoxTensor
 from .computed import Computed
 from .groups import difference

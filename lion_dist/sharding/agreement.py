@@ -6,8 +6,9 @@ key-value store, and use no device and no backend.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 
@@ -142,6 +143,22 @@ class Agreement:
             f"ranks {ranks} of the group did not make this collective call within the time-out of "
             f"{self._timeout.total_seconds():g} s. Call it on every rank. To continue, make a new process group"
         )
+
+
+@contextlib.contextmanager
+def agree(group: dist.ProcessGroup, others: Sequence[dist.ProcessGroup], what: str) -> Iterator[Agreement]:
+    """An `Agreement` of a group, whose failure the ranks of other groups learn of too.
+
+    Args:
+        group, what: as for `Agreement`.
+        others: process groups whose ranks make the same call, each within a group of its own. Such a rank raises
+            RuntimeError where the call has failed on a rank of these groups.
+    """
+    with contextlib.ExitStack() as outer:
+        for other in reversed(others):
+            outer.enter_context(Agreement(other, what))
+        with Agreement(group, what) as agreement:
+            yield agreement
 
 
 def meet(group: dist.ProcessGroup, call: str) -> None:

@@ -106,18 +106,24 @@ class GradHooks:
 class BackwardEnd:
     """Calls a method when the running backward ends, and another one if it raises.
 
+    FSDP2 reduces the gradients of some modules, such as the first, in callbacks of its own, one for each root module,
+    of which the last may have been registered after this object. Where ``after_others``, this one therefore registers
+    itself once more when it is called first, and so is behind all others.
+
     A reentrant checkpoint's backward counts as one of its own. Autograd drops its callbacks uncalled when a backward
     raises, so this object is then deleted before it has been called. See [Note: Callbacks keep nothing alive].
 
     Args:
         ended: a bound method, called within the backward, after all its gradients.
         raised: a bound method.
+        after_others: whether gradients arrive in other callbacks too.
 
     Raises:
         RuntimeError: under compiled autograd, which calls no callbacks.
     """
 
-    def __init__(self, ended: Callable[[], None], raised: Callable[[], None]) -> None:
+    def __init__(self, ended: Callable[[], None], raised: Callable[[], None], after_others: bool) -> None:
+        self._after_others = after_others
         self._raised: weakref.WeakMethod[Any] | None = None
         if in_compiled_autograd():
             raise RuntimeError(
@@ -130,6 +136,10 @@ class BackwardEnd:
 
     @disable_dynamo
     def __call__(self) -> None:
+        if self._after_others:
+            self._after_others = False
+            queue_backward_callback(self)
+            return
         method = self._ended()
         if method is not None:
             method()

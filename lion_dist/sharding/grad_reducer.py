@@ -179,7 +179,7 @@ class GradReducer:
         rounds.arrived(i)
 
     def _watch_pass(self, number: int) -> None:
-        BackwardEnd(self._pass_ended, self._backward_raised)
+        BackwardEnd(self._pass_ended, self._backward_raised, after_others=self._local.sharded)
         self._passes.add(number)
 
     def _watch_outer_pass(self) -> None:

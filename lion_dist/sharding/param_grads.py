@@ -27,7 +27,7 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from ..fsdp import changes_of, is_dtensor, local, local_gradients, place_gradient
+from ..dtensors import changes_of, is_dtensor, local, local_gradients, place_gradient
 from ..memory_order import flat, laid_out_like
 from .placeholder import placeholder_of
 
@@ -58,6 +58,7 @@ class ParamGrads:
 
     Attributes:
         states: state of each parameter's gradient.
+        sharded: whether any of the parameters is a DTensor.
         stand_in: index of the parameter whose ``p.grad`` is kept filled for the sentinel (see `keep_filled`), or -1.
     """
 
@@ -65,7 +66,7 @@ class ParamGrads:
         self.params = params
         self.states = [GradState.LOCAL] * len(params)
         self.stand_in = -1
-        self._sharded = any(map(is_dtensor, params))
+        self.sharded = any(map(is_dtensor, params))
         self._placeholder: Tensor | None = None
         # p.grad as autograd last left it, and its version then: for each SPLIT parameter and for the stand-in.
         self._records: dict[int, tuple[Tensor, int]] = {}
@@ -97,7 +98,7 @@ class ParamGrads:
 
     def arrived(self, i: int) -> None:
         """Takes note that autograd has added to ``p.grad``."""
-        if self._sharded:
+        if self.sharded:
             place_gradient(self.params[i])
         state = self.states[i]
         if state is GradState.LOCAL and i != self.stand_in:
@@ -129,7 +130,7 @@ class ParamGrads:
             else:
                 p.grad = None
                 self._records.pop(i, None)
-            if self._sharded:
+            if self.sharded:
                 (grad,), p = local_gradients([p], [grad]), local(p)
             if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
                 taken.append(grad.view(-1))  # the usual case, in a third of the time

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import SPEC, DisableTorchFunctionSubclass, amp_unscale_, data_getter
-from ..fsdp import is_dtensor, local
+from ..dtensors import is_dtensor, local
 
 ADVICE = (
     "In stage 2 gradients leave p.grad as they arrive, so torch's clip_grad_norm_, clip_grad_value_, "
@@ -68,7 +68,7 @@ def _dtensor_placeholder() -> Any:
     class DTensorPlaceholder(DTensor):
         """A `Placeholder` that FSDP2 and autograd add to.
 
-        Functions on lists of DTensors raise no version, so it counts the functions that change it (`fsdp.changes_of`).
+        Functions on lists of DTensors raise no version, so it counts those that change it (`dtensors.changes_of`).
 
         Attributes:
             changes: number of calls of functions that may have changed it.

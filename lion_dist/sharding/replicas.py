@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dtensors import local
 from ..frozen import is_plain, takes_part
-from ..fsdp import local
 from ..memory_order import flat_bytes
 from .collectives import all_gather_in_place, broadcast_from_first, check_device, device_types, explaining
 

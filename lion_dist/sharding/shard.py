@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._torch_compat import foreach_copy_
+from ..dtensors import local, locals_of, placed_like
 from ..frozen import takes_part
-from ..fsdp import local, locals_of, placed_like
 from ..memory_order import flat, flat_bytes, is_dense, laid_out_like
 from ..meshes import Placing, local_box
 from .box_tensor import BoxTensor

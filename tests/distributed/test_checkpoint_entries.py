@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import ShardedLion, checkpoint
-from lion_dist.fsdp import is_dtensor, is_flat_view, local
+from lion_dist.dtensors import is_dtensor, local
+from lion_dist.fsdp import is_flat_view
 from tests.asserts import assert_same_bits, assert_same_tensors
 from tests.harness import device_of, run_ranks
 from tests.scenarios.checkpoint_toy import FIRST, CheckpointToy, Run, groups

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from lion_dist import Lion, ShardedLion, checkpoint
-from lion_dist.fsdp import local
+from lion_dist.dtensors import local
 from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...fsdp import is_dtensor
+from ...dtensors import is_dtensor
 from ...memory_order import flat, is_dense
 from ...param_groups import names_of
 from ...param_names import pair_groups
