@@ -23,6 +23,7 @@ from tests.asserts import bits, momentum_parts
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.hybrid import Case, HybridToy, Twins, local, mesh_of, shard_
 from tests.scenarios.pair import SHORT, Fails, OwnError
+from tests.scenarios.passes import TINY
 from tests.scenarios.wire import Counter
 
 
@@ -148,6 +149,38 @@ def body_tampered(rank: int, world_size: int) -> None:
         backward()  # after which FSDP2 cannot go on
 
 
+def body_sentinel_first(rank: int, world_size: int) -> None:
+    """The smallest parameter, by which changes are noticed, is of the last module, so that its gradient comes first."""
+    device, mesh = device_of(rank, world_size), mesh_of(2, 2)
+    for tamper in (zero_in_place, scale_by_hand, clip_norm):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8, bias=False), nn.RMSNorm(8)).to(device)
+        for layer in (model[0], model[2], model[3], model):
+            fully_shard(layer, mesh=mesh["shard"])
+        optimizer = ShardedLion(model.named_parameters(), process_group=mesh["replicate"].get_group(), bucket_mb=TINY)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)).to(device)
+
+        def backward(model: Any = model, x: Tensor = x) -> None:
+            model(x).square().mean().backward()
+
+        def backward_and_step(optimizer: ShardedLion = optimizer) -> None:
+            backward()
+            optimizer.step()
+
+        backward_and_step()  # which learns in which order gradients come
+        optimizer.zero_grad()
+        backward()
+        if tamper is zero_in_place:
+            optimizer.step()
+        tamper(model)
+        with refused(model, RuntimeError, r"ShardedLion's own clip_grad_norm_"):
+            backward_and_step()
+
+
+def zero_in_place(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
 def body_zeroed_by_model(rank: int, world_size: int) -> None:
     """There is nothing to step, nor what a later backward would be added to."""
     for sync in ("signs", "params"):
@@ -164,8 +197,12 @@ def body_zeroed_by_model(rank: int, world_size: int) -> None:
 
 
 def body_between(rank: int, world_size: int) -> None:
-    body_tampered(rank, world_size)
     body_zeroed_by_model(rank, world_size)
+    body_tampered(rank, world_size)
+
+
+def test_sentinel_whose_gradient_comes_first(tmp_path: Path) -> None:
+    run_ranks(body_sentinel_first, 4, tmp_path)
 
 
 def test_gradients_changed_before_the_step(tmp_path: Path) -> None:

@@ -14,10 +14,25 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import distribute_tensor
 
-from lion_dist import ShardedLion
+from lion_dist import Lion, ShardedLion, checkpoint
 from tests.asserts import assert_same_bits, bits
+from tests.distributed.test_checkpoint import body_matrix
 from tests.harness import device_of, run_ranks
-from tests.scenarios.hybrid import BF16, F32, Case, Twins, local, make_hybrid, mesh_of, part_of, whole
+from tests.scenarios.checkpoint_toy import HYBRIDS, OVER_TWO_DIMENSIONS, STRATEGIES
+from tests.scenarios.hybrid import (
+    BF16,
+    F32,
+    Case,
+    HybridToy,
+    Twins,
+    check_whole,
+    groups_of,
+    local,
+    make_hybrid,
+    mesh_of,
+    part_of,
+    whole,
+)
 from tests.scenarios.toy import coefficient
 
 MASTER, EIGHT = {"master_weights": True}, {"momentum_dtype": "int8"}
@@ -85,7 +100,8 @@ def body_added(rank: int, world_size: int) -> None:
         for step in range(2, 4):
             grads = [coefficient("late", copy, step, r, 2) for r in range(2)]
             # Its gradients are those of the replicas: nothing else averages them.
-            (late * distribute_tensor(grads[rank // 2], mesh["shard"])).sum().full_tensor().backward()
+            loss: Any = (late * distribute_tensor(grads[rank // 2], mesh["shard"])).sum()
+            loss.full_tensor().backward()
             copy.grad = (grads[0] + grads[1]) / 2
             twins.step(step)
             twins.check("with another group")
@@ -114,6 +130,13 @@ def assert_same_state(got: dict[str, Any], expected: dict[str, Any], what: str) 
             assert_same_bits(got["state"][i][key], t, f"{what}: {key} of parameter {i}")
 
 
+def assert_close_momenta(got: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    for i, entry in expected["state"].items():
+        m = entry["exp_avg"]
+        atol = 0.02 * m.abs().max().item() if m.numel() else 0.0
+        torch.testing.assert_close(got["state"][i]["exp_avg"], m, rtol=0.05, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
 def body_whole(rank: int, world_size: int, folder: Path) -> None:
     """full_state_dict(), on the first rank alone too, loaded into the same mesh and others; and torch's own doors
     between the meshes."""
@@ -128,29 +151,58 @@ def body_whole(rank: int, world_size: int, folder: Path) -> None:
             assert alone == {}
         else:
             assert_same_state(alone, state, f"{form}, on rank 0 alone")
+        if "momentum_dtype" not in options:
+            lion = Lion(groups_of(case.made(device_of(rank, world_size), 1)), **case.kwargs())
+            lion.load_state_dict(state)
+            check_whole(twins.optimizer, lion, twins.single, f"{form} in Lion")
         assert twins.hsdp is not None
         weights = {name: whole(p).detach().clone() for name, p in twins.hsdp.named_parameters()}
         dcp.save({"optim": get_optimizer_state_dict(twins.model, twins.optimizer)}, checkpoint_id=folder / form)
+        checkpoint.save(folder / f"own-{form}", twins.model, twins.optimizer)
         twins.step(3)
         for shape, sync in (((2, 2), "params"), ((4, 1), "signs"), ((1, 4), "params")):
-            if "momentum_dtype" in options and shape != (2, 2):
-                continue  # blocks of another shard: lion_dist.checkpoint converts them
-            for through in ("whole", "dcp"):
+            # Blocks of another shard: momenta are encoded anew.
+            anew = "momentum_dtype" in options and shape != (2, 2)
+            for through in ("own",) if anew else ("whole", "dcp", "own"):
                 what = f"{form}, 2 x 2 -> {shape}, {sync}, {through}"
                 model, optimizer = make_hybrid(replace(case, sync=sync), mesh_of(*shape), seed=9)
                 train_alone(model, optimizer, 7)  # what is there must be replaced
                 load_weights(model, weights)
-                if through == "whole":
+                if through == "own":
+                    checkpoint.load(folder / f"own-{form}", model, optimizer)
+                elif through == "whole":
                     optimizer.load_state_dict(state)
                 else:
                     loaded = {"optim": get_optimizer_state_dict(model, optimizer)}
                     dcp.load(loaded, checkpoint_id=folder / form)
                     set_optimizer_state_dict(model, optimizer, loaded["optim"])
+                if anew:
+                    assert_close_momenta(optimizer.full_state_dict(), state, what)
+                    continue
                 assert_same_state(optimizer.full_state_dict(), state, what)
                 train_alone(model, optimizer, 3)
                 for name, p in model.named_parameters():
                     expected = whole(twins.hsdp.get_parameter(name))
                     assert_same_bits(local(p), part_of(expected, p), f"{what}, a step later: {name}")
+
+
+def body_master_weights(rank: int, world_size: int) -> None:
+    """Those that a float32 model gives, as HSDP's Lion takes them."""
+    for sync in ("signs", "params"):
+        twins = Twins(Case(sync=sync, dtypes=(BF16,), options=MASTER), mesh_of(2, 2))
+        exact = HybridToy(device_of(rank, world_size), seed=5)
+        twins.optimizer.take_master_weights(exact.named_parameters())
+        assert twins.hsdp_lion is not None
+        for lion in (twins.hsdp_lion, twins.single_lion):
+            lion.take_master_weights(exact.named_parameters())
+        twins.check(f"{sync}, taken")
+        twins.check_state(f"{sync}, taken")
+        twins.step(0)
+        twins.check(f"{sync}, a step later")
+
+
+def test_take_master_weights(tmp_path: Path) -> None:
+    run_ranks(body_master_weights, 4, tmp_path)
 
 
 def test_replicas_astray(tmp_path: Path) -> None:
@@ -163,3 +215,25 @@ def test_add_param_group(tmp_path: Path) -> None:
 
 def test_state(tmp_path: Path) -> None:
     run_ranks(body_whole, 4, tmp_path, (tmp_path,))
+
+
+def test_checkpoints_of_other_strategies(tmp_path: Path) -> None:
+    """One process with ShardedLion, and FSDP2 with Lion, to and from the meshes."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    run_ranks(body_matrix, 1, tmp_path, (folder, ("signs",), ()))
+    table = run_ranks(body_matrix, 4, tmp_path, (folder, ("fsdp2", *HYBRIDS), ("hybrid2x2", "fsdp2")))[0]
+    table += run_ranks(body_matrix, 1, tmp_path, (folder, (), ("signs",)))[0]
+    assert len(table) == 5 * 3
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_checkpoints_of_all_strategies(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    many = (*STRATEGIES[1:], *OVER_TWO_DIMENSIONS, *HYBRIDS)
+    for ranks in (1, 2):
+        run_ranks(body_matrix, ranks, tmp_path, (folder, STRATEGIES[1:], ()))
+    table = run_ranks(body_matrix, 4, tmp_path, (folder, many, many), deadline=1500)[0]
+    assert len(table) == (2 * len(STRATEGIES[1:]) + len(many)) * len(many)

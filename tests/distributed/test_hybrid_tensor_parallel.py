@@ -165,12 +165,31 @@ def check_toy(mesh: DeviceMesh, sync: str, sharded: bool) -> None:
     check_whole(optimizer, lion, single, f"{tuple(mesh.shape)}, {sync}, sharded {sharded}")
 
 
+def check_scalar(mesh: DeviceMesh) -> None:
+    """A DTensor without dimensions, as distribute_module makes of a logit scale: its state is loaded again."""
+    device = device_of(dist.get_rank(), dist.get_world_size())
+    for sync in ("params", "signs"):
+        p = nn.Parameter(distribute_tensor(torch.tensor(1.5, device=device), mesh["tp"], [Replicate()]))
+        optimizer = ShardedLion([("p", p)], lr=0.25, process_group=mesh["replicate"].get_group(), param_sync=sync)
+        for step in range(2):
+            loss: Any = p * 3.0
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state = optimizer.full_state_dict()
+            assert state["state"][0]["exp_avg"].shape == ()
+            optimizer.load_state_dict(state)
+            assert_same_bits(optimizer.full_state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"], sync)
+            assert local(p).item() == 1.5 - 0.25 * (step + 1)
+
+
 def body(rank: int, world_size: int) -> None:
     device = device_of(rank, world_size)
     two = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicate", "tp"))
     check_nets(two, 2, "signs", sharded=False, accumulate=True)
     check_nets(two, 1, "params", sharded=False, accumulate=False)
     check_toy(two, "params", sharded=False)
+    check_scalar(two)
     three = init_device_mesh(device.type, (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp"))
     check_nets(three, 2, "params", sharded=True, accumulate=False)
     check_toy(three, "signs", sharded=True)

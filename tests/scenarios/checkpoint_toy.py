@@ -36,6 +36,8 @@ from tests.scenarios.toy import hash_of
 STRATEGIES = ("single", "ddp", "stage1", "stage2", "signs", "fsdp1", "fsdp2")
 # FSDP2 over halves of the ranks; FSDP2, and tensor parallelism over pairs of ranks.
 OVER_TWO_DIMENSIONS = ("hsdp", "tp")
+# FSDP2 over shards and ShardedLion over replicas, on four ranks: replicas, shards, param_sync.
+HYBRIDS = {"hybrid2x2": (2, 2, "signs"), "hybrid4x1": (4, 1, "params"), "hybrid1x4": (1, 4, "signs")}
 FIRST, MORE = 3, 2  # steps before a checkpoint, and after it
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -139,7 +141,7 @@ class Run:
     """A model under a strategy, its optimizer and scheduler.
 
     Args:
-        strategy: one of STRATEGIES or OVER_TWO_DIMENSIONS.
+        strategy: one of STRATEGIES, OVER_TWO_DIMENSIONS or HYBRIDS.
         seed: of the weights.
         ranks: the ranks that train.
         dtype: of all parameters, none of which is frozen then.
@@ -179,10 +181,16 @@ class Run:
                 mesh, self.place = both["dp"], (both.get_local_rank("dp"), size // 2)
             for unit in (model.low, model.block, model):
                 fully_shard(unit, mesh=mesh)
-        if strategy in ("stage1", "stage2", "signs"):
+        if strategy in HYBRIDS:
+            replicas, shards, kwargs["param_sync"] = HYBRIDS[strategy]
+            mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+            for unit in (model.low, model.block, model):
+                fully_shard(unit, mesh=mesh["shard"])
+            self.optimizer: Any = ShardedLion(groups(model), **kwargs, process_group=mesh["replicate"].get_group())
+        elif strategy in ("stage1", "stage2", "signs"):
             kwargs["stage"] = 1 if strategy == "stage1" else 2
             kwargs["param_sync"] = "signs" if strategy == "signs" else "params"
-            self.optimizer: Any = ShardedLion(groups(self.wrapped), **kwargs, process_group=ranks)
+            self.optimizer = ShardedLion(groups(self.wrapped), **kwargs, process_group=ranks)
         else:
             self.optimizer = Lion(groups(self.wrapped), **kwargs)
         self.scheduler = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 7))
@@ -210,6 +218,8 @@ class Run:
             momenta = {n: entry["exp_avg"] for n, entry in state.items()}
         else:
             weights = self.model.state_dict()
+            if self.strategy in HYBRIDS:
+                weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
             full = (
                 self.optimizer.full_state_dict if isinstance(self.optimizer, ShardedLion) else self.optimizer.state_dict
             )

@@ -249,8 +249,11 @@ class Twins:
     def step(self, step: int) -> None:
         case = self.case
         micro_steps = [step, step + 30] if case.accumulate else [step]
-        for model, of_us in ((self.model, True), (self.hsdp, False)):
-            for micro_step in micro_steps if model is not None else []:
+        both: list[tuple[Any, bool]] = [(self.model, True), (self.hsdp, False)]
+        for model, of_us in both:
+            if model is None:
+                continue
+            for micro_step in micro_steps:
                 last = micro_step == micro_steps[-1]
                 by_fsdp = case.accumulate in ("fsdp", "both") or not of_us or case.stage == 1
                 if case.accumulate and by_fsdp:
