@@ -91,10 +91,17 @@ def own_part(t: Any, p: Any) -> Any:
     return placed_like(t[local_box(p).slices()].contiguous(), p)
 
 
-def mesh_groups(params: Iterable[Any]) -> list[dist.ProcessGroup]:
-    """The process groups of all dimensions, of more than one rank, of the meshes of DTensors, in their order."""
+def mesh_groups(params: Iterable[Any], group: dist.ProcessGroup | None = None) -> list[dist.ProcessGroup]:
+    """The process groups of the dimensions of more than one rank of the meshes of DTensors, in their order.
+
+    Args:
+        params: the parameters.
+        group: process groups that have other ranks of this one are left out.
+    """
     meshes = {p.device_mesh: None for p in params if is_dtensor(p)}
-    return [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
+    found = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
+    own = set() if group is None else set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
+    return [other for other in found if own.isdisjoint(dist.get_process_group_ranks(other))]
 
 
 def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
@@ -128,8 +135,8 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
             over a dimension of their mesh that holds the group's ranks.
 
     Raises:
-        ValueError: other ranks of the group are in the mesh of a parameter, or this rank is not, or FSDP2 offloads it
-            to the CPU.
+        ValueError: other ranks of the group are in the mesh of a parameter, or this rank is not; FSDP2 offloads it to
+            the CPU; or torch does not know which part of it this rank holds.
     """
     ranks, rank = set(dist.get_process_group_ranks(group)), dist.get_rank()
     known: dict[Placing, str] = {}
@@ -141,6 +148,8 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
                 f"{placing.mesh.mesh.flatten().tolist()}, which rank {rank} is not in: give each rank the parameters "
                 "of which it holds a part"
             )
+        if placing.mesh is not None:
+            _check_place(i, p)
         if placing not in known:
             known[placing] = _overlap(placing, ranks, rank, averaged)
         part = local(p)
@@ -151,6 +160,28 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
             )
         if known[placing]:
             raise ValueError(f"parameter {i} of the group, shape {tuple(p.shape)}, {known[placing]}")
+
+
+def _check_place(i: int, p: Any) -> None:
+    """Raises ValueError where torch names another place for what this rank holds of a DTensor than it has: torch 2.13
+    does so where FSDP2 over tensor parallelism shards one dimension twice and unevenly. No checkpoint could be saved.
+    """
+    sharding: dict[int, list[tuple[bool, int, int]]] = {}  # whether FSDP2 sharded what was sharded, coordinate, size
+    for placement, at, size in zip(p.placements, p.device_mesh.get_coordinate(), p.device_mesh.shape, strict=True):
+        if hasattr(placement, "dim") and size > 1:
+            sharding.setdefault(placement.dim, []).append((type(placement).__name__ != "Shard", at, size))
+    for dim, cuts in sharding.items():
+        start, length = 0, p.shape[dim]
+        for _, at, size in sorted(cuts, key=lambda cut: cut[0]):
+            chunk = -(-length // size)
+            start, length = start + min(at * chunk, length), max(0, min(chunk, length - at * chunk))
+        if len(cuts) > 1 and length and dtensor_offset(p)[dim] != start:
+            raise ValueError(
+                f"parameter {i} of the group, shape {tuple(p.shape)}, is sharded {len(cuts)} times and unevenly along "
+                f"dimension {dim}: torch takes what this rank holds for a part from index {dtensor_offset(p)[dim]} on, "
+                f"and it is that from {start} on, so no checkpoint could be saved. Pad the dimension, or shard another "
+                "one (shard_placement_fn of fully_shard)"
+            )
 
 
 def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> str:

@@ -29,7 +29,9 @@ def agreeing(
     """
     if params is None:
         params = (p for group in optimizer.param_groups for p in group["params"])
-    return agree(optimizer.process_group, mesh_groups(params), f"ShardedLion{call}")
+    group = optimizer.process_group
+    place = f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} in process_group"
+    return agree(group, mesh_groups(params, group), f"ShardedLion{call}", [place])
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:

@@ -146,17 +146,20 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def agree(group: dist.ProcessGroup, others: Sequence[dist.ProcessGroup], what: str) -> Iterator[Agreement]:
+def agree(
+    group: dist.ProcessGroup, others: Sequence[dist.ProcessGroup], what: str, of_others: Sequence[str]
+) -> Iterator[Agreement]:
     """An `Agreement` of a group, whose failure the ranks of other groups learn of too.
 
     Args:
         group, what: as for `Agreement`.
         others: process groups whose ranks make the same call, each within a group of its own. Such a rank raises
             RuntimeError where the call has failed on a rank of these groups.
+        of_others: lines that must be the same on all ranks of each of ``others``.
     """
     with contextlib.ExitStack() as outer:
         for other in reversed(others):
-            outer.enter_context(Agreement(other, what))
+            outer.enter_context(Agreement(other, what)).says(of_others)
         with Agreement(group, what) as agreement:
             yield agreement
 

@@ -168,7 +168,8 @@ class GradReducer:
             self._follow_zeroing()
             self._check_by_hand(arrived=i)
         local.arrived(i)
-        if self._in_no_sync or self.holds:
+        # FSDP2 may reduce outside of a backward, as for torch's pipelines. No callback can then be registered.
+        if self._in_no_sync or self.holds or current < 0:
             if rounds.state is not RoundState.IDLE:
                 self._passes.add(current)
             return

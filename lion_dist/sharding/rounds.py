@@ -346,5 +346,10 @@ class Rounds:
 
     def _finish_oldest(self) -> None:
         # The current stream waits, on which the memory of the tensors that this frees will be used again.
+        oldest = self._under_way.popleft()
         with self._membership.collective():
-            self._under_way.popleft().wait()
+            oldest.wait()
+        if self._several_streams:  # some of them may belong to another stream, which has not waited
+            current = torch.cuda.current_stream(self._device)
+            for t in (*oldest.kept, *oldest.addends):
+                t.record_stream(current)

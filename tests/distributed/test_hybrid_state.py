@@ -16,8 +16,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from lion_dist import Lion, ShardedLion, checkpoint
 from tests.asserts import assert_same_bits, bits
-from tests.distributed.test_checkpoint import body_matrix
 from tests.harness import device_of, run_ranks
+from tests.scenarios.checkpoint_matrix import body_matrix
 from tests.scenarios.checkpoint_toy import HYBRIDS, OVER_TWO_DIMENSIONS, STRATEGIES
 from tests.scenarios.hybrid import (
     BF16,
