@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,10 @@ from lion_dist.sharding import flag_exchange
 from lion_dist.sharding.exchange import FOOTER
 from tests.asserts import bits, momentum_parts
 from tests.harness import device_of, run_ranks, spawn_only
-from tests.scenarios.hybrid import Case, HybridToy, Twins, local, mesh_of, shard_
+from tests.scenarios.hybrid import Case, HybridToy, Twins, local, mesh_of, refused, shard_
 from tests.scenarios.pair import SHORT, Fails, OwnError
 from tests.scenarios.passes import TINY
 from tests.scenarios.wire import Counter
-
-
-@contextmanager
-def refused(model: nn.Module, kind: type[Exception], match: str) -> Iterator[None]:
-    """An error on this rank, and no weight moved."""
-    params = dict(model.named_parameters())  # a backward that fails leaves FSDP2's model with whole ones
-    before = [bits(local(p)) for p in params.values()]
-    with pytest.raises(kind, match=match):
-        yield
-    for (name, p), b in zip(params.items(), before, strict=True):
-        assert torch.equal(bits(local(p)), b), f"{name} moved"
 
 
 def body_bad_groups(rank: int, world_size: int) -> None:

@@ -7,11 +7,12 @@ Every rank of the mesh has a part of the batch of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_dist import Lion, ShardedLion, clip_grad_norm_
 from lion_dist.update import reference
-from tests.asserts import assert_same_bits
+from tests.asserts import assert_same_bits, bits
 from tests.harness import device_of
 from tests.scenarios.fsdp_toy import term
 from tests.scenarios.toy import coefficient
@@ -332,3 +333,14 @@ def train_case(case: Case, mesh: DeviceMesh, steps: int) -> None:
         twins.check_state("in the end")
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def refused(model: nn.Module, kind: type[Exception], match: str) -> Iterator[None]:
+    """An error on this rank, and no weight moved."""
+    params = dict(model.named_parameters())  # a backward that fails leaves FSDP2's model with whole ones
+    before = [bits(local(p)) for p in params.values()]
+    with pytest.raises(kind, match=match):
+        yield
+    for (name, p), b in zip(params.items(), before, strict=True):
+        assert torch.equal(bits(local(p)), b), f"{name} moved"
