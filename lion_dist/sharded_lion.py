@@ -336,7 +336,7 @@ class ShardedLion(Optimizer):
         `ShardedLion`, of any world size, load it. Other code's entries of ``state`` are this rank's, on the CPU.
 
         Args:
-            rank0_only: only the group's first rank keeps it in memory; the others get {}.
+            rank0_only: only the group's first rank, and of a mesh's the first, keeps it in memory; the others get {}.
 
         Raises:
             RuntimeError: some ranks did not make the call within the group's time-out; it names them.

@@ -74,6 +74,7 @@ def test_unused_rows_stay_at_every_stage(tmp_path: Path) -> None:
         assert len(drifts) == 11
 
 
+@pytest.mark.exhaustive  # compiles DeepSpeed's extension, which takes minutes, to show what their optimizer does
 @needs_cpu_lion
 def test_deepspeeds_own_lion_drifts(tmp_path: Path) -> None:
     for drifts in run_ranks(body_unused_rows, 2, tmp_path, (False,)):
