@@ -92,13 +92,13 @@ def own_part(t: Any, p: Any) -> Any:
 
 
 def mesh_groups(params: Iterable[Any], group: dist.ProcessGroup | None = None) -> list[dist.ProcessGroup]:
-    """The process groups of the dimensions of more than one rank of the meshes of DTensors, in their order.
+    """The process groups of this rank in the meshes of DTensors, one for each dimension of more than one rank.
 
     Args:
         params: the parameters.
         group: process groups that have other ranks of this one are left out.
     """
-    meshes = {p.device_mesh: None for p in params if is_dtensor(p)}
+    meshes = {p.device_mesh: None for p in params if is_dtensor(p) and p.device_mesh.get_coordinate() is not None}
     found = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
     own = set() if group is None else set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
     return [other for other in found if own.isdisjoint(dist.get_process_group_ranks(other))]

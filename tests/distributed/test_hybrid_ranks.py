@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lion_dist import Lion, ShardedLion
 from tests.asserts import bits
@@ -38,6 +42,12 @@ def body_one_differs(rank: int, world_size: int) -> None:
     with refused(model, ValueError if rank == 3 else RuntimeError, "lr"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] > 0
+    # A mesh that only two of the ranks are in.
+    value = torch.ones(3 if rank < 2 else 0, device=device)
+    half = DeviceMesh(device.type, [0, 1])
+    part = DTensor.from_local(value, half, [Shard(0)], run_check=False, shape=torch.Size([6]), stride=(1,))
+    with pytest.raises(ValueError if rank >= 2 else RuntimeError, match=f"which rank {rank | 2} is not in"):
+        ShardedLion([nn.Parameter(part)], process_group=group)
     # A mesh whose rows are not the replicas.
     crossed = DeviceMesh(device.type, [[0, 3], [1, 2]], mesh_dim_names=("replicate", "shard"))
     crossed_model = shard_(HybridToy(device), crossed["shard"])
@@ -72,6 +82,9 @@ def body_two_roots(rank: int, world_size: int) -> None:
             model(x).backward()
             left = [p for p in model.parameters() if p.grad is not None]
             assert len(left) <= 1  # the sentinel
+            for p in left:
+                assert not local(copy.deepcopy(p.grad)).any()
+                torch.save(p.grad, io.BytesIO())
             optimizer.step()
             optimizer.zero_grad()
         numel = sum(shard.layout.shard_numel * 2 for shard in optimizer._shards)
