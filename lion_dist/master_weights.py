@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .dtypes import dtype_name
 from .frozen import is_freed, takes_part
 from .fsdp import is_flat_view, misfit
 from .hyper_values import shown
-from .meshes import of_same_boxes
+from .meshes import of_same_boxes, own_part, uneven_cuts
 from .param_groups import Group, names_of, state_columns
 from .param_names import without_wrappers
 from .update.codecs import split
@@ -169,17 +169,9 @@ _PLACED = "give a DTensor placed as the parameter, or load a checkpoint through 
 
 
 def _cut(name: str, t: Tensor, p: Any) -> Tensor:
-    """This rank's part of a whole tensor, as DTensor shards it."""
-    from torch.distributed.tensor import distribute_tensor
-
-    try:
-        placed = distribute_tensor(t.to(local(p).device), p.device_mesh, p.placements, src_data_rank=None)
-    except (RuntimeError, NotImplementedError) as error:  # FSDP2 over tensor parallelism
-        raise ValueError(f"{name} is whole, and cannot be cut as {p.placements} ({error}): {_PLACED}") from error
-    part: Tensor = local(placed)
-    if part.shape != local(p).shape:
+    """This rank's part of a whole tensor. Raises ValueError, on every rank alike, where a part's place is uncertain."""
+    if uneven := uneven_cuts(p):
         raise ValueError(
-            f"{name}: this rank's part of the whole tensor has shape {tuple(part.shape)}, and that of the parameter, "
-            f"placed as {p.placements}, {tuple(local(p).shape)}: {_PLACED}"
+            f"{name} is whole, and its parameter is sharded twice and unevenly along dimension {min(uneven)}: {_PLACED}"
         )
-    return part
+    return cast(Tensor, local(own_part(t.to(local(p).device), p)))

@@ -1,13 +1,14 @@
 """Parameters that are sharded over a mesh already, and that a ShardedLion shards further over another process group.
 
 FSDP2 inside a node with replicas on other nodes is the usual case, tensor parallelism with data parallelism another.
-What this rank holds of a DTensor, its local tensor, is then a parameter like any other, and the ranks of the process
-group hold replicas of it. That is so if the group is *orthogonal* to the mesh: none of its other ranks is in the mesh,
+ShardedLion treats the local tensor of such a DTensor as a parameter, of which the ranks of the process group hold
+replicas. They do if the group is *orthogonal* to the mesh: none of its other ranks is in the mesh,
 or only along dimensions over which the parameter is replicated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ._torch_compat_distributed import dtensor_offset
 from .dtensors import is_dtensor, local, placed_like
-from .frozen import is_plain, takes_part
+from .frozen import is_freed, takes_part
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import Box
 
@@ -85,8 +86,18 @@ def local_box(p: Any) -> Box:
 
 
 def own_part(t: Any, p: Any) -> Any:
-    """What this rank holds of a whole tensor in the shape of a DTensor, placed as that is; anything else as it is."""
-    if type(t) is not Tensor or t.shape != p.shape or not is_plain(t):
+    """Cuts a whole tensor as a DTensor of its shape is cut. Nothing is communicated.
+
+    Args:
+        t: a plain tensor of the shape of p; anything else is returned as it is.
+        p: the DTensor.
+
+    Returns:
+        A DTensor placed as p, on its device; ``t`` itself where it cannot be read, or p is `misplaced`.
+    """
+    if not isinstance(t, Tensor) or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.shape != p.shape:
+        return t
+    if t.layout != torch.strided or t.is_meta or is_freed(t) or misplaced(p):
         return t
     return placed_like(t[local_box(p).slices()].contiguous(), p)
 
@@ -118,7 +129,7 @@ def of_same_boxes(whole: Tensor, part: Tensor) -> Tensor:
 
 
 def describe_part(p: Any) -> str:
-    """What this rank holds of a DTensor, for a line that all ranks must have alike; "" for a plain tensor."""
+    """Describes this rank's part of a DTensor, for a line that must be the same on all ranks; "" for a plain tensor."""
     if not is_dtensor(p):
         return ""
     box = local_box(p)
@@ -148,8 +159,8 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
                 f"{placing.mesh.mesh.flatten().tolist()}, which rank {rank} is not in: give each rank the parameters "
                 "of which it holds a part"
             )
-        if placing.mesh is not None:
-            _check_place(i, p)
+        if placing.mesh is not None and (reason := misplaced(p)):
+            raise ValueError(f"parameter {i} of the group, shape {tuple(p.shape)}, {reason}")
         if placing not in known:
             known[placing] = _overlap(placing, ranks, rank, averaged)
         part = local(p)
@@ -162,26 +173,43 @@ def check_orthogonal(params: Sequence[Any], group: dist.ProcessGroup, averaged: 
             raise ValueError(f"parameter {i} of the group, shape {tuple(p.shape)}, {known[placing]}")
 
 
-def _check_place(i: int, p: Any) -> None:
-    """Raises ValueError where torch names another place for what this rank holds of a DTensor than it has: torch 2.13
-    does so where FSDP2 over tensor parallelism shards one dimension twice and unevenly. No checkpoint could be saved.
+def misplaced(p: Any) -> str:
+    """Why torch is wrong about which part of a DTensor this rank holds; "" if it is right.
+
+    torch 2.13 is wrong on some ranks where FSDP2 over tensor parallelism shards one dimension twice and unevenly. No
+    checkpoint could be saved then.
     """
-    sharding: dict[int, list[tuple[bool, int, int]]] = {}  # whether FSDP2 sharded what was sharded, coordinate, size
-    for placement, at, size in zip(p.placements, p.device_mesh.get_coordinate(), p.device_mesh.shape, strict=True):
-        if hasattr(placement, "dim") and size > 1:
-            sharding.setdefault(placement.dim, []).append((type(placement).__name__ != "Shard", at, size))
-    for dim, cuts in sharding.items():
+    for dim, cuts in uneven_cuts(p).items():
         start, length = 0, p.shape[dim]
         for _, at, size in sorted(cuts, key=lambda cut: cut[0]):
             chunk = -(-length // size)
             start, length = start + min(at * chunk, length), max(0, min(chunk, length - at * chunk))
-        if len(cuts) > 1 and length and dtensor_offset(p)[dim] != start:
-            raise ValueError(
-                f"parameter {i} of the group, shape {tuple(p.shape)}, is sharded {len(cuts)} times and unevenly along "
-                f"dimension {dim}: torch takes what this rank holds for a part from index {dtensor_offset(p)[dim]} on, "
-                f"and it is that from {start} on, so no checkpoint could be saved. Pad the dimension, or shard another "
-                "one (shard_placement_fn of fully_shard)"
+        found = dtensor_offset(p)[dim]
+        if length and found != start:
+            return (
+                f"is sharded {len(cuts)} times and unevenly along dimension {dim}: this rank holds the part that "
+                f"starts at index {start}, and torch takes it for one that starts at {found}, so no checkpoint could "
+                "be saved. Pad the dimension, or shard another one (shard_placement_fn of fully_shard)"
             )
+    return ""
+
+
+def uneven_cuts(p: Any) -> dict[int, list[tuple[bool, int, int]]]:
+    """The dimensions of a DTensor that several dimensions of its mesh shard, and not into equal parts.
+
+    Returns:
+        For each, by dimension of the mesh: whether it shards what another one has sharded, as FSDP2 does over tensor
+        parallelism; this rank's coordinate; and the number of ranks.
+    """
+    sharding: dict[int, list[tuple[bool, int, int]]] = {}
+    for placement, at, size in zip(p.placements, p.device_mesh.get_coordinate(), p.device_mesh.shape, strict=True):
+        if hasattr(placement, "dim") and size > 1:
+            sharding.setdefault(placement.dim, []).append((type(placement).__name__ != "Shard", at, size))
+    return {
+        dim: cuts
+        for dim, cuts in sharding.items()
+        if len(cuts) > 1 and p.shape[dim] % math.prod(size for _, _, size in cuts)
+    }
 
 
 def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> str:

@@ -1,9 +1,8 @@
 """Check that plain parameters beside DTensors have the same gradients on all ranks of the DTensors' meshes.
 
 Under tensor parallelism a parameter that is not parallelized is a plain tensor, and its gradients are alike on all
-ranks of the mesh, which work on the same data. Under FSDP2 they work on different data, and a parameter that
-fully_shard was told to ignore gets gradients that nothing averages over the mesh: its replicas would come to differ in
-silence.
+ranks of the mesh, which work on the same data. Under FSDP2 the ranks work on different data. Nothing averages the
+gradients of a parameter in fully_shard's ignored_params over the mesh, so its replicas would differ without an error.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def own_entry(entry: Mapping[str, Any], p: Tensor, columns: Container[str]) -> d
     if type(m) is type(scale) is Tensor and m.dtype == torch.int8 and m.shape == p.shape and is_readable(m):
         found[EXP_AVG] = decoded(m, _checked_scales("of a whole parameter", m, scale, m), m)
         found[EXP_AVG_SCALE] = torch.ones(())
-    # Of a parameter without dimensions, other entries may be numbers of a wrapper's own.
+    # A parameter may have no dimensions. Then other entries of this shape may be numbers that a wrapper keeps.
     return {key: own_part(t, p) if p.dim() or key in columns else t for key, t in found.items()}
 
 

@@ -172,7 +172,7 @@ def gather_whole(
         None if this rank does not want it.
     """
     gathered: dict[int, dict[str, Tensor]] = {}
-    # Of the ranks that hold replicas one set gathers over the meshes.
+    # With rank0_only, only the ranks of the first replica gather over the meshes.
     keeps = not rank0_only or dist.get_rank(group) == 0
     wants = keeps and not (rank0_only and any(shard.placing.is_elsewhere for shard in shards))
     for shard in shards:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .dtensors import is_dtensor, local
 from .frozen import is_freed
 from .hyper_values import shown, to_dtype
+from .meshes import own_part
 from .param_groups import Group
 from .sharding.box_tensor import BoxTensor
 from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
@@ -91,25 +92,12 @@ def _are_codes(parts: list[Tensor]) -> bool:
     return alike and any(bool(t.any()) for t in parts)
 
 
-def _cut_as(like: Tensor, t: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, where ``like`` is a DTensor: torch cuts only the kinds of state that the
-    optimizer has. Itself where that cannot be done. Nothing is communicated."""
-    if not is_dtensor(like) or is_dtensor(t) or t.shape != like.shape or readable_parts(t) is None:
-        return t
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    try:
-        return distribute_tensor(t.to(local(like).device), like.device_mesh, like.placements, src_data_rank=None)
-    except (RuntimeError, NotImplementedError):  # FSDP2 over tensor parallelism
-        return t
-
-
 def _share(m: Tensor, parts: list[Tensor], remainder: Any) -> bool:
     """Whether a momentum and a remainder are the same numbers, and some are not 0, or lie in the same memory."""
     if m.dtype != torch.float32 or not isinstance(remainder, Tensor) or remainder.dtype != torch.float32:
         return False
-    others = readable_parts(_cut_as(m, remainder))
+    # torch cuts only the kinds of state that the optimizer has.
+    others = readable_parts(own_part(remainder, m) if is_dtensor(m) else remainder)
     if others is None:
         return False
     if [t.shape for t in parts] != [t.shape for t in others]:

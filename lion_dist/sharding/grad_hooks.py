@@ -106,9 +106,9 @@ class GradHooks:
 class BackwardEnd:
     """Calls a method when the running backward ends, and another one if it raises.
 
-    FSDP2 reduces the gradients of some modules, such as the first, in callbacks of its own, one for each root module,
-    of which the last may have been registered after this object. Where ``after_others``, this one therefore registers
-    itself once more when it is called first, and so is behind all others.
+    FSDP2 reduces the gradients of some modules, such as the first, in its own callbacks, one for each root module. Some
+    of them may be registered after this object. If ``after_others`` is set, this object therefore registers itself
+    again at its first call, so that it then runs after all of them.
 
     A reentrant checkpoint's backward counts as one of its own. Autograd drops its callbacks uncalled when a backward
     raises, so this object is then deleted before it has been called. See [Note: Callbacks keep nothing alive].

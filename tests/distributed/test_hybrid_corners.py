@@ -285,7 +285,7 @@ def test_one_rank_raises(tmp_path: Path) -> None:
     assert max(seconds) < 5 * SHORT.total_seconds()
 
 
-# What travels ----------------------------------------------------------------------------------------
+# Bytes on the wire -----------------------------------------------------------------------------------
 
 
 class Shapes(nn.Module):
@@ -337,7 +337,7 @@ def body_rest(rank: int, world_size: int) -> list[int]:
 
 
 def test_bytes_on_the_wire_and_unfrozen_unlike(tmp_path: Path) -> None:
-    """Of the momentum each element is on one rank: 1 / (replicas * shards) of it, but for alignment."""
+    """Each rank keeps 1 / (replicas * shards) of the momentum, up to the padding for alignment."""
     on_ranks = run_ranks(body_rest, 4, tmp_path)
     total = 40 * 64 + 33 * 40 + 3 + 1
     assert sum(numel for numel, _ in on_ranks) == 2 * total
