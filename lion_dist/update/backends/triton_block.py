@@ -13,7 +13,7 @@ from .triton_common import LR_COLUMN, blend, elements, moved, store_rounded
 def step_block(
     row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, REMAINDER: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Steps the elements from ``start`` on, up to BLOCK of them, as many as there are.
 
@@ -23,11 +23,12 @@ def step_block(
         hyper: pointer to the hyper-parameters of the segment.
         SCALE, REMAINDER: columns of the row; None where the momentum has none, or the parameter.
         BLOCK: of an 8-bit momentum a multiple of SCALE_BLOCK, which ``start`` is too.
-        WHOLE: whether there are BLOCK elements, all aligned to 16 bytes; not with an 8-bit momentum.
+        WHOLE: whether there are BLOCK elements.
+        ALIGNED: whether they begin at multiples of 16 bytes; with WHOLE alone, and without an 8-bit momentum.
     """
-    tl.static_assert(SCALE is None or not WHOLE)
+    tl.static_assert((WHOLE and SCALE is None) or not ALIGNED)
     # Bytes that a thread reads of a tensor at once.
-    AT_ONCE: tl.constexpr = 16 if WHOLE else 1
+    AT_ONCE: tl.constexpr = 16 if ALIGNED else 1
     if SCALE is None:
         offsets = tl.arange(0, BLOCK)
     else:

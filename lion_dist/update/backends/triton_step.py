@@ -1,8 +1,9 @@
 """The rule as one Triton launch over a segment table; equal to reference.py bit for bit.
 
 A program works on one block of elements: it finds its segment through the tile map, then reads p, g and m, and writes p
-and m, as 1-D memory. Blocks that are whole and 16-byte aligned (normally all but the last of a segment) take a path
-whose accesses the compiler can vectorise; the others are masked. An 8-bit momentum has a kernel of its own.
+and m, as 1-D memory. There are three paths: for whole blocks that are aligned to 16 bytes, normally all but the last of
+a segment, whose accesses the compiler can vectorise; for whole ones that are not; and, masked, for the last of a
+segment. An 8-bit momentum has a kernel of its own.
 
 No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are chosen by
 measurement (benchmarks/RESULTS.md).
@@ -80,15 +81,21 @@ def _lion_kernel(
     g_address = tl.load(grad_addresses + segment)
     if takes_part & (g_address != 0):
         hyper = hypers + group * HYPERS_WIDTH
-        if (start + BLOCK <= length) & (((p_address | g_address | m_address | r_address) % 16) == 0):
-            step_block(
-                row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
-                P, G, M, None, REMAINDER, BLOCK, WHOLE=True,
-            )  # fmt: skip
+        if start + BLOCK <= length:
+            if ((p_address | g_address | m_address | r_address) % 16) == 0:
+                step_block(
+                    row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                    P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=True,
+                )  # fmt: skip
+            else:
+                step_block(
+                    row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                    P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=False,
+                )  # fmt: skip
         else:
             step_block(
                 row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
-                P, G, M, None, REMAINDER, BLOCK, WHOLE=False,
+                P, G, M, None, REMAINDER, BLOCK, WHOLE=False, ALIGNED=False,
             )  # fmt: skip
 
 
