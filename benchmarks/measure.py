@@ -71,14 +71,15 @@ def join_group(rank: int, ranks: int, rendezvous: str, node: int | None = None) 
 
 
 def machine(ranks: int, node: int | None = None) -> str:
-    """Describes the GPUs that this number of ranks runs on, for the head of a table; ``node`` as in join_group."""
+    """Describes what this number of ranks runs on, for the head of a table; ``node`` as in join_group."""
     gpus = min(ranks, torch.cuda.device_count())
     where = f"{gpus} x {torch.cuda.get_device_name()}"
     if gpus < ranks:
         where += f", shared by {ranks} ranks"
-    if (node or 1) > 1:
-        return f"{where}, over NCCL's sockets between nodes of {node} ranks"
-    return f"{where} over NCCL's sockets" if node or gpus < ranks else where
+        node = node or 1
+    if node is None:
+        return where
+    return where + (" over NCCL's sockets" if node == 1 else f", NCCL's sockets between nodes of {node} ranks")
 
 
 def events_ms(run: Step) -> float:
