@@ -49,17 +49,10 @@ def join_group(rank: int, ranks: int, rendezvous: str, node: int | None = None) 
     of the loopback device are the links between them, and NVLink or shared memory those within one.
 
     Args:
-        node: number of consecutive ranks that NCCL takes for a host. None: 1 where there are more ranks than GPUs; else
-            all ranks are on one host, as they are.
-
-    Raises:
-        ValueError: two ranks of a host would share a GPU.
+        node: number of consecutive ranks that NCCL takes for a host, at most the number of GPUs. None: 1 where there
+            are more ranks than GPUs; else all ranks are on one host, as they are.
     """
     gpus = torch.cuda.device_count()
-    if node is not None and not 1 <= node <= gpus:
-        raise ValueError(
-            f"a host of {node} ranks needs as many GPUs; there are {gpus}: take at most {gpus} ranks a host"
-        )
     device = torch.device("cuda", rank % gpus)
     torch.cuda.set_device(device)
     if node is None and gpus < ranks:
