@@ -226,7 +226,9 @@ def main() -> None:
         help="where these are more than the GPUs, ranks share GPUs",
     )
     parser.add_argument(
-        "--replicas", type=int, help="of modes over a mesh; default: half the ranks if they are 4 or more, else all"
+        "--replicas",
+        type=int,
+        help="of modes over a mesh; default: half the ranks if these are even and at least 4, else all",
     )
     parser.add_argument("--node", type=int, help="how many consecutive ranks NCCL takes for a node of its own")
     parser.add_argument("--layers", type=int, default=Llama.layers)
@@ -253,7 +255,7 @@ def main() -> None:
             f"needs a rank and a CUDA device at least; got --ranks {options.ranks}, {torch.cuda.device_count()} devices"
         )
     if options.replicas is None:
-        options.replicas = options.ranks // 2 if options.ranks >= 4 else options.ranks
+        options.replicas = options.ranks // 2 if options.ranks >= 4 and options.ranks % 2 == 0 else options.ranks
     if options.replicas < 1 or options.ranks % options.replicas:
         parser.error(f"--replicas {options.replicas} must divide the number of ranks, {options.ranks}")
     if options.node is not None and not 1 <= options.node <= torch.cuda.device_count():
