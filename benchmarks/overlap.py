@@ -6,7 +6,8 @@ Lane: the kernels of one kind on one rank. In modes over a mesh the collectives 
     a stream of the group's own. ShardedLion's are asynchronous, and a first collective in the profile shows the stream
     of the replicas' group. FSDP2's are on other streams. Of those the all-reduces are between replicas, because FSDP2
     has no others.
-Hidden: the part of a lane during which kernels of compute or of the optimizer ran too.
+Hidden: the part of a lane during which kernels of compute or of the optimizer ran too, all on one rank. Where ranks
+    share a GPU they take turns on it, and the time of a kernel includes the turns of the others.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def draw(
     for row, name in enumerate(reversed(spans)):
         axes.broken_barh([(b, e - b) for b, e in spans[name]], (row - 0.35, 0.7), color=LANES[name], linewidth=0)
     axes.set_yticks(range(len(spans)), list(reversed(spans)))
+    axes.set_ylim(-0.6, len(spans) - 0.1)
     for x, label in zip(marks, ("step, then forward", "backward", "step"), strict=True):
         axes.axvline(x, color="black", linewidth=0.8)
         axes.text(x, len(spans) - 0.45, f" {label}", fontsize=8)
