@@ -1,0 +1,162 @@
+"""Training with ``reduce_dtype=torch.bfloat16`` beside its definition in plain torch, for gradients of any values.
+
+Each process plays all ranks: it knows the gradients of every rank, and works out which of them travel together, what
+their average is, and what Lion makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lion_dist import Lion, ShardedLion
+from lion_dist.update import reference
+from tests.asserts import assert_same_bits, assert_same_momentum
+from tests.harness import device_of
+from tests.scenarios.passes import TINY
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# Heads with and without tails on 2, 3 and 4 ranks, tails alone, an odd memory order, one element, and none.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (40, 33),
+    (3072,),
+    (8, 6, 5, 5),
+    (24, 48),
+    (129,),
+    (127,),
+    (3,),
+    (1,),
+    (),
+    (0, 3),
+)
+ALL = list(range(len(SHAPES)))
+
+
+def average_of(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The definition: the ranks' gradients, in order, of one parameter. None where no rank has one."""
+    like = next((g for g in gradients if g is not None), None)
+    if like is None:
+        return None
+    total: Tensor | None = None
+    for g in gradients:
+        rounded = (torch.zeros_like(like) if g is None else g).to(BF16).to(F32)
+        total = rounded if total is None else total + rounded
+    assert total is not None
+    return total / torch.full((), float(len(gradients)), device=like.device)  # on GPUs no product with an inverse
+
+
+def gradient(i: int, p: Tensor, number: int, rank: int) -> Tensor:
+    """One rank's gradient of parameter i: of any value, over forty binary orders of magnitude."""
+    generator = torch.Generator().manual_seed(1_000_003 * number + 1009 * i + rank)
+    exponents = torch.randint(-30, 10, p.shape, generator=generator)
+    return (torch.randn(p.shape, generator=generator) * 2.0**exponents).to(p.device, p.dtype)
+
+
+class Twins:
+    """Parameters under ShardedLion, and copies under Lion, which is given the averages that the definition says.
+
+    Args:
+        dtypes: of the parameters, over and over.
+        options: of both optimizers.
+        sharding: options of ShardedLion alone.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        dtypes: Sequence[torch.dtype] = (F32,),
+        options: dict[str, Any] | None = None,
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+        **sharding: Any,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        device = device_of(rank, world_size)
+        generator = torch.Generator().manual_seed(5)
+        self.params: list[nn.Parameter] = []
+        self.copies: list[nn.Parameter] = []
+        for i, shape in enumerate(shapes):
+            value = torch.randn(shape, generator=generator).to(device, dtypes[i % len(dtypes)])
+            if value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            self.params.append(nn.Parameter(value.clone()))
+            self.copies.append(nn.Parameter(value.clone()))
+            self.copies[-1].grad_dtype = F32  # averages of 16-bit gradients are float32
+        kwargs: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, **(options or {})}
+        self.sharded = ShardedLion(self.params, **kwargs, **{"bucket_mb": TINY, "reduce_dtype": BF16, **sharding})
+        self.lion = Lion(self.copies, **kwargs)
+        self.local: list[dict[int, Tensor]] = [{} for _ in range(world_size)]  # what lies in p.grad, of every rank
+        self.left: list[dict[int, Tensor] | None] = [None] * world_size  # what has left in this interval's round
+        self.sums: dict[int, Tensor] = {}
+        self.has_sums = False
+
+    # Passes -------------------------------------------------------------------------------------
+
+    def loss(self, number: int, uses: Sequence[int]) -> Tensor:
+        terms = [(self.params[i] * gradient(i, self.params[i], number, self.rank)).sum().float() for i in uses]
+        return torch.stack(terms).sum()
+
+    def backward(self, number: int, uses: Sequence[Sequence[int]], sync: bool = True) -> None:
+        """A pass in which rank r uses the parameters ``uses[r]``."""
+        with nullcontext() if sync else self.sharded.no_sync():
+            if uses[self.rank]:
+                self.loss(number, uses[self.rank]).backward()
+        for rank, of_rank in enumerate(uses):
+            for i in of_rank:
+                g, own = gradient(i, self.params[i], number, rank), self.local[rank]
+                own[i] = own[i] + g if i in own else g
+            if of_rank and sync and self.left[rank] is None:
+                self.left[rank], self.local[rank] = self.local[rank], {}
+
+    def _average(self, gradients: Sequence[dict[int, Tensor]]) -> None:
+        """A round: averages replace those of the last accumulation, or are added to what there is."""
+        for i, p in enumerate(self.params):
+            average = average_of([own.get(i) for own in gradients])
+            if self.has_sums and i in self.sums:
+                self.sums[i] = self.sums[i] + (torch.zeros_like(self.sums[i]) if average is None else average)
+            elif average is not None:
+                self.sums[i] = torch.zeros_like(p, dtype=F32) + average if self.has_sums else average
+        self.has_sums = True
+
+    def reduce(self) -> None:
+        """What step() and clip_grad_norm_() do first."""
+        first = [own if left is None else left for own, left in zip(self.local, self.left, strict=True)]
+        late = [{} if left is None else own for own, left in zip(self.local, self.left, strict=True)]
+        self._average(first)
+        if any(late):
+            self._average(late)
+        self.local = [{} for _ in self.local]
+        self.left = [None] * self.world_size
+        for i, copy in enumerate(self.copies):
+            copy.grad = self.sums[i].clone() if i in self.sums else None
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def step(self, what: str, clip: float | None = None, zero: bool = True) -> None:
+        self.reduce()
+        if clip is not None:
+            grads = [p.grad for p in self.copies if p.grad is not None]
+            norm, scale = reference.clip_coefficient(torch.stack([*map(reference.sum_of_squares, grads)]).sum(), clip)
+            assert_same_bits(self.sharded.clip_grad_norm_(clip), norm, f"{what}: norm")
+            for g in grads:
+                g.mul_(scale)
+        self.sharded.step()
+        self.lion.step()
+        for i, (p, copy) in enumerate(zip(self.params, self.copies, strict=True)):
+            assert_same_bits(p, copy, f"{what}: parameter {i}")
+        if zero:
+            self.zero()
+
+    def zero(self) -> None:
+        self.sharded.zero_grad()
+        self.sums, self.has_sums = {}, False
+
+    def finish(self) -> None:
+        """Momenta and other state too."""
+        assert_same_momentum(self.sharded.full_state_dict(), self.lion)
+        self.sharded.check_replicas()
