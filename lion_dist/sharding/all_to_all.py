@@ -65,7 +65,7 @@ def average_rows(outputs: Sequence[Tensor], rows: Tensor, adds: bool) -> None:
             output.add_(total)
 
 
-class _TorchRows:
+class TorchRows:
     """The two halves of a bucket's average in plain torch."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
@@ -122,9 +122,11 @@ class AllToAllAverage:
 
     def set_buckets(self, outputs: Sequence[Sequence[Tensor]]) -> None:
         self._device = next((t.device for of_bucket in outputs for t in of_bucket), None)
-        make: Callable[[Sequence[Tensor]], Any] = _TorchRows
+        make: Callable[[Sequence[Tensor]], Any] = TorchRows
         if self._device is not None and self._takes_triton(self._device):
-            from .all_to_all_kernels import TritonRows as make  # needs triton
+            from .triton_rows import TritonRows  # needs triton
+
+            make = TritonRows
         self._halves = [make(of_bucket) if of_bucket else None for of_bucket in outputs]
         self._row_numels = [sum(t.numel() for t in of_bucket) for of_bucket in outputs]
 
