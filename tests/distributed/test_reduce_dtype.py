@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from lion_dist import ShardedLion
+from lion_dist import Lion, ShardedLion
+from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
 from tests.marks import needs_interpreter
+from tests.scenarios.hybrid import FEW as FEW_HYBRID
+from tests.scenarios.hybrid import mesh_of
 from tests.scenarios.passes import FEW, ONE, TINY
-from tests.scenarios.sixteen_bits import ALL, BF16, F16, F32, Twins
+from tests.scenarios.sixteen_bits import ALL, BF16, F16, F32, Twins, average_of
 from tests.scenarios.wire import Counter
 
 
@@ -211,3 +218,47 @@ def body_refused(rank: int, world_size: int) -> None:
 
 def test_other_dtypes_are_refused_on_every_rank(tmp_path: Path) -> None:
     run_ranks(body_refused, 2, tmp_path)
+
+
+def body_hybrid(rank: int, world_size: int) -> None:
+    """Two replicas of two shards, gradients of any values. A model without an optimizer says what FSDP2 gives to
+    ShardedLion; its replicas' gradients are averaged as the definition says."""
+    mesh, device = mesh_of(2, 2), device_of(rank, world_size)
+    group = mesh["replicate"].get_group()
+
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        blocks = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in pairwise((19, 129, 127, 3))]
+        net = nn.Sequential(*blocks).to(device)
+        for block in net:
+            fully_shard(block, mesh=mesh["shard"])
+        return fully_shard(net, mesh=mesh["shard"])
+
+    net, other = model(mesh.get_local_rank("replicate")), model(0)
+    optimizer = ShardedLion(
+        net.parameters(), lr=1e-2, weight_decay=0.1, process_group=group, reduce_dtype=BF16, bucket_mb=FEW_HYBRID
+    )
+    lion = Lion(other.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(4):
+        for micro_step in range(1 + step % 2):
+            x = torch.randn(8, 19, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + rank))
+            with optimizer.no_sync() if step % 2 and not micro_step else nullcontext():
+                net(x.to(device)).square().mean().backward()
+            other(x.to(device)).square().mean().backward()
+        for p in other.parameters():
+            own = p.grad._local_tensor
+            of_replicas = [torch.empty_like(own) for _ in range(2)]
+            dist.all_gather(of_replicas, own, group=group)
+            average = average_of(of_replicas)
+            assert average is not None
+            own.copy_(average)
+        optimizer.step()
+        lion.step()
+        optimizer.zero_grad()
+        lion.zero_grad()
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert_same_bits(p._local_tensor, q._local_tensor, f"step {step}")
+
+
+def test_between_nodes(tmp_path: Path) -> None:
+    run_ranks(body_hybrid, 4, tmp_path)
