@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.reduce_error import NOISE, all_to_all, gradients, measure, ring
 from lion_dist.sharding.all_to_all import TorchRows
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
@@ -68,3 +69,17 @@ def assert_same_numbers(got: Tensor, expected: Tensor, what: str) -> None:
     """The same bits, but for those of a NaN."""
     assert torch.equal(got.isnan(), expected.isnan()), what
     assert_same_bits(got.nan_to_num(1.5, torch.inf, -torch.inf), expected.nan_to_num(1.5, torch.inf, -torch.inf), what)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_the_error_does_not_grow_with_the_ranks(noise: float) -> None:
+    """Rounding to 8 significant digits is off by 2^-8 of a number at most, 2^-8 / sqrt(3) at most in the mean square, and
+    the ranks' errors are independent. Those of a ring add up."""
+    for ranks in (2, 16, 128):
+        g = gradients(ranks, 4096, noise)
+        error, wrong = measure(all_to_all, g)
+        of_average = (g.square().sum(0).mean() / ranks**2 / g.mean(0).square().mean()).sqrt().item()
+        assert 0.5 * of_average * 2**-8 / 3**0.5 < error < of_average * 2**-8 / 3**0.5
+        error_of_ring, wrong_of_ring = measure(ring, g)
+        assert error_of_ring > (1.2 if ranks == 2 else ranks**0.5 / 2) * error
+        assert wrong_of_ring >= wrong
