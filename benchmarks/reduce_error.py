@@ -2,10 +2,10 @@
 
     python -m benchmarks.reduce_error
 
-They are added up in float32, as with reduce_dtype=torch.bfloat16, or in bfloat16 along a ring, as where bfloat16 tensors
-are reduced. All ranks are simulated in one process. Each rank's gradient is a normal draw that all share, plus NOISE
-times one of its own. An error is the root of the mean square of what an average differs by from the mean in float64,
-divided by that of the mean. A wrong sign is one that differs from that of the mean in float64.
+They are added up in float32, as with reduce_dtype=torch.bfloat16, or in bfloat16 along a ring, as where tensors in
+bfloat16 are reduced. All ranks are simulated in one process. Each rank's gradient is a normal draw that all share, plus
+NOISE times one of its own. An error is the root of the mean square of what an average differs by from the mean in
+float64, divided by that of the mean. A wrong sign is one that differs from that of the mean in float64.
 """
 
 from __future__ import annotations

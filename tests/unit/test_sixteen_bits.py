@@ -73,8 +73,8 @@ def assert_same_numbers(got: Tensor, expected: Tensor, what: str) -> None:
 
 @pytest.mark.parametrize("noise", NOISE)
 def test_the_error_does_not_grow_with_the_ranks(noise: float) -> None:
-    """Rounding to 8 significant digits is off by 2^-8 of a number at most, 2^-8 / sqrt(3) at most in the mean square, and
-    the ranks' errors are independent. Those of a ring add up."""
+    """Rounding to 8 significant digits is off by 2^-8 of a number at most, 2^-8 / sqrt(3) at most in the mean square.
+    The ranks' errors are independent, and those of a ring add up."""
     for ranks in (2, 16, 128):
         g = gradients(ranks, 4096, noise)
         error, wrong = measure(all_to_all, g)
