@@ -3,71 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
-from lion_dist import Lion, ShardedLion
-from tests.asserts import assert_same_bits
+from lion_dist import ShardedLion
 from tests.harness import device_of, run_ranks
 from tests.marks import needs_interpreter
-from tests.scenarios.hybrid import FEW as FEW_HYBRID
-from tests.scenarios.hybrid import mesh_of
-from tests.scenarios.passes import FEW, ONE, TINY
-from tests.scenarios.sixteen_bits import ALL, BF16, F16, F32, Twins, average_of
+from tests.scenarios.passes import ONE, TINY
+from tests.scenarios.sixteen_bits import ALL, BF16, CASES, F32, Twins, body_cases, body_hybrid
 from tests.scenarios.wire import Counter
-
-
-def train(twins: Twins, clip: bool) -> None:
-    """Every way that a gradient may take."""
-    ranks = range(twins.world_size)
-    everywhere = [ALL] * twins.world_size
-
-    def parts(salt: int) -> list[list[int]]:
-        """Other parameters on every rank; of some no rank has a gradient."""
-        return [[i for i in ALL if (i * 7 + r * 3 + salt) % 5 < 2 and i != 4] or [0] for r in ranks]
-
-    twins.backward(1, everywhere)
-    twins.step("plain")
-    twins.backward(2, parts(0))
-    twins.step("parts", 5.0 if clip else None)
-    for number in (3, 4):
-        twins.backward(number, parts(number), sync=False)
-    twins.backward(5, parts(5))
-    twins.step("no_sync")
-    twins.backward(6, parts(6), sync=False)
-    twins.step("no_sync alone", 0.5 if clip else None)
-    for number in (7, 8, 9):
-        twins.backward(number, everywhere if number == 7 else parts(number))
-    twins.step("several passes", zero=False)
-    twins.backward(10, parts(3))
-    twins.step("not zeroed", 2.0 if clip else None, zero=False)
-    twins.step("the same once more")
-    twins.backward(11, [ALL if r == twins.world_size - 1 else [] for r in ranks])
-    twins.step("of one rank")
-    twins.finish()
-
-
-Case = tuple[tuple[torch.dtype, ...], str, float]
-CASES: list[Case] = [((F32,), "signs", TINY), ((BF16,), "params", FEW), ((BF16, F32, F16), "signs", ONE)]
-
-
-def body_cases(rank: int, world_size: int, cases: Sequence[Case], options: Sequence[dict[str, Any]]) -> None:
-    for dtypes, sync, bucket_mb in cases:
-        for own in options:
-            what = f"{dtypes}, {sync}, bucket_mb={bucket_mb}, {own}"
-            try:
-                train(Twins(rank, world_size, dtypes, own, param_sync=sync, bucket_mb=bucket_mb), clip=True)
-            except Exception as error:
-                raise AssertionError(what) from error
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -91,15 +38,11 @@ def test_the_kernels_train_alike(tmp_path: Path) -> None:
     run_ranks(body_triton, 2, tmp_path)
 
 
-def body_options(rank: int, world_size: int) -> None:
-    """Master weights and 8-bit momenta, whose gradients are float32 beside bfloat16 weights."""
-    for options in ({"master_weights": True}, {"master_weights": True, "momentum_dtype": "int8"}):
-        for sync in ("signs", "params"):
-            train(Twins(rank, world_size, (BF16,), options, param_sync=sync), clip=False)
-
-
-def test_master_weights_and_int8_momenta(tmp_path: Path) -> None:
-    run_ranks(body_options, 3, tmp_path)
+@pytest.mark.parametrize("sync", ["signs", "params"])
+def test_master_weights_and_int8_momenta(sync: str, tmp_path: Path) -> None:
+    """Their gradients are float32 beside bfloat16 weights."""
+    options = [{"master_weights": True}, {"master_weights": True, "momentum_dtype": "int8"}]
+    run_ranks(body_cases, 3, tmp_path, ([((BF16,), sync, TINY)], options, False))
 
 
 def body_not_finite(rank: int, world_size: int) -> None:
@@ -220,45 +163,5 @@ def test_other_dtypes_are_refused_on_every_rank(tmp_path: Path) -> None:
     run_ranks(body_refused, 2, tmp_path)
 
 
-def body_hybrid(rank: int, world_size: int) -> None:
-    """Two replicas of two shards, gradients of any values. A model without an optimizer says what FSDP2 gives to
-    ShardedLion; its replicas' gradients are averaged as the definition says."""
-    mesh, device = mesh_of(2, 2), device_of(rank, world_size)
-    group = mesh["replicate"].get_group()
-
-    def model(seed: int) -> Any:
-        torch.manual_seed(seed)
-        blocks = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in pairwise((19, 129, 127, 3))]
-        net = nn.Sequential(*blocks).to(device)
-        for block in net:
-            fully_shard(block, mesh=mesh["shard"])
-        return fully_shard(net, mesh=mesh["shard"])
-
-    net, other = model(mesh.get_local_rank("replicate")), model(0)
-    optimizer = ShardedLion(
-        net.parameters(), lr=1e-2, weight_decay=0.1, process_group=group, reduce_dtype=BF16, bucket_mb=FEW_HYBRID
-    )
-    lion = Lion(other.parameters(), lr=1e-2, weight_decay=0.1)
-    for step in range(4):
-        for micro_step in range(1 + step % 2):
-            x = torch.randn(8, 19, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + rank))
-            with optimizer.no_sync() if step % 2 and not micro_step else nullcontext():
-                net(x.to(device)).square().mean().backward()
-            other(x.to(device)).square().mean().backward()
-        for p in other.parameters():
-            own = p.grad._local_tensor
-            of_replicas = [torch.empty_like(own) for _ in range(2)]
-            dist.all_gather(of_replicas, own, group=group)
-            average = average_of(of_replicas)
-            assert average is not None
-            own.copy_(average)
-        optimizer.step()
-        lion.step()
-        optimizer.zero_grad()
-        lion.zero_grad()
-        for p, q in zip(net.parameters(), other.parameters(), strict=True):
-            assert_same_bits(p._local_tensor, q._local_tensor, f"step {step}")
-
-
 def test_between_nodes(tmp_path: Path) -> None:
-    run_ranks(body_hybrid, 4, tmp_path)
+    run_ranks(body_hybrid, 4, tmp_path, (2, 2))

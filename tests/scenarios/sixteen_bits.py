@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.update import reference
 from tests.asserts import assert_same_bits
 from tests.harness import device_of
-from tests.scenarios.passes import TINY
+from tests.scenarios.hybrid import FEW as HYBRID_MB
+from tests.scenarios.hybrid import mesh_of
+from tests.scenarios.passes import FEW, ONE, TINY
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -71,6 +76,12 @@ def awkward(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     patterns[1::17] = info.min  # -0.0
     normal = torch.randn(n, generator=generator).to(dtype).view(integer)
     return torch.where(torch.arange(n) < n // 2, patterns.to(integer), normal).view(dtype)
+
+
+def assert_same_numbers(got: Tensor, expected: Tensor, what: str) -> None:
+    """The same bits, but for those of a NaN."""
+    assert torch.equal(got.isnan(), expected.isnan()), what
+    assert_same_bits(got.nan_to_num(1.5, torch.inf, -torch.inf), expected.nan_to_num(1.5, torch.inf, -torch.inf), what)
 
 
 class Twins:
@@ -180,3 +191,89 @@ class Twins:
             for name, t in entry.items():
                 assert_same_bits(got[i][name], t.cpu(), f"{name} of parameter {i}")
         self.sharded.check_replicas()
+
+
+def train(twins: Twins, clip: bool) -> None:
+    """Every way that a gradient may take."""
+    ranks = range(twins.world_size)
+    everywhere = [ALL] * twins.world_size
+
+    def parts(salt: int) -> list[list[int]]:
+        """Other parameters on every rank; of some no rank has a gradient."""
+        return [[i for i in ALL if (i * 7 + r * 3 + salt) % 5 < 2 and i != 4] or [0] for r in ranks]
+
+    twins.backward(1, everywhere)
+    twins.step("plain")
+    twins.backward(2, parts(0))
+    twins.step("parts", 5.0 if clip else None)
+    for number in (3, 4):
+        twins.backward(number, parts(number), sync=False)
+    twins.backward(5, parts(5))
+    twins.step("no_sync")
+    twins.backward(6, parts(6), sync=False)
+    twins.step("no_sync alone", 0.5 if clip else None)
+    for number in (7, 8, 9):
+        twins.backward(number, everywhere if number == 7 else parts(number))
+    twins.step("several passes", zero=False)
+    twins.backward(10, parts(3))
+    twins.step("not zeroed", 2.0 if clip else None, zero=False)
+    twins.step("the same once more")
+    twins.backward(11, [ALL if r == twins.world_size - 1 else [] for r in ranks])
+    twins.step("of one rank")
+    twins.finish()
+
+
+Case = tuple[tuple[torch.dtype, ...], str, float]
+CASES: list[Case] = [((F32,), "signs", TINY), ((BF16,), "params", FEW), ((BF16, F32, F16), "signs", ONE)]
+
+
+def body_cases(
+    rank: int, world_size: int, cases: Sequence[Case], options: Sequence[dict[str, Any]], clip: bool = True
+) -> None:
+    for dtypes, sync, bucket_mb in cases:
+        for own in options:
+            what = f"{dtypes}, {sync}, bucket_mb={bucket_mb}, {own}"
+            try:
+                train(Twins(rank, world_size, dtypes, own, param_sync=sync, bucket_mb=bucket_mb), clip)
+            except Exception as error:
+                raise AssertionError(what) from error
+
+
+def body_hybrid(rank: int, world_size: int, replicas: int, shards: int) -> None:
+    """ShardedLion between nodes. A model without ShardedLion says what FSDP2 gives to it; the gradients of its replicas
+    are averaged as the definition says."""
+    mesh, device = mesh_of(replicas, shards), device_of(rank, world_size)
+    group = mesh["replicate"].get_group()
+
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        blocks = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in pairwise((19, 129, 127, 3))]
+        net = nn.Sequential(*blocks).to(device)
+        for block in net:
+            fully_shard(block, mesh=mesh["shard"])
+        return fully_shard(net, mesh=mesh["shard"])
+
+    net, other = model(mesh.get_local_rank("replicate")), model(0)
+    optimizer = ShardedLion(
+        net.parameters(), lr=1e-2, weight_decay=0.1, process_group=group, reduce_dtype=BF16, bucket_mb=HYBRID_MB
+    )
+    lion = Lion(other.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(4):
+        for micro_step in range(1 + step % 2):
+            x = torch.randn(8, 19, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + rank))
+            with optimizer.no_sync() if step % 2 and not micro_step else nullcontext():
+                net(x.to(device)).square().mean().backward()
+            other(x.to(device)).square().mean().backward()
+        for p in other.parameters():
+            own = p.grad._local_tensor
+            of_replicas = [torch.empty_like(own) for _ in range(replicas)]
+            dist.all_gather(of_replicas, own, group=group)
+            average = average_of(of_replicas)
+            assert average is not None
+            own.copy_(average)
+        optimizer.step()
+        lion.step()
+        optimizer.zero_grad()
+        lion.zero_grad()
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert_same_bits(p._local_tensor, q._local_tensor, f"step {step}")

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from benchmarks.reduce_error import NOISE, all_to_all, gradients, measure, ring
 from lion_dist.sharding.all_to_all import TorchRows
-from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
-from tests.scenarios.sixteen_bits import BF16, F16, F32, average_of, awkward
+from tests.scenarios.sixteen_bits import BF16, F16, F32, assert_same_numbers, average_of, awkward
 
 # NumPy, under the interpreter, warns of sums that overflow or are not numbers: on purpose here.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -63,12 +62,6 @@ def test_both_halves(name: str, world_size: int, dtypes: tuple[torch.dtype, ...]
             assert_same_numbers(after[rank][0][part], mine, what)
             assert_same_numbers(after[rank][1][part], before[rank][part] + mine, f"{what}, added")
             offset += length
-
-
-def assert_same_numbers(got: Tensor, expected: Tensor, what: str) -> None:
-    """The same bits, but for those of a NaN."""
-    assert torch.equal(got.isnan(), expected.isnan()), what
-    assert_same_bits(got.nan_to_num(1.5, torch.inf, -torch.inf), expected.nan_to_num(1.5, torch.inf, -torch.inf), what)
 
 
 @pytest.mark.parametrize("noise", NOISE)
