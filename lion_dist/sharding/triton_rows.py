@@ -29,10 +29,10 @@ from .layout import ALIGN
 BLOCK = 2048
 NUM_WARPS = 4
 
-# Columns of a piece's row in the table, int64: the number of its first block, its length, where it begins in a row of
-# the bucket, and the address of its output.
-_FIRST_BLOCK, _LENGTH, _OFFSET, _OUTPUT = (tl.constexpr(i) for i in range(4))
-_COLUMNS = tl.constexpr(4)
+# Columns of a piece's entry in the table, int64: the number of its first block, its length, where it begins in a row of
+# the bucket, the address of its output, and the length of a row of the bucket.
+_FIRST_BLOCK, _LENGTH, _OFFSET, _OUTPUT, _ROW_NUMEL = (tl.constexpr(i) for i in range(5))
+_COLUMNS = tl.constexpr(5)
 
 # Numbers of the dtypes of gradients, for a kernel that meets several in one bucket.
 _NUMBER_OF = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -43,20 +43,23 @@ _NAN_BFLOAT16 = tl.constexpr(0x7FC0)
 
 
 @triton.jit
+def _aligned(number):
+    """An int64 from the table, which is a multiple of ALIGN. Without this hint no access of 16 bytes could be made."""
+    return tl.multiple_of(tl.load(number), _ALIGN)
+
+
+@triton.jit
 def _find(table, block_pieces, block, BLOCK: tl.constexpr):
     """The piece that a block of a row belongs to.
 
     Returns:
-        The number of the piece, a pointer to its row in the table, the indices of the block's elements in the piece,
-        which of them exist, and where the piece begins in a row.
+        The number of the piece, a pointer to its entry in the table, the indices of the block's elements in the piece,
+        and which of them exist.
     """
     piece = tl.load(block_pieces + block).to(tl.int64)
-    row = table + piece * _COLUMNS
-    start = (block - tl.load(row + _FIRST_BLOCK)) * BLOCK
-    elements = start + tl.arange(0, BLOCK)
-    # Without these hints no 16-byte access could be made.
-    mask = elements < tl.multiple_of(tl.load(row + _LENGTH), _ALIGN)
-    return piece, row, elements, mask, tl.multiple_of(tl.load(row + _OFFSET), _ALIGN)
+    entry = table + piece * _COLUMNS
+    elements = (block - tl.load(entry + _FIRST_BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    return piece, entry, elements, elements < _aligned(entry + _LENGTH)
 
 
 @triton.jit
@@ -82,14 +85,14 @@ def _round_from(target, address, elements, mask, dtype, HINT: tl.constexpr):
         _round_block(target, address, elements, mask, tl.float16, HINT)
 
 
-@triton.jit(do_not_specialize=["blocks", "row_numel"])
-def _round_kernel(table, block_pieces, gradients, rows, blocks, row_numel, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["blocks"])
+def _round_kernel(table, block_pieces, gradients, rows, blocks, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     rank, block = program // blocks, program % blocks
-    piece, row, elements, mask, offset = _find(table, block_pieces, block, BLOCK)
-    target = rows + rank * tl.multiple_of(row_numel.to(tl.int64), _ALIGN) + offset + elements
+    piece, entry, elements, mask = _find(table, block_pieces, block, BLOCK)
+    target = rows + rank * _aligned(entry + _ROW_NUMEL) + _aligned(entry + _OFFSET) + elements
+    source = rank * _aligned(entry + _LENGTH) + elements
     address, dtype = tl.load(gradients + 2 * piece), tl.load(gradients + 2 * piece + 1)
-    source = rank * tl.multiple_of(tl.load(row + _LENGTH), _ALIGN) + elements
     if address == 0:
         tl.store(target, tl.zeros((BLOCK,), tl.int16), mask=mask)
     elif address % 16 == 0:
@@ -103,19 +106,19 @@ def _float32_of(bits):
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["row_numel"])
+@triton.jit
 def _average_kernel(
-    table, block_pieces, rows, row_numel, WORLD_SIZE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr
+    table, block_pieces, rows, WORLD_SIZE: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    _, row, elements, mask, offset = _find(table, block_pieces, tl.program_id(0).to(tl.int64), BLOCK)
-    contribution = rows + offset + elements
-    step = tl.multiple_of(row_numel.to(tl.int64), _ALIGN)
+    _, entry, elements, mask = _find(table, block_pieces, tl.program_id(0).to(tl.int64), BLOCK)
+    contribution = rows + _aligned(entry + _OFFSET) + elements
+    row_numel = _aligned(entry + _ROW_NUMEL)
     total = _float32_of(tl.load(contribution, mask=mask))
     for rank in range(1, WORLD_SIZE):
-        total += _float32_of(tl.load(contribution + rank * step, mask=mask))
+        total += _float32_of(tl.load(contribution + rank * row_numel, mask=mask))
     # Not `/`, which is an approximation on GPUs.
     average = tl.div_rn(total, tl.full((BLOCK,), WORLD_SIZE, tl.float32))
-    output = tl.multiple_of(tl.load(row + _OUTPUT).to(tl.pointer_type(tl.float32)), 16) + elements
+    output = tl.multiple_of(tl.load(entry + _OUTPUT).to(tl.pointer_type(tl.float32)), 16) + elements
     if ADDS:
         average = tl.load(output, mask=mask) + average
     tl.store(output, average, mask=mask)
@@ -133,15 +136,15 @@ class TritonRows:
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         self._device = outputs[0].device
         self._kept = list(outputs)  # as the table has their addresses
-        table, self._blocks, self._row_numel = [], 0, 0
-        counts = []
+        row_numel = sum(t.numel() for t in outputs)
+        table, counts, offset, self._blocks = [], [], 0, 0
         for t in outputs:
             assert t.dtype == torch.float32, t.dtype
             assert t.numel() % ALIGN == t.data_ptr() % 16 == 0, (t.numel(), t.data_ptr())
-            table.append([self._blocks, t.numel(), self._row_numel, t.data_ptr()])
+            table.append([self._blocks, t.numel(), offset, t.data_ptr(), row_numel])
             counts.append(-(-t.numel() // BLOCK))
             self._blocks += counts[-1]
-            self._row_numel += t.numel()
+            offset += t.numel()
         self._table = upload(table, torch.int64, self._device)
         pieces = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
         if self._device.type == "cuda":
@@ -152,12 +155,12 @@ class TritonRows:
         """`all_to_all.round_rows`."""
         described = [(0, 0) if t is None else (t.data_ptr(), _NUMBER_OF[t.dtype]) for t in inputs]
         gradients = upload(described, torch.int64, self._device)
-        arguments = self._table, self._block_pieces, gradients, rows.view(torch.int16), self._blocks, self._row_numel
+        arguments = self._table, self._block_pieces, gradients, rows.view(torch.int16), self._blocks
         self._launch(_round_kernel, len(rows) * self._blocks, arguments, (BLOCK,))
 
     def average(self, rows: Tensor, adds: bool) -> None:
         """`all_to_all.average_rows`."""
-        arguments = self._table, self._block_pieces, rows.view(torch.int16), self._row_numel
+        arguments = self._table, self._block_pieces, rows.view(torch.int16)
         self._launch(_average_kernel, self._blocks, arguments, (len(rows), adds, BLOCK))
 
     def _launch(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lion_dist import ShardedLion
+from lion_dist.sharding.all_to_all import AllToAllAverage
 from tests.harness import device_of, run_ranks
 from tests.marks import needs_interpreter
 from tests.scenarios.passes import ONE, TINY
@@ -136,6 +139,38 @@ def body_bytes(rank: int, world_size: int) -> None:
 
 def test_bytes_on_the_wire(tmp_path: Path) -> None:
     run_ranks(body_bytes, 2, tmp_path, on_cpu=True)
+
+
+def body_memory(rank: int, world_size: int) -> None:
+    """Never more than two buckets are under way, and gradients are freed when they have been rounded."""
+    twins = Twins(rank, world_size)
+    start = AllToAllAverage.start
+    under_way: list[Any] = []
+    gradients: list[Any] = []
+    most = 0
+
+    def watched(self: Any, bucket: int, inputs: Any, adds: bool) -> Any:
+        nonlocal most
+        started = start(self, bucket, inputs, adds)
+        under_way.append(weakref.ref(started))
+        gradients.extend(weakref.ref(t) for t in inputs if t is not None and not adds)
+        most = max(most, sum(ref() is not None for ref in under_way))
+        return started
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AllToAllAverage, "start", watched)
+        for number in range(2):
+            twins.backward(number, [ALL] * world_size)
+            # What is left are the tail buffers of the parameters, which stay.
+            assert sum(ref() is not None for ref in gradients) <= number + 1
+            twins.step(f"step {number}")
+    assert len(under_way) >= 8
+    assert most == 2
+    assert not any(ref() is not None for ref in under_way)
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    run_ranks(body_memory, 2, tmp_path, on_cpu=True)
 
 
 def body_refused(rank: int, world_size: int) -> None:
