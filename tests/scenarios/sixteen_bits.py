@@ -23,6 +23,7 @@ from tests.harness import device_of
 from tests.scenarios.hybrid import FEW as HYBRID_MB
 from tests.scenarios.hybrid import mesh_of
 from tests.scenarios.passes import FEW, ONE, TINY
+from tests.scenarios.wire import Counter
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -258,11 +259,17 @@ def body_hybrid(rank: int, world_size: int, replicas: int, shards: int) -> None:
         net.parameters(), lr=1e-2, weight_decay=0.1, process_group=group, reduce_dtype=BF16, bucket_mb=HYBRID_MB
     )
     lion = Lion(other.parameters(), lr=1e-2, weight_decay=0.1)
+    sizes, unit = [p._local_tensor.numel() for p in net.parameters()], 128 * replicas
+    padded = sum(-(-(n % unit) // 128) * 128 for n in sizes)  # tails, each at a multiple of 128
+    numel = sum(n - n % unit for n in sizes) + -(-padded // unit) * unit
     for step in range(4):
         for micro_step in range(1 + step % 2):
             x = torch.randn(8, 19, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + rank))
-            with optimizer.no_sync() if step % 2 and not micro_step else nullcontext():
+            unsynced = bool(step % 2 and not micro_step)
+            with optimizer.no_sync() if unsynced else nullcontext(), Counter(group) as counter:
                 net(x.to(device)).square().mean().backward()
+            assert sum(counter.bytes["all to all"]) == (0 if unsynced else 2 * numel)
+            assert not counter.bytes["scatter"]
             other(x.to(device)).square().mean().backward()
         for p in other.parameters():
             own = p.grad._local_tensor
