@@ -46,7 +46,9 @@ from lion_dist import Lion, ShardedLion, checkpoint
 from .llama import LanguageModel, Llama
 from .measure import join_group, machine
 from .peer_steps import BETAS, DECAY, LR, installed_version, missing
-from .peers import Trainer, deepspeed_zero, make_trainer, shard_fsdp2
+from .peers import shard_fsdp2
+from .peers_deepspeed import deepspeed_zero
+from .trainer import Trainer, make_trainer
 
 SEQ_LEN = 64  # in the iteration that makes the state; no parameter's shape depends on it
 

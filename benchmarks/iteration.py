@@ -52,9 +52,10 @@ from .llama import LanguageModel, Llama
 from .measure import join_group, machine
 from .overlap import mark, trace
 from .peer_steps import installed_version, missing
-from .peers import MAX_NORM, MODES, Trainer
+from .peers import MODES
 from .step_alone import HEADER as ALONE_HEADER
 from .step_alone import StepAlone, TwoSets, measure_alone, params_of
+from .trainer import MAX_NORM, Trainer
 
 GIB = 2**30
 

@@ -7,67 +7,29 @@ Mode: a function that makes a Trainer from the model on the current device, insi
 
 from __future__ import annotations
 
-import logging
-import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
-import lion_dist
 from lion_dist import Lion, ShardedLion
 
 from .llama import Block, LanguageModel
 from .peer_steps import BETAS, DECAY, LR
+from .peers_deepspeed import DEEPSPEED
+from .trainer import Mode, Trainer, device_type, make_trainer, on_gpu, torch_clip
 
-MAX_NORM = 1.0  # the norm to which --clip clips gradients
 FULL = MixedPrecisionPolicy()  # gathers and reduces in the parameters' dtype
 BF16_REDUCED, BF16 = MixedPrecisionPolicy(None, torch.bfloat16), MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
-
-
-@dataclass
-class Trainer:
-    """The parts of an iteration, which are called in order: forward, backward, step.
-
-    Attributes:
-        forward: takes tokens and returns the loss.
-        step: clips with --clip, steps, and drops the gradients.
-        local: the optimizer, if its step does not communicate, so that one rank can step alone; else None.
-        between: the process group of this rank's replicas, in modes over a mesh; else None.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    step: Callable[[], object]
-    backward: Callable[[Tensor], object] = Tensor.backward
-    local: Any = None
-    between: dist.ProcessGroup | None = None
-
-
-def make_trainer(
-    forward: Any, optimizer: Any, clip: Callable[[float], object], options: Namespace, local: bool = False
-) -> Trainer:
-    def step() -> None:
-        if options.clip:
-            clip(MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Trainer(forward, step, local=optimizer if local else None)
-
-
-def torch_clip(model: LanguageModel) -> Callable[[float], object]:
-    return partial(clip_grad_norm_, list(model.parameters()))
 
 
 # Ours ---------------------------------------------------------------------------------------------------------
@@ -124,13 +86,15 @@ def hsdp(model: LanguageModel, options: Namespace, policy: MixedPrecisionPolicy 
     return replace(trainer, between=mesh["replicate"].get_group())
 
 
-def hybrid(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
+def hybrid(
+    model: LanguageModel, options: Namespace, param_sync: str, reduce_dtype: torch.dtype | None = None
+) -> Trainer:
     mesh = mesh_of(model, options)
     shard_fsdp2(model, reshard=False, mesh=mesh["shard"])
     between = mesh["replicate"].get_group()
     optimizer = ShardedLion(
         model.groups(DECAY), lr=LR, betas=BETAS, process_group=between, param_sync=param_sync,
-        bucket_mb=options.bucket_mb,
+        bucket_mb=options.bucket_mb, reduce_dtype=reduce_dtype,
     )  # fmt: skip
     return replace(make_trainer(model, optimizer, optimizer.clip_grad_norm_, options), between=between)
 
@@ -265,70 +229,9 @@ def fsdp2_flashlion(
     return make_trainer(model, optimizer, torch_clip(model), options, local=True)
 
 
-# DeepSpeed ----------------------------------------------------------------------------------------------------
-
-
-def deepspeed_zero(
-    model: LanguageModel,
-    options: Namespace,
-    stage: int,
-    ours: bool = False,
-    clips: bool = False,
-    reduce_bf16: bool = False,
-) -> Trainer:
-    """
-    Args:
-        ours: whether `"type": "Lion"` is ours, by lion_dist.deepspeed.register().
-        clips: whether gradient_clipping is left at DeepSpeed's default, a norm of 1.0.
-        reduce_bf16: whether Linear layers communicate in bfloat16, DeepSpeed's default under torch_autocast.
-    """
-    # torchrun would set these; without them DeepSpeed looks for MPI.
-    gpu = torch.cuda.current_device() if on_gpu(model) else 0
-    rank, world_size, local_rank = (str(i) for i in (dist.get_rank(), dist.get_world_size(), gpu))
-    os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")  # required but not used, since the process group exists
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    autocast: dict[str, Any] = {"enabled": True, "dtype": "bfloat16"}
-    if not reduce_bf16:
-        autocast["lower_precision_safe_modules"] = []
-    config = {
-        "train_micro_batch_size_per_gpu": options.sequences,
-        "optimizer": {"type": "Lion", "params": {"lr": LR, "betas": list(BETAS)}},
-        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
-        "torch_autocast": autocast,
-        "steps_per_print": 1_000_000,
-    }
-    if not clips:
-        config["gradient_clipping"] = MAX_NORM if options.clip else 0.0
-    if ours:
-        lion_dist.deepspeed.register()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.groups(DECAY), config=config)
-    return Trainer(engine, engine.step, engine.backward)
-
-
-def device_type(model: LanguageModel) -> str:
-    return next(model.parameters()).device.type
-
-
-def on_gpu(model: LanguageModel) -> bool:
-    return device_type(model) == "cuda"
-
-
-class Mode(NamedTuple):
-    """``distribution``: name, for pip, of the package that the mode needs; "" if none."""
-
-    make: Callable[[LanguageModel, Namespace], Trainer]
-    what: str
-    distribution: str = ""
-
-
 FSDP1, FSDP2 = "FSDP1 SHARD_GRAD_OP", "FSDP2"
 HSDP = f"{FSDP2} over both dimensions of a mesh (HSDP), reshard_after_forward=False"
 HYBRID = f"{FSDP2} over shards, reshard_after_forward=False + ShardedLion over replicas"
-FUSED = "FusedLion (where c is 0, p moves by +lr)"
 
 MODES = {
     "compute": Mode(compute, "forward and backward alone"),
@@ -364,6 +267,10 @@ MODES = {
     "hsdp_bf16": Mode(partial(hsdp, policy=BF16_REDUCED), f"{HSDP}, bf16 reduction + Lion"),
     "hybrid": Mode(partial(hybrid, param_sync="params"), f"{HYBRID}, parameters gathered"),
     "hybrid_signs": Mode(partial(hybrid, param_sync="signs"), f"{HYBRID}, signs gathered"),
+    "hybrid_signs_bf16": Mode(
+        partial(hybrid, param_sync="signs", reduce_dtype=torch.bfloat16),
+        f"{HYBRID}, bf16 reduction, signs gathered",
+    ),
     "fsdp2_lion_pytorch": Mode(
         partial(fsdp2_lion_pytorch, reshard=True), f"{FSDP2} + lion-pytorch, eager", "lion-pytorch"
     ),
@@ -383,23 +290,5 @@ MODES = {
         partial(fsdp2_flashlion, reshard=False, policy=BF16),
         f"{FSDP2} reshard_after_forward=False, bf16 gather and reduction + FlashLion (8-bit momentum)", "flashoptim",
     ),
-    **{
-        f"deepspeed_zero{stage}": Mode(
-            partial(deepspeed_zero, stage=stage), f"DeepSpeed ZeRO-{stage}, {FUSED}", "deepspeed"
-        )
-        for stage in (1, 2, 3)
-    },
-    **{
-        f"deepspeed_zero{stage}_lion_dist": Mode(
-            partial(deepspeed_zero, stage=stage, ours=True), f"DeepSpeed ZeRO-{stage}, lion_dist's Lion", "deepspeed"
-        )
-        for stage in (1, 2, 3)
-    },
-    "deepspeed_zero2_lion_dist_clips": Mode(
-        partial(deepspeed_zero, stage=2, ours=True, clips=True),
-        "DeepSpeed ZeRO-2, lion_dist's Lion, clipping left to DeepSpeed (to a norm of 1.0)", "deepspeed",
-    ),
-    "deepspeed_zero2_bf16": Mode(
-        partial(deepspeed_zero, stage=2, reduce_bf16=True), f"DeepSpeed ZeRO-2, bf16 reduction, {FUSED}", "deepspeed"
-    ),
+    **DEEPSPEED,
 }  # fmt: skip

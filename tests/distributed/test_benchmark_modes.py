@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from benchmarks.llama import LanguageModel, Llama
 from benchmarks.peer_steps import LR, missing
-from benchmarks.peers import MODES, Trainer
+from benchmarks.peers import MODES
 from benchmarks.step_alone import TwoSets, local_parts, params_of
+from benchmarks.trainer import Trainer
 from tests.harness import device_of, run_ranks
 
 SIZES = Llama(vocabulary=40, layers=2, width=16, heads=4, kv_heads=2, ffn=24, seq_len=8)
