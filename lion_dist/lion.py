@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ._torch_compat import disable_dynamo
+from ._torch_compat import disable_dynamo, step_is_watched
 from .dtensors import is_dtensor
 from .frozen import takes_part
 from .fsdp import is_flat_view, new_state
+from .hyper_reader import HyperReader
 from .lion_state import as_shown, copy_columns
 from .master_weights import NamedTensors, find, put
 from .members import Members
@@ -25,7 +26,6 @@ from .param_groups import (
     complete_loaded_groups,
     count_step,
     has_kept_form,
-    hyper_parameters,
     kept_form,
     make_defaults,
     normalize_group,
@@ -135,6 +135,7 @@ class Lion(Optimizer):
         # By ids of all parameters with ``_swaps_params``, else under (). Only sets whose members were found are here,
         # and these hold the parameters, so that no other objects get their ids.
         self._kept: dict[tuple[int, ...], _Kept] = {}
+        self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -157,7 +158,6 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter whose ``grad`` is not None.
 
@@ -167,6 +167,14 @@ class Lion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if torch.compiler.is_compiling() or step_is_watched(self):
+            return self._watched_step(closure)
+        return self._closure_and_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would wrap it otherwise
+
+    @torch.no_grad()
+    def _closure_and_step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,9 +182,11 @@ class Lion(Optimizer):
         self._step()
         return loss
 
+    _watched_step = Optimizer.profile_hook_step(_closure_and_step)  # what torch's wrapper makes of it
+
     @disable_dynamo
     def _step(self) -> None:
-        hypers = [hyper_parameters(group) for group in self.param_groups]
+        hypers = self._hypers.read(self.param_groups)
         kept, members, prepared = self._prepare()
         self._rounding.check(self.param_groups, hypers)
         if members.params:
@@ -209,7 +219,7 @@ class Lion(Optimizer):
             for p, made in new.items():
                 self.state.setdefault(p, {}).update(made)
             members.states = [self.state[p] for p in members.params]
-            members.state_ids = list(map(id, self.state.values()))
+            members.entries = list(self.state.values())
         kept.members = members
         self._kept[ids] = kept
         return kept, members, prepared
@@ -219,13 +229,7 @@ class Lion(Optimizer):
         self._prepare()
 
     def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
-        if (
-            members is not None
-            and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
-            and members.state_ids == list(map(id, self.state.values()))
-            and not any(map(takes_part, members.idle))
-            and members.forms == list(map(kept_form, self.param_groups))
-        ):
+        if members is not None and members.hold(self.param_groups, self.state):
             return members, {}
         return self._find_members()
 
@@ -243,7 +247,7 @@ class Lion(Optimizer):
             TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, a column has
                 different blocks in different groups, or the form of a momentum is not that of its group.
         """
-        ids = [list(map(id, group["params"])) for group in self.param_groups]
+        given = [list(group["params"]) for group in self.param_groups]
         params: list[Tensor] = []
         states, groups, idle = [], [], []
         blocks: dict[str, int] = {}
@@ -278,12 +282,12 @@ class Lion(Optimizer):
             for p, made in zip(stateless, new_state(stateless, [column for _, column in wanted]), strict=True):
                 new.setdefault(p, {})[name] = made
         states = [{**own, **new[p]} if p in new else own for p, own in zip(params, states, strict=True)]
-        state_ids = list(map(id, self.state.values()))
+        entries = list(self.state.values())
         everyone = frozenset(range(len(params)))
         absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
         dtensors = any(map(is_dtensor, params))
         forms = list(map(kept_form, self.param_groups))
-        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids, forms), new
+        return Members(given, params, states, groups, blocks, absent, idle, dtensors, entries, forms), new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}

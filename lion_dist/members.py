@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 
 from .dtensors import local_gradients, locals_of
+from .frozen import takes_part
+from .param_groups import Group, kept_form
 from .update.segments import StepTensors
 
 
@@ -16,7 +20,7 @@ class Members:
     """The parameters of the groups, as a step needs them; kept for the next step if nothing has changed.
 
     Attributes:
-        ids: ids of all parameters, by group.
+        given: all parameters, by group.
         params: the parameters that are stepped.
         states: ``optimizer.state`` of each of ``params``.
         groups: the numbers of their groups.
@@ -24,11 +28,11 @@ class Members:
         lacking: for each column that some of ``params`` lack, their indices.
         idle: frozen parameters, which are not stepped.
         dtensors: whether any of ``params`` is a DTensor.
-        state_ids: ids of all values of ``optimizer.state``.
+        entries: all values of ``optimizer.state``.
         forms: `param_groups.kept_form` of each group.
     """
 
-    ids: list[list[int]]
+    given: list[list[Tensor]]
     params: list[Tensor]
     states: list[dict[str, Any]]
     groups: list[int]
@@ -36,8 +40,22 @@ class Members:
     lacking: dict[str, frozenset[int]]
     idle: list[Tensor]
     dtensors: bool
-    state_ids: list[int]
+    entries: list[Any]
     forms: list[tuple[bool, bool]]
+
+    def hold(self, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
+        """Whether these are still the members of an optimizer with these groups and this state.
+
+        A dict of the state that other code has put in the place of another is seen; what it has changed within a dict
+        is read in each step.
+        """
+        return (
+            len(self.given) == len(groups)
+            and all(_same(params, group["params"]) for params, group in zip(self.given, groups, strict=True))
+            and _same(self.entries, state.values())
+            and not any(map(takes_part, self.idle))
+            and self.forms == list(map(kept_form, groups))
+        )
 
     def tensors(self) -> StepTensors:
         """The tensors of this step; of DTensors, this rank's part."""
@@ -55,3 +73,8 @@ class Members:
         if lacking is None:
             return [own[name] for own in self.states]
         return [None if i in lacking else own[name] for i, own in enumerate(self.states)]
+
+
+def _same(a: Sequence[Any], b: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))

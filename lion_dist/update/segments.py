@@ -163,6 +163,7 @@ class SegmentTable:
         tensors: the tensors of which the segments are runs.
         segments: at least one run, of one device and one mix of columns and dtypes.
         device: the device of all tensors.
+        grad_dtype: dtype of the gradients.
 
     Attributes:
         rows: int64, shape (segments, row_width); see PARAM and the constants beside it.
@@ -172,7 +173,9 @@ class SegmentTable:
         grad_addresses: int64, shape (segments,); 0 marks an inactive segment, which no kernel touches.
     """
 
-    def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(
+        self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, grad_dtype: torch.dtype
+    ) -> None:
         self.device = device
         columns = list(tensors.state_of(segments[0].entry))
         self.row_width = STATE + len(columns)
@@ -194,7 +197,9 @@ class SegmentTable:
         if device.type == "cuda":
             tile_segments = tile_segments.pin_memory()
         self.tile_segments = tile_segments.to(device, non_blocking=True)
-        self._grad_starts = [(s.entry, s.grad_start) for s in segments]
+        self._entries = [s.entry for s in segments]
+        offsets = [s.grad_start * grad_dtype.itemsize for s in segments]
+        self._grad_offsets = offsets if any(offsets) else None  # in bytes
         self.grad_addresses: Tensor
 
     def keep_for_launch(self, *others: Tensor | None) -> None:
@@ -207,13 +212,12 @@ class SegmentTable:
                 if t is not None:
                     t.record_stream(stream)
 
-    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Takes the addresses of this step's gradients: one for each entry of the tensors, or None."""
-        addresses = []
-        for entry, start in self._grad_starts:
-            g = grads[entry]
-            addresses.append(0 if g is None else g.data_ptr() + start * g.element_size())
-        self.grad_addresses = upload(addresses, torch.int64, self.device)
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """Takes the addresses of this step's gradients: one for each entry of the tensors, 0 where there is none."""
+        of_segments = list(map(addresses.__getitem__, self._entries))
+        if self._grad_offsets is not None:
+            of_segments = [a and a + offset for a, offset in zip(of_segments, self._grad_offsets, strict=True)]
+        self.grad_addresses = upload(of_segments, torch.int64, self.device)
 
 
 def _address(t: Tensor, start: int) -> int:
