@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "ATEN_TO_COPY", "EXTRA_STATE", "FSDP_FLATTENED", "LAST_LR", "LOCAL_TENSOR", "SPEC", "WRAPPER_PREFIXES",
-    "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id", "data_getter",
-    "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_", "foreach_mul_", "foreach_norm",
-    "foreach_zero_", "in_compiled_autograd",
+    "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id",
+    "current_raw_stream", "data_getter", "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_",
+    "foreach_mul_", "foreach_norm", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "non_persistent_buffers", "post_accumulate_grad_hooks", "profiler_enabled", "queue_backward_callback",
     "recompile_limit", "step_is_watched", "tensors_alike", "value_like_param", "version_of",
@@ -102,6 +102,10 @@ def tensors_alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
+
+# The current stream of a GPU, by the GPU's index, as a number. torch.cuda.current_stream() makes an object of it, which
+# takes 5 us in every step. A build of torch for CPUs has no such function.
+current_raw_stream: Callable[[int | None], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 # The function that GradScaler.unscale_ calls. The placeholder for gradients that have been reduced raises an error when
 # it is passed to this function, which would not reach the reduced gradients.

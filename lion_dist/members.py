@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .dtensors import local_gradients, locals_of
+from .dtensors import is_dtensor, local_gradients, locals_of
 from .frozen import takes_part
-from .param_groups import Group, kept_form
+from .fsdp import new_state
+from .param_groups import Group, check_kept_form, check_steppable, has_kept_form, kept_form, state_columns
 from .update.segments import StepTensors
+from .update.state import StateColumn
 
 
 @dataclass
@@ -78,3 +80,63 @@ class Members:
 def _same(a: Sequence[Any], b: Collection[Any]) -> bool:
     """Whether two collections hold the same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def find_members(
+    param_groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]], only_taking_part: bool = False
+) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
+    """Goes through an optimizer's groups.
+
+    Args:
+        param_groups, state: those of the optimizer.
+        only_taking_part: leaves out frozen parameters that have state, too.
+
+    Returns:
+        The members, and new state for each parameter that lacks some, by column, which the caller puts into
+        ``state``.
+
+    Raises:
+        TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, a column has
+            different blocks in different groups, or the form of a momentum is not that of its group.
+    """
+    given = [list(group["params"]) for group in param_groups]
+    params: list[Tensor] = []
+    states, groups, idle = [], [], []
+    blocks: dict[str, int] = {}
+    holders: dict[str, set[int]] = {}
+    missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
+    for i, group in enumerate(param_groups):
+        for p in group["params"]:
+            own, columns = state.get(p) or {}, state_columns(p, group)
+            lacking = [column for column in columns if column.name not in own]
+            if takes_part(p):
+                check_kept_form(p, own, group)
+            elif only_taking_part or lacking or not has_kept_form(p, own, group):
+                idle.append(p)
+                continue
+            if lacking:
+                check_steppable(p, f"parameter {len(params) + len(idle)}")
+            for column in lacking:
+                missing.setdefault(column.name, []).append((p, column))
+            for column in columns:
+                if blocks.setdefault(column.name, column.block) != column.block:
+                    raise ValueError(
+                        f"{column.name} has blocks of {blocks[column.name]} elements in one parameter group and of "
+                        f"{column.block} in another; expected one size in all groups"
+                    )
+                holders.setdefault(column.name, set()).add(len(params))
+            params.append(p)
+            states.append(own)
+            groups.append(i)
+    new: dict[Tensor, dict[str, Tensor]] = {}
+    for name, wanted in missing.items():
+        stateless = [p for p, _ in wanted]
+        for p, made in zip(stateless, new_state(stateless, [column for _, column in wanted]), strict=True):
+            new.setdefault(p, {})[name] = made
+    states = [{**own, **new[p]} if p in new else own for p, own in zip(params, states, strict=True)]
+    entries = list(state.values())
+    everyone = frozenset(range(len(params)))
+    absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
+    dtensors = any(map(is_dtensor, params))
+    forms = list(map(kept_form, param_groups))
+    return Members(given, params, states, groups, blocks, absent, idle, dtensors, entries, forms), new

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._torch_compat import tensors_alike
 from ..memory_order import is_dense, laid_out_like
+from ..upload import is_capturing
 from .backends import make_batches
 from .backends.batch import Batch, Prepared
 from .segments import Segment, StepTensors, check_no_shared_memory
@@ -97,7 +98,8 @@ class Preparer:
         self._batches: list[Batch] = []
         self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
         self._relaying = False  # whether some of these gradients have another memory order than their parameters
-        self._absent: list[bool] = []  # as of `_Usual`, of the last step
+        self.absent: list[bool] = []  # as of `_Usual`, of the last step
+        self._captured: list[Sequence[Batch]] = []  # [Note: Captured memory] (capture.py)
         self._grad_dtypes: list[torch.dtype] = []
         self._grad_addresses: list[int] = []
 
@@ -106,12 +108,15 @@ class Preparer:
         grads = tensors.grads
         if not self._is_usual(tensors):
             grads = self._examine(tensors)
-        addresses = _map(_ADDRESS, grads, repeat(0) if self._absent else None)
+        addresses = _map(_ADDRESS, grads, repeat(0) if self.absent else None)
         if addresses != self._grad_addresses:
             for batch in self._batches:
                 batch.set_gradients(addresses)
             self._grad_addresses = addresses
-        return Prepared(tensors, grads, self._batches, complete=not self._absent)
+        if is_capturing():
+            self._captured.append(self._batches)
+            self._grad_addresses = []  # the next step must not read what belongs to the graph
+        return Prepared(tensors, grads, self._batches, complete=not self.absent)
 
     def _is_usual(self, tensors: StepTensors) -> bool:
         """Whether nothing but the addresses of gradients can differ from the last step."""
@@ -181,9 +186,9 @@ class Preparer:
             self._key = key
         absent = [g is None for g in grads] if some_absent else []
         # While gradients come and go, or are copied into another memory order, no step is usual.
-        if absent == self._absent and not self._relaying:
+        if absent == self.absent and not self._relaying:
             self._usual = _usual(tensors, absent)
-        self._absent = absent
+        self.absent = absent
         return grads
 
 

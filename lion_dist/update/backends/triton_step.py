@@ -146,7 +146,7 @@ def lion_step(
     """
     scale, remainder = mix.place(EXP_AVG_SCALE), mix.place(REMAINDER)
     block, num_warps, max_registers = LAUNCH[mix.param.itemsize, scale is not None, remainder is not None]
-    table.keep_for_launch(hypers, grad_scale, active)
+    table.keep_for_launch(grad_scale, active)  # of the hyper-parameters `HyperTables.table` takes care
     with torch.cuda.device_of(table.rows):
         launch(
             _lion_kernel,
