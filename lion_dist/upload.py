@@ -39,10 +39,9 @@ def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> 
 
 
 def upload_integers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`upload` of at least one int64, in half the time."""
+    """`upload` of at least one int64, in half the time. Call it outside of captures."""
     if device.type != "cuda":
         return _integers(numbers).to(device)
-    refuse_in_capture()
     return (
         torch.empty(len(numbers), dtype=torch.int64, pin_memory=True)
         .copy_(_integers(numbers))

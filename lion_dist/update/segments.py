@@ -211,11 +211,11 @@ class SegmentTable:
         before that. If it is captured, it may run at any time: see [Note: Captured memory] (capture.py)."""
         if self.device.type != "cuda":
             return
-        on = current_stream_number(self.device)
+        on, capturing = current_stream_number(self.device), is_capturing()
         read = [t for t in others if t is not None]
-        if not on == self._made_on == self._grads_made_on or is_capturing():
+        if capturing or not on == self._made_on == self._grads_made_on:
             read += self.rows, self.tile_segments, self.grad_addresses
-        if is_capturing():
+        if capturing:
             self._captured += read
         elif read:
             stream = torch.cuda.current_stream(self.device)
