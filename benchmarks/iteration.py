@@ -5,6 +5,8 @@
     python -m benchmarks.iteration --modes zero2 --compile block       torch.compile of each block; or of the model
     NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo python -m benchmarks.iteration
                                                                        over NCCL's socket transport
+    python -m benchmarks.iteration --ranks 4 --node 2 --modes hsdp,hybrid_signs
+                                                                       two nodes of two GPUs, made up on this machine
     python -m benchmarks.iteration --ranks 1 --step-alone --modes fsdp1,fsdp1_lion_pytorch_triton,fsdp2
                                                                        opt.step() by itself too (step_alone.py)
     (from the repository's root; --help for sizes)
@@ -13,10 +15,17 @@ Model: benchmarks/llama.py, float32 parameters under bfloat16 autocast, decay an
     `--clip`, `--sequences` of `--seq-len` tokens for each rank. Tokens are random, the same four batches in every mode.
 Mode: one way to train (peers.py), with one process for each rank. `compute` is a forward and backward alone.
     Modes take turns, `--repeats` times. The row of a mode that fails, or whose package is not installed, says so.
+Nodes: modes over a mesh shard the model over consecutive ranks and replicate it `--replicas` times. They differ in what
+    goes between replicas, which counts where those links are slower than the links between shards. `--node N` makes
+    that of one machine: NCCL takes each N consecutive ranks for a node, with NVLink or shared memory within it and
+    sockets to the others. A node needs N GPUs, which it may share with other nodes. Ranks that share a single GPU have
+    sockets everywhere, and what goes between shards then takes as long as what goes between replicas; `--replicas` of
+    as many as there are ranks leaves the latter alone. The sockets' rate is the loopback device's; NCCL has no setting
+    for it.
 Last loss: loss of the last timed iteration, mean over the ranks. It shows whether a mode trains differently.
 Time: mean of `--iterations` iterations between two CUDA events, on the slowest rank; nothing is waited for in between.
     Host time: the same on the host's clock, until the host waits for the device.
-Hidden: the part of a collective's device time during which other kernels ran too, by the profiler.
+Hidden: the part of a collective's device time during which other kernels ran too, by the profiler (overlap.py).
 Memory: torch's peak of allocated bytes over the timed iterations, GiB; and its value after the forward.
 """
 
@@ -30,7 +39,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +50,7 @@ from torch.multiprocessing.spawn import spawn
 
 from .llama import LanguageModel, Llama
 from .measure import join_group, machine
+from .overlap import mark, trace
 from .peer_steps import installed_version, missing
 from .peers import MAX_NORM, MODES, Trainer
 from .step_alone import HEADER as ALONE_HEADER
@@ -66,7 +75,7 @@ class Report:
 
 
 def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out: str) -> None:
-    device = join_group(rank, options.ranks, rendezvous)
+    device = join_group(rank, options.ranks, rendezvous, options.node)
     torch.manual_seed(0)
     sizes = Llama(layers=options.layers, seq_len=options.seq_len)
     with device:
@@ -117,7 +126,8 @@ def run(rank: int, mode: str, options: argparse.Namespace, rendezvous: str, out:
     ms, host_ms, peak_gib, after_forward_gib, compile_s = worst.tolist()
     report = Report(mode, ms, host_ms, peak_gib, after_forward_gib, compile_s, loss.item())
     if options.trace or options.hidden:
-        report.hidden = trace(iteration, Path(options.trace) if options.trace and rank == 0 else None, mode, options)
+        picture = Path(options.trace) if options.trace and rank == 0 else None
+        report.hidden = trace(iteration, trainer.between, picture, mode, options)
     if options.step_alone and trainer.local is not None:
         report.step_alone = step_alone(trainer, batches, options)
     if rank == 0:
@@ -145,103 +155,6 @@ def step_alone(trainer: Trainer, batches: list[Tensor], options: argparse.Namesp
     alone = measure_alone(trainer.local, gradients, options.iterations)
     store.set("step alone", "done")
     return asdict(alone)
-
-
-# Tracing --------------------------------------------------------------------------------------------
-
-TRACED = 4  # iterations; the last is examined, which starts with the host ahead of the device, as in training
-# Names of ours and DeepSpeed's, of lion-pytorch's, and of FlashLion's contain these.
-LION_KERNELS = ("lion", "update_fn_kernel", "_triton_momentum_kernel")
-MARK = "spin_kernel"  # torch.cuda._sleep launches it; it marks the ends of forward and backward in a trace
-
-
-def mark(wanted: bool) -> None:
-    if wanted:
-        torch.cuda._sleep(1)
-
-
-def trace(iteration: Callable[[int, bool], Tensor], picture: Path | None, mode: str, options: Any) -> dict:
-    """Profiles an iteration. Returns (ms, hidden ms) by collective; rank 0 draws the picture, if there is a path."""
-    iteration(0, True)
-    torch.cuda.synchronize()
-    dist.barrier()
-    # Only the device is recorded: recording the host would slow it down until the device waits for it.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(TRACED):
-            iteration(i, True)
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    kernels = sorted(
-        (e["ts"], e["ts"] + e["dur"], e["name"])
-        for e in events
-        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
-    marks = [k for k in kernels if MARK in k[2]]
-    assert len(marks) == 2 * TRACED, f"expected {2 * TRACED} marks in the trace, found {len(marks)}"
-    marks = marks[-3:]  # the ends of the last iteration's forward and backward, and of the backward before them
-    first = marks[0][1]
-    spans: dict[str, list[tuple[float, float]]] = {"compute": [], "Lion": [], "reduce": [], "all-gather": []}
-    for begin, end, name in kernels:
-        if begin >= first and MARK not in name:
-            spans[lane(name)].append(((begin - first) / 1e3, (end - first) / 1e3))
-    busy = merged(spans["compute"] + spans["Lion"])
-    hidden = {}
-    for name in ("reduce", "all-gather"):
-        covered = sum(overlap(span, busy) for span in merged(spans[name]))
-        hidden[name] = (sum(end - begin for begin, end in merged(spans[name])), covered)
-    if picture is not None:
-        draw(picture, spans, [(m[0] - first) / 1e3 for m in marks], hidden, mode, options)
-    return hidden
-
-
-def lane(kernel: str) -> str:
-    if "nccl" in kernel:
-        return "all-gather" if "AllGather" in kernel else "reduce"
-    return "Lion" if any(name in kernel.lower() for name in LION_KERNELS) else "compute"
-
-
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The union of intervals, in order."""
-    union: list[tuple[float, float]] = []
-    for begin, end in sorted(spans):
-        if union and begin <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        else:
-            union.append((begin, end))
-    return union
-
-
-def overlap(span: tuple[float, float], union: list[tuple[float, float]]) -> float:
-    return sum(max(0.0, min(span[1], end) - max(span[0], begin)) for begin, end in union)
-
-
-def draw(path: Path, spans: dict, marks: list[float], hidden: dict, mode: str, options: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(12, 2.6))
-    colours = {"compute": "tab:gray", "Lion": "tab:red", "reduce": "tab:blue", "all-gather": "tab:green"}
-    for row, name in enumerate(reversed(spans)):
-        axes.broken_barh([(b, e - b) for b, e in spans[name]], (row - 0.35, 0.7), color=colours[name], linewidth=0)
-    axes.set_yticks(range(len(spans)), list(reversed(spans)))
-    for x, label in zip(marks, ("step, then forward", "backward", "step"), strict=False):
-        axes.axvline(x, color="black", linewidth=0.8)
-        axes.text(x, len(spans) - 0.45, f" {label}", fontsize=8)
-    total, under = hidden["reduce"]
-    axes.set_title(
-        f"{mode}, {options.ranks} ranks, {options.layers} layers, {options.sequences} x {options.seq_len} tokens each, "
-        f"torch.compile: {options.compile}; reduction {total:.1f} ms, {under:.1f} of them under other kernels",
-        fontsize=9, pad=14,
-    )  # fmt: skip
-    axes.set_xlabel("ms")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # The table ------------------------------------------------------------------------------------------
@@ -312,6 +225,12 @@ def main() -> None:
         default=torch.cuda.device_count(),
         help="where these are more than the GPUs, ranks share GPUs",
     )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        help="of modes over a mesh; default: half the ranks if these are even and at least 4, else all",
+    )
+    parser.add_argument("--node", type=int, help="how many consecutive ranks NCCL takes for a node of its own")
     parser.add_argument("--layers", type=int, default=Llama.layers)
     parser.add_argument("--sequences", type=int, default=4, help="number of sequences for each rank")
     parser.add_argument("--seq-len", type=int, default=Llama.seq_len)
@@ -335,6 +254,12 @@ def main() -> None:
         parser.error(
             f"needs a rank and a CUDA device at least; got --ranks {options.ranks}, {torch.cuda.device_count()} devices"
         )
+    if options.replicas is None:
+        options.replicas = options.ranks // 2 if options.ranks >= 4 and options.ranks % 2 == 0 else options.ranks
+    if options.replicas < 1 or options.ranks % options.replicas:
+        parser.error(f"--replicas {options.replicas} must divide the number of ranks, {options.ranks}")
+    if options.node is not None and not 1 <= options.node <= torch.cuda.device_count():
+        parser.error(f"--node {options.node}: a node needs a GPU for each rank, of {torch.cuda.device_count()}")
     rows = [Row(mode) for mode in dict.fromkeys(options.modes.split(","))]
     for turn in range(options.repeats):
         for row in rows:
@@ -349,7 +274,7 @@ def main() -> None:
 def print_table(rows: list[Row], options: argparse.Namespace) -> None:
     used = sorted({MODES[row.mode].distribution for row in rows if row.turns} - {""})
     numel = sum(p.numel() for p in meta_model(options).parameters())
-    where = [str(datetime.date.today()), machine(options.ranks), f"torch {torch.__version__}"]
+    where = [str(datetime.date.today()), machine(options.ranks, options.node), f"torch {torch.__version__}"]
     print("\n" + ", ".join([*where, *(f"{name} {installed_version(name)}" for name in used)]))
     print(f"`{shlex.join(['python', '-m', 'benchmarks.iteration', *sys.argv[1:]])}`")
     print(

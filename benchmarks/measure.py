@@ -41,25 +41,38 @@ class Spread(NamedTuple):
         return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
 
-def join_group(rank: int, ranks: int, rendezvous: str) -> torch.device:
+def join_group(rank: int, ranks: int, rendezvous: str, node: int | None = None) -> torch.device:
     """Selects this rank's GPU and makes the default process group, on NCCL.
 
-    Where there are more ranks than GPUs, ranks share GPUs: NCCL then treats each rank as a host of its own and uses its
-    socket transport.
+    Rank r has GPU r modulo the number of GPUs. NCCL refuses two ranks of a communicator that have one GPU of one host,
+    and connects ranks of different hosts over the network alone. So where hosts are made up (NCCL_HOSTID), the sockets
+    of the loopback device are the links between them, and NVLink or shared memory those within one.
+
+    Args:
+        node: number of consecutive ranks that NCCL takes for a host, at most the number of GPUs. None: 1 where there
+            are more ranks than GPUs; else all ranks are on one host, as they are.
     """
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", rank % gpus)
     torch.cuda.set_device(device)
-    if torch.cuda.device_count() < ranks:
-        os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo")
+    if node is None and gpus < ranks:
+        node = 1
+    if node is not None:
+        os.environ.update(NCCL_HOSTID=f"node {rank // node}", NCCL_NET="Socket", NCCL_SOCKET_IFNAME="lo")
     dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, device_id=device)
     return device
 
 
-def machine(ranks: int) -> str:
-    """Describes the GPUs that this number of ranks runs on, for the head of a table."""
+def machine(ranks: int, node: int | None = None) -> str:
+    """Describes what this number of ranks runs on, for the head of a table; ``node`` as in join_group."""
     gpus = min(ranks, torch.cuda.device_count())
-    shared = f", shared by {ranks} ranks over NCCL's sockets" if gpus < ranks else ""
-    return f"{gpus} x {torch.cuda.get_device_name()}{shared}"
+    where = f"{gpus} x {torch.cuda.get_device_name()}"
+    if gpus < ranks:
+        where += f", shared by {ranks} ranks"
+        node = node or 1
+    if node is None:
+        return where
+    return where + (" over NCCL's sockets" if node == 1 else f", NCCL's sockets between nodes of {node} ranks")
 
 
 def events_ms(run: Step) -> float:

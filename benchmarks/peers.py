@@ -11,7 +11,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -30,6 +32,8 @@ from .llama import Block, LanguageModel
 from .peer_steps import BETAS, DECAY, LR
 
 MAX_NORM = 1.0  # the norm to which --clip clips gradients
+FULL = MixedPrecisionPolicy()  # gathers and reduces in the parameters' dtype
+BF16_REDUCED, BF16 = MixedPrecisionPolicy(None, torch.bfloat16), MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
 
 
 @dataclass
@@ -40,12 +44,14 @@ class Trainer:
         forward: takes tokens and returns the loss.
         step: clips with --clip, steps, and drops the gradients.
         local: the optimizer, if its step does not communicate, so that one rank can step alone; else None.
+        between: the process group of this rank's replicas, in modes over a mesh; else None.
     """
 
     forward: Callable[[Tensor], Tensor]
     step: Callable[[], object]
     backward: Callable[[Tensor], object] = Tensor.backward
     local: Any = None
+    between: dist.ProcessGroup | None = None
 
 
 def make_trainer(
@@ -99,6 +105,31 @@ def fsdp2(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
     shard_fsdp2(model, reshard)
     optimizer = Lion(model.groups(DECAY), lr=LR, betas=BETAS)
     return make_trainer(model, optimizer, torch_clip(model), options, local=True)
+
+
+def mesh_of(model: LanguageModel, options: Namespace) -> DeviceMesh:
+    """Of replicas by shards."""
+    shards = dist.get_world_size() // options.replicas
+    return init_device_mesh(device_type(model), (options.replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def hsdp(model: LanguageModel, options: Namespace, policy: MixedPrecisionPolicy = FULL) -> Trainer:
+    mesh = mesh_of(model, options)
+    shard_fsdp2(model, reshard=False, mesh=mesh, policy=policy)
+    optimizer = Lion(model.groups(DECAY), lr=LR, betas=BETAS)
+    trainer = make_trainer(model, optimizer, torch_clip(model), options, local=True)
+    return replace(trainer, between=mesh["replicate"].get_group())
+
+
+def hybrid(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
+    mesh = mesh_of(model, options)
+    shard_fsdp2(model, reshard=False, mesh=mesh["shard"])
+    between = mesh["replicate"].get_group()
+    optimizer = ShardedLion(
+        model.groups(DECAY), lr=LR, betas=BETAS, process_group=between, param_sync=param_sync,
+        bucket_mb=options.bucket_mb,
+    )  # fmt: skip
+    return replace(make_trainer(model, optimizer, optimizer.clip_grad_norm_, options), between=between)
 
 
 # torch's sharding, and lion-pytorch -----------------------------------------------------------------
@@ -166,19 +197,17 @@ def fsdp1_flashlion(model: LanguageModel, options: Namespace) -> Trainer:
     return make_trainer(wrapped, optimizer, wrapped.clip_grad_norm_, options, local=True)
 
 
-def shard_fsdp2(model: LanguageModel, reshard: bool, bf16: bool = False) -> None:
+def shard_fsdp2(
+    model: LanguageModel, reshard: bool, mesh: DeviceMesh | None = None, policy: MixedPrecisionPolicy = FULL
+) -> None:
     """Shards the model.
 
     Args:
         reshard: whether parameters are dropped after the forward and gathered again in the backward, as in ZeRO-3.
-        bf16: whether parameters are gathered, and gradients reduced, in bfloat16.
+        mesh: of the ranks that shard, and in two dimensions of those that replicate; None: all ranks shard.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     # The mesh that fully_shard makes itself is on GPUs if torch was built for them, even if the model is on the CPU.
-    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if bf16 else MixedPrecisionPolicy()
+    mesh = mesh or init_device_mesh(device_type(model), (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
@@ -223,10 +252,12 @@ def fsdp2_lion_pytorch_triton(model: LanguageModel, options: Namespace, reshard:
     return make_trainer(model, OnLocalParts(model.groups(DECAY), make), torch_clip(model), options, local=True)
 
 
-def fsdp2_flashlion(model: LanguageModel, options: Namespace, reshard: bool, bf16: bool = False) -> Trainer:
+def fsdp2_flashlion(
+    model: LanguageModel, options: Namespace, reshard: bool, policy: MixedPrecisionPolicy = FULL
+) -> Trainer:
     from flashoptim import FlashLion
 
-    shard_fsdp2(model, reshard, bf16)
+    shard_fsdp2(model, reshard, policy=policy)
     optimizer = FlashLion(model.groups(DECAY), lr=LR, betas=BETAS, master_weight_bits=None)
     return make_trainer(model, optimizer, torch_clip(model), options, local=True)
 
@@ -275,8 +306,12 @@ def deepspeed_zero(
     return Trainer(engine, engine.step, engine.backward)
 
 
+def device_type(model: LanguageModel) -> str:
+    return next(model.parameters()).device.type
+
+
 def on_gpu(model: LanguageModel) -> bool:
-    return next(model.parameters()).is_cuda
+    return device_type(model) == "cuda"
 
 
 class Mode(NamedTuple):
@@ -288,6 +323,8 @@ class Mode(NamedTuple):
 
 
 FSDP1, FSDP2 = "FSDP1 SHARD_GRAD_OP", "FSDP2"
+HSDP = f"{FSDP2} over both dimensions of a mesh (HSDP), reshard_after_forward=False"
+HYBRID = f"{FSDP2} over shards, reshard_after_forward=False + ShardedLion over replicas"
 FUSED = "FusedLion (where c is 0, p moves by +lr)"
 
 MODES = {
@@ -316,6 +353,10 @@ MODES = {
     "fsdp1_flashlion": Mode(fsdp1_flashlion, f"{FSDP1} + FlashLion (8-bit momentum)", "flashoptim"),
     "fsdp2": Mode(partial(fsdp2, reshard=True), f"{FSDP2} + Lion"),
     "fsdp2_grad_op": Mode(partial(fsdp2, reshard=False), f"{FSDP2} reshard_after_forward=False + Lion"),
+    "hsdp": Mode(hsdp, f"{HSDP} + Lion"),
+    "hsdp_bf16": Mode(partial(hsdp, policy=BF16_REDUCED), f"{HSDP}, bf16 reduction + Lion"),
+    "hybrid": Mode(partial(hybrid, param_sync="params"), f"{HYBRID}, parameters gathered"),
+    "hybrid_signs": Mode(partial(hybrid, param_sync="signs"), f"{HYBRID}, signs gathered"),
     "fsdp2_lion_pytorch": Mode(
         partial(fsdp2_lion_pytorch, reshard=True), f"{FSDP2} + lion-pytorch, eager", "lion-pytorch"
     ),
@@ -332,7 +373,7 @@ MODES = {
         f"{FSDP2} reshard_after_forward=False + FlashLion (8-bit momentum)", "flashoptim",
     ),
     "fsdp2_flashlion_bf16": Mode(
-        partial(fsdp2_flashlion, reshard=False, bf16=True),
+        partial(fsdp2_flashlion, reshard=False, policy=BF16),
         f"{FSDP2} reshard_after_forward=False, bf16 gather and reduction + FlashLion (8-bit momentum)", "flashoptim",
     ),
     **{

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from . import measure, peer_steps
 from .measure import Spread, Step
 from .peer_steps import BETAS, LR, Group, installed_version, missing
 from .step_model import Model, llama_shapes
+
+if TYPE_CHECKING:
+    from lion_dist.update.backends.triton_step import Launch
 
 F32, BF16 = torch.float32, torch.bfloat16
 COPY_BYTES = 2 << 30
@@ -224,9 +227,21 @@ def run(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int, 
 
 # The sweep ------------------------------------------------------------------------------------------
 
-BLOCKS, PER_THREAD = (512, 1024), (8, 16)  # elements of a block and of a thread
-# Most registers of a thread, by its elements; None: no limit.
-REGISTERS: dict[int, tuple[int | None, ...]] = {8: (None, 40, 48, 56), 16: (None, 64, 80, 96)}
+
+def configurations(int8: bool) -> list[Launch]:
+    """What the sweep tries. The kernel for 8-bit momenta has one warp: several would wait for each other."""
+    from lion_dist.update.backends.triton_step import Launch  # needs triton, which the rest may lack
+
+    if int8:
+        limits = ((256, None), (256, 56), *((512, limit) for limit in (None, 80, 96, 112)))
+        return [Launch(block, 1, limit, blocks) for block, limit in limits for blocks in (1, 4, 16)]
+    limits_of = {8: (None, 40, 48, 56), 16: (None, 64, 80, 96)}  # by the elements of a thread
+    return [
+        Launch(block, block // (32 * elements), limit)
+        for block in (512, 1024)
+        for elements, limits in limits_of.items()
+        for limit in limits
+    ]
 
 
 def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int, cycles: float) -> dict[str, Any]:
@@ -244,10 +259,10 @@ def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int
             continue
         with measure.freed():
             shipped = triton_step.LAUNCH[contestant.launch]
-            configs = [(b, b // (32 * n), r) for b in BLOCKS for n in PER_THREAD for r in REGISTERS[n]]
+            configs = configurations(int8=contestant.launch[1])
             row = build(contestant, shapes, {})
             row.host_us = measure.host_us(row.step, lambda: None, 3)
-            times: dict[tuple[int, int, int | None], list[float]] = {config: [] for config in configs}
+            times: dict[Launch, list[float]] = {config: [] for config in configs}
             copy_ms: list[float] = []
             try:
                 for config in configs * 2:
@@ -261,12 +276,12 @@ def sweep(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int
             row.copy_ms = copy_ms
             floor = row.floor_ms()
             del row
-        raw[contestant.name] = {"floor_ms": floor, "ms": {f"{b}x{w}x{r}": t for (b, w, r), t in times.items()}}
+        raw[contestant.name] = {"floor_ms": floor, "ms": {str(tuple(c)): t for c, t in times.items()}}
         medians = {config: statistics.median(t) for config, t in times.items()}
         print(f"\n{contestant.name}: fraction of the floor, {floor:.3f} ms; shipped: {shipped}")
-        print("  elements a block, warps, most registers a thread")
+        print("  elements a block, warps, most registers a thread, blocks a program")
         for config, ms in sorted(medians.items(), key=lambda item: item[1]):
-            print(f"  {config}: {floor / ms:.3f} ({ms:.3f} ms)", flush=True)
+            print(f"  {tuple(config)}: {floor / ms:.3f} ({ms:.3f} ms)", flush=True)
     return raw
 
 

@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
-from lion_dist import ShardedLion
+from lion_dist import Lion, ShardedLion
 from lion_dist.sharding import flag_exchange
 from lion_dist.sharding.exchange import FOOTER
 from tests.asserts import bits, momentum_parts
@@ -302,7 +302,8 @@ class Shapes(nn.Module):
 
 def body_bytes(rank: int, world_size: int) -> list[int]:
     """As test_bytes_on_the_wire of test_signs.py, on the wire between the replicas alone: 4.25 bytes an element of the
-    local shard. Returns the number of elements on this rank, and of those of the momentum."""
+    local shard, where HSDP sends 8. Returns the numbers of elements on this rank: of the parameters, of the momentum,
+    and of the momentum under HSDP."""
     device, mesh = device_of(rank, world_size), mesh_of(2, 2)
     group = mesh["replicate"].get_group()
     replicas, unit = 2, 2 * 128
@@ -328,7 +329,16 @@ def body_bytes(rank: int, world_size: int) -> list[int]:
         assert all((local(p) == -3 * 0.25).all() for p in model.parameters())
         kept = sum(part.numel() for part in momentum_parts(optimizer))
         assert kept <= numel // replicas
-    return [sum(sizes), kept]
+    hsdp: Any = fully_shard(Shapes(device), mesh=mesh)
+    lion = Lion(hsdp.parameters(), lr=0.25)
+    with Counter(group) as counter:
+        hsdp(1).backward()
+        lion.step()
+    # FSDP2 pads the rows of a shard. An all-reduce sends its bytes twice: to the rank that adds, and back.
+    rows = sum(-(-p.shape[0] // 2) * p[0].numel() for p in Shapes(device).params)
+    assert 2 * sum(counter.bytes["reduce"]) == 8 * rows
+    assert not counter.bytes["scatter"] + counter.bytes["gather"]
+    return [sum(sizes), kept, sum(local(entry["exp_avg"]).numel() for entry in lion.state.values())]
 
 
 def body_rest(rank: int, world_size: int) -> list[int]:
@@ -337,9 +347,8 @@ def body_rest(rank: int, world_size: int) -> list[int]:
 
 
 def test_bytes_on_the_wire_and_unfrozen_unlike(tmp_path: Path) -> None:
-    """Each rank keeps 1 / (replicas * shards) of the momentum, up to the padding for alignment."""
+    """Each rank keeps 1 / (replicas * shards) of the momentum, up to padding for alignment; under HSDP, 1 / shards."""
     on_ranks = run_ranks(body_rest, 4, tmp_path)
     total = 40 * 64 + 33 * 40 + 3 + 1
-    assert sum(numel for numel, _ in on_ranks) == 2 * total
-    assert sum(kept for _, kept in on_ranks) == total
-    assert all(kept <= total // 4 + 3 * 128 for _, kept in on_ranks)
+    assert [sum(counts) for counts in zip(*on_ranks, strict=True)] == [2 * total, total, 2 * total]
+    assert all(kept <= total // 4 + 3 * 128 for _, kept, _ in on_ranks)

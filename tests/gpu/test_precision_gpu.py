@@ -59,6 +59,29 @@ def test_two_halves_give_the_references_bits(kind: Kind) -> None:
         runs.check(f"step {number}")
 
 
+def test_every_scale_is_that_of_the_cpu() -> None:
+    """The kernel's quotients are of its own making: a scale of each 16-bit significand, many exponents, infinities."""
+    blocks = 1 << 17
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0x7F900000, (blocks,), generator=generator, dtype=torch.int32)
+    bits[: 1 << 16] = 0x3F800000 + torch.arange(1 << 16, dtype=torch.int32) * 128
+    largest = bits.view(F32)
+    g = torch.rand(blocks, 128, generator=generator) * largest[:, None]
+    g[:, 5] = largest
+    cpu = torch.zeros_like(g).requires_grad_()
+    gpu = torch.zeros_like(g, device=GPU).requires_grad_()
+    options: dict[str, Any] = {"lr": 1e-3, "betas": (0.0, 0.0), "momentum_dtype": "int8"}
+    ours, theirs = Lion([gpu], **options), Lion([cpu], **options)
+    cpu.grad, gpu.grad = g, g.to(GPU)
+    for _ in range(2):  # the second step decodes what the first has left
+        ours.step()
+        theirs.step()
+        for name, expected in theirs.state[cpu].items():
+            assert_same_bits(ours.state[gpu][name].cpu(), expected, name)
+        assert_same_bits(gpu.detach().cpu(), cpu.detach(), "p")
+        ours.param_groups[0]["betas"] = theirs.param_groups[0]["betas"] = (0.9, 0.99)
+
+
 @pytest.mark.filterwarnings("ignore:lion_dist. lr . weight_decay")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("master", [False, True])

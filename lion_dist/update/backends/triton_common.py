@@ -28,6 +28,7 @@ NAN_FLOAT32 = tl.constexpr(NAN_BITS[torch.float32][1])
 _NAN_BFLOAT16 = tl.constexpr(NAN_BITS[torch.bfloat16][1])
 _NAN_FLOAT16 = tl.constexpr(NAN_BITS[torch.float16][1])
 INFINITY = tl.constexpr(OVERFLOW[torch.float32])
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of float32
 # The product of a float32 and this number is infinite just where the float32 rounds to infinity in bfloat16.
 _TO_INFINITY_BFLOAT16 = tl.constexpr(float.fromhex("0x1.00804p+0"))
 _OVERFLOW_FLOAT16 = tl.constexpr(OVERFLOW[torch.float16])
@@ -70,23 +71,35 @@ def store_rounded(pointer, x, is_number, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def blend(g, m, hyper, grad_scale, M: tl.constexpr):
-    """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
-    returned c is NaN or infinite, and NaN must be stored for parameter and momentum. Where M is int8, m is decoded."""
+def rates(hyper, grad_scale):
+    """The scalars of `mix`, float32: beta1, what multiplies the gradient in c, beta2, what multiplies it in the new
+    momentum, and what multiplies it first where there is a ``grad_scale``."""
     # Scalars are derived from float64 and rounded once, as in reference.scalars.
-    beta1_64 = tl.load(hyper + _BETA1)
-    beta2_64 = tl.load(hyper + _BETA2)
+    beta1, beta2 = tl.load(hyper + _BETA1), tl.load(hyper + _BETA2)
     sign = tl.load(hyper + _GRAD_SIGN).to(tl.float32)
-    of_g1, of_g2 = (1.0 - beta1_64).to(tl.float32), (1.0 - beta2_64).to(tl.float32)
-    g = g.to(tl.float32)
+    of_g1, of_g2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
     if grad_scale is None:
         # A sign is exact wherever it is multiplied in, and here that costs nothing an element.
         of_g1, of_g2 = of_g1 * sign, of_g2 * sign
     else:
-        g = g * (sign * tl.load(grad_scale))
-    m = m.to(tl.float32)
-    c = beta1_64.to(tl.float32) * m + of_g1 * g
-    m = beta2_64.to(tl.float32) * m + of_g2 * g
+        sign *= tl.load(grad_scale)
+    return beta1.to(tl.float32), of_g1, beta2.to(tl.float32), of_g2, sign
+
+
+@triton.jit
+def mix(g, m, scalars, grad_scale):
+    """c and the new momentum of reference.momentum_rule, float32, before anything is asked about what is not finite."""
+    g, m = g.to(tl.float32), m.to(tl.float32)
+    if grad_scale is not None:
+        g = g * scalars[4]
+    return scalars[0] * m + scalars[1] * g, scalars[2] * m + scalars[3] * g
+
+
+@triton.jit
+def blend(g, m, hyper, grad_scale, M: tl.constexpr):
+    """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum. Where M is int8, m is decoded."""
+    c, m = mix(g, m, rates(hyper, grad_scale), grad_scale)
     # x * 0 is 0 where x is finite, else NaN. A comparison and a selection would go to the busier half of the units.
     if (tl.float32 == M) | (tl.int8 == M):
         c = tl.fma(m, 0.0, c)
@@ -98,10 +111,15 @@ def blend(g, m, hyper, grad_scale, M: tl.constexpr):
 
 
 @triton.jit
+def decay_of(lr64, hyper):
+    """The float32 that decay multiplies a parameter by."""
+    return (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
+
+
+@triton.jit
 def moved(p, change, lr64, hyper):
     """reference.parameter_rule, in float32."""
-    decay = (1.0 - lr64 * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32)
-    return p.to(tl.float32) * decay - change
+    return p.to(tl.float32) * decay_of(lr64, hyper) - change
 
 
 @triton.jit
