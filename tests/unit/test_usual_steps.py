@@ -110,6 +110,9 @@ CHANGES: dict[str, Callable[[Lion, nn.Parameter], Any]] = {
     "gradient absent": lambda opt, p: setattr(p, "grad", None),
     "parameters exchanged": lambda opt, p: opt.param_groups[0]["params"].reverse(),
     "group exchanged": lambda opt, p: opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop()),
+    "group exchanged, order kept": lambda opt, p: opt.param_groups[1]["params"].insert(
+        0, opt.param_groups[0]["params"].pop()
+    ),
 }
 
 
