@@ -88,10 +88,13 @@ def zero1(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
     return make_trainer(wrapped, optimizer, optimizer.clip_grad_norm_, options)
 
 
-def zero2(model: LanguageModel, options: Namespace, param_sync: str) -> Trainer:
+def zero2(
+    model: LanguageModel, options: Namespace, param_sync: str, reduce_dtype: torch.dtype | None = None
+) -> Trainer:
     optimizer = ShardedLion(
-        model.groups(DECAY), lr=LR, betas=BETAS, stage=2, param_sync=param_sync, bucket_mb=options.bucket_mb
-    )
+        model.groups(DECAY), lr=LR, betas=BETAS, stage=2, param_sync=param_sync, bucket_mb=options.bucket_mb,
+        reduce_dtype=reduce_dtype,
+    )  # fmt: skip
     return make_trainer(model, optimizer, optimizer.clip_grad_norm_, options)
 
 
@@ -334,6 +337,10 @@ MODES = {
     "zero1_signs": Mode(partial(zero1, param_sync="signs"), "DDP + ShardedLion stage 1, signs gathered"),
     "zero2": Mode(partial(zero2, param_sync="params"), "ShardedLion stage 2, parameters gathered"),
     "zero2_signs": Mode(partial(zero2, param_sync="signs"), "ShardedLion stage 2, signs gathered"),
+    "zero2_signs_bf16": Mode(
+        partial(zero2, param_sync="signs", reduce_dtype=torch.bfloat16),
+        "ShardedLion stage 2, bf16 reduction, signs gathered",
+    ),
     "ddp_lion_pytorch": Mode(ddp_lion_pytorch, "DDP + lion-pytorch, use_triton=True", "lion-pytorch"),
     "ddp_lion_pytorch_bf16": Mode(
         partial(ddp_lion_pytorch, reduce_bf16=True), "DDP, bf16 reduction + lion-pytorch, use_triton=True",

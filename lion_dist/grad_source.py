@@ -10,29 +10,64 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .clipping import same_gradients
 from .dtensors import local_gradients
+from .dtypes import dtype_of
 from .frozen import takes_part
+from .hyper_values import shown
 from .plain_beside_sharded import PlainGradients
+from .sharding.all_to_all import AllToAllAverage
 from .sharding.averaged import AveragedGradients
+from .sharding.bucket_average import BucketAverage, ReduceScatterAverage
 from .sharding.collectives import Membership
 from .sharding.grad_reducer import GradReducer
 from .sharding.layout import Run
 from .sharding.shard import Shard
+from .update.backends import takes_triton
 from .update.segments import StepTensors
 
 
-def check_stage(stage: int, bucket_mb: float) -> None:
-    """Raises ValueError for arguments that no `GradSource` can be made from."""
+def check_reduction(stage: int, bucket_mb: float, reduce_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Checks arguments of `make_grad_source`.
+
+    Returns:
+        ``reduce_dtype``, which may be a name ("bfloat16"), as a dtype.
+
+    Raises:
+        ValueError, TypeError: no `GradSource` can be made from them.
+    """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage!r}")
     if not 0 < bucket_mb < math.inf:
         raise ValueError(f"bucket_mb must be > 0 and finite, got {bucket_mb!r}")
+    if reduce_dtype is None:
+        return None
+    dtype = dtype_of(reduce_dtype) if isinstance(reduce_dtype, str) else reduce_dtype
+    got = f"reduce_dtype must be None or torch.bfloat16, got {shown(reduce_dtype)}"
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(got)
+    if dtype != torch.bfloat16:
+        raise ValueError(got + _REFUSED_DTYPES.get(dtype, ""))
+    if stage == 1:
+        raise ValueError(
+            "reduce_dtype is for stage=2: with stage=1 DistributedDataParallel reduces the gradients. Use stage=2, or "
+            "register torch's bf16_compress_hook with DistributedDataParallel"
+        )
+    return dtype
+
+
+_REFUSED_DTYPES = {
+    torch.float32: ". float32 gradients are reduced in float32 with None; bfloat16 gradients are sent as they are and "
+    "added up in float32 with torch.bfloat16",
+    torch.float16: ". Gradients above 65504 would become infinite in float16, and those below 3e-8 zero",
+}
 
 
 class GradSource(Protocol):
@@ -105,9 +140,17 @@ class GradSource(Protocol):
         """Raises RuntimeError where GradScaler has called step() and its scale would be ignored."""
 
 
-def make_grad_source(stage: int, membership: Membership, bucket_bytes: int) -> GradSource:
-    """The source of gradients of a stage of ZeRO."""
-    return LocalGrads(membership) if stage == 1 else ReducedGrads(membership, bucket_bytes)
+def make_grad_source(
+    stage: int, membership: Membership, bucket_mb: float, reduce_dtype: torch.dtype | None, use_triton: bool | None
+) -> GradSource:
+    """The source of gradients of a stage of ZeRO; see `ShardedLion` for the arguments, and `check_reduction`."""
+    if stage == 1:
+        return LocalGrads(membership)
+    bucket_bytes = math.ceil(bucket_mb * 2**20)
+    if reduce_dtype is None:
+        return ReducedGrads(membership, ReduceScatterAverage(membership), bucket_bytes)
+    average = AllToAllAverage(membership, partial(takes_triton, use_triton))
+    return ReducedGrads(membership, average, bucket_bytes)
 
 
 class LocalGrads:
@@ -194,9 +237,9 @@ class ReducedGrads:
 
     takes_loss_scale = True
 
-    def __init__(self, membership: Membership, bucket_bytes: int) -> None:
+    def __init__(self, membership: Membership, average: BucketAverage, bucket_bytes: int) -> None:
         self._membership = membership
-        self._reducer = GradReducer(membership, bucket_bytes)
+        self._reducer = GradReducer(membership, average, bucket_bytes)
         self._plain = PlainGradients(membership)
         self._shards: list[Shard] = []
 

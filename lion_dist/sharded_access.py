@@ -1,4 +1,4 @@
-"""What other files of lion_dist do to a ShardedLion beyond its public methods."""
+"""What other files of lion_dist do to a ShardedLion beyond its public methods, and parts of those methods."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ from .update.state import StateColumn
 if TYPE_CHECKING:
     from .grad_source import GradSource
     from .sharded_lion import ShardedLion
+
+# Errors of methods that ShardedLion has only to refuse them.
+REFUSED_JOIN = (
+    "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same number of "
+    "steps. Give all ranks the same number of batches (DistributedSampler(drop_last=True))"
+)
+REFUSED_PICKLE = (
+    "ShardedLion cannot be pickled or deep-copied: it holds a process group and a shard. Use full_state_dict()"
+)
 
 
 def agreeing(

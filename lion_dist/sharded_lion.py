@@ -6,7 +6,6 @@ together. Parameters stay where they are in memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, overload
@@ -16,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .grad_source import check_stage, make_grad_source
+from .grad_source import check_reduction, make_grad_source
 from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
 from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import agreeing, check_last_steps, clip_optimizers, refuse_callers
+from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers, refuse_callers
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
 from .sharding.agreement import meet
@@ -66,6 +65,10 @@ class ShardedLion(Optimizer):
             `clip_grad_norm_`. Optimizers that take part in one backward need process groups of their own.
         bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first rank
             in its first backward. Up to three buckets exist at a time, if every parameter is used.
+        reduce_dtype: how stage 2 averages. torch.bfloat16 (or its name): each rank rounds its gradients to bfloat16 and
+            sends them, and their owner adds them up in float32, in the order of the ranks. That halves the bytes of
+            float32 gradients, and gives bfloat16 ones float32 averages. A bucket under way then takes 4 bytes an
+            element, whatever the gradients' dtype. None: in the dtype of the gradients, as the backend adds them up.
         param_sync: how each rank's slices reach the other ranks. "params": an all-gather of the parameters, in place.
             "signs": an all-gather of the update's signs, 2 bits an element, which every rank applies to its own
             replica: the same bits for a sixteenth (float32) of the bytes, but a replica that has come to differ is
@@ -82,14 +85,14 @@ class ShardedLion(Optimizer):
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
         weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
         process_group: dist.ProcessGroup | None = None, stage: int = 2, param_sync: str = "auto",
-        bucket_mb: float = 256,
+        bucket_mb: float = 256, reduce_dtype: torch.dtype | str | None = None,
         momentum_dtype: torch.dtype | str | None = None, master_weights: bool = False, maximize: bool = False,
     ) -> None:  # fmt: skip
         self._group, self._rank = own_rank(process_group)
         self._constructed, self._averaged = False, stage == 1  # whether something else averages over the group
         params, tensors = listed(params)
         with agreeing(self, "()", tensors) as agreement:
-            check_stage(stage, bucket_mb)
+            reduce_dtype = check_reduction(stage, bucket_mb, reduce_dtype)
             check_param_sync(param_sync)
             check_use_triton(use_triton)
             defaults = make_defaults(
@@ -98,9 +101,10 @@ class ShardedLion(Optimizer):
             super().__init__(params, defaults)
             world_size = dist.get_world_size(self._group)
             agreement.says([f"world size {world_size}, stage {stage}, bucket_mb {bucket_mb}, param_sync {param_sync}"])
+            agreement.says([f"reduce_dtype {reduce_dtype}"])
             agreement.says(describe_new(self.param_groups, 0, self._group))
         self._membership = Membership(self._group)
-        self._grads = make_grad_source(stage, self._membership, math.ceil(bucket_mb * 2**20))
+        self._grads = make_grad_source(stage, self._membership, bucket_mb, reduce_dtype, use_triton)
         self._deferred = DeferredCheck()
         self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
         self._frozen = FrozenParams(self._group, self._averaged)
@@ -207,10 +211,7 @@ class ShardedLion(Optimizer):
 
     def join_hook(self, **kwargs: Any) -> NoReturn:
         """Raises RuntimeError: torch.distributed.algorithms.join.Join, which calls it, cannot be supported."""
-        raise RuntimeError(
-            "ShardedLion does not work under torch.distributed.algorithms.join.Join: every rank must make the same "
-            "number of steps. Give all ranks the same number of batches (DistributedSampler(drop_last=True))"
-        )
+        raise RuntimeError(REFUSED_JOIN)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -394,6 +395,4 @@ class ShardedLion(Optimizer):
             unwrap(entry)
 
     def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "ShardedLion cannot be pickled or deep-copied: it holds a process group and a shard. Use full_state_dict()"
-        )
+        raise TypeError(REFUSED_PICKLE)

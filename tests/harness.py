@@ -118,12 +118,12 @@ def run_ranks(
         timeout: of the process group's collectives.
         deadline: seconds after which ranks are killed and their stacks shown, where DEADLINE_S is not enough.
         on_cpu: on gloo even where there are GPUs: for ranks that outlive a failed collective, which NCCL's do not.
-        share_gpus: on NCCL wherever there is a GPU.
+        share_gpus: on NCCL wherever there is a GPU, also for numbers of ranks by which NCCL does not divide exactly.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_under_torchrun(body, world_size, args, timeout)
     enough = torch.cuda.device_count() >= (1 if share_gpus else world_size)
-    on_cpu = on_cpu or world_size.bit_count() > 1 or not enough
+    on_cpu = on_cpu or not enough or (world_size.bit_count() > 1 and not share_gpus)
     folder = tmp_path / f"ranks{len(list(tmp_path.glob('ranks*')))}"
     folder.mkdir()
     work = pickle.dumps((body, args))

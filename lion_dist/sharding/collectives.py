@@ -110,6 +110,20 @@ def reduce_scatter_mean(outputs: list[Tensor], inputs: Sequence[Tensor], group: 
     return Reduction(work, outputs, 1 if averages else dist.get_world_size(group))
 
 
+def start_all_to_all(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> Any:
+    """Starts to send row r of ``source`` to rank r, beside the current stream. Row r of ``output`` comes from rank r.
+
+    Args:
+        output, source: contiguous, of one shape whose first dimension is the group's size, and one dtype.
+
+    Returns:
+        The work to `wait` for before anything reads the output or writes the source.
+    """
+    # As bytes: backends do not know every dtype.
+    as_bytes = [t.view(torch.uint8).view(-1) for t in (output, source)]
+    return dist.all_to_all_single(as_bytes[0], as_bytes[1], group=group, async_op=True)
+
+
 def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Overwrites dense tensors with those of the group's first rank."""
     source = dist.get_global_rank(group, 0)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import current_graph_task_id, disable_dynamo
+from .bucket_average import BucketAverage
 from .collectives import Membership
 from .flag_exchange import UNLIKE_ZEROING, FlagExchange, fail
 from .grad_hooks import BackwardEnd, GradHooks, in_reentrant_pass_end, when_outer_pass_goes_on
@@ -56,6 +57,7 @@ class GradReducer:
 
     Args:
         membership: the ranks.
+        average: averages the gradients of a bucket.
         bucket_bytes: bytes of gradients that are reduced together.
 
     Attributes:
@@ -64,11 +66,12 @@ class GradReducer:
             set from outside, while gradients are clipped that no step has used.
     """
 
-    def __init__(self, membership: Membership, bucket_bytes: int) -> None:
+    def __init__(self, membership: Membership, average: BucketAverage, bucket_bytes: int) -> None:
         self.generation = 0
         self.holds = False
         self._in_no_sync = False
         self._membership = membership
+        self._average = average
         self._bucket_bytes = bucket_bytes
         self._passes: set[int] = set()  # autograd's numbers of this interval's passes in which gradients arrived
         self._shards: list[Shard] = []
@@ -76,7 +79,7 @@ class GradReducer:
         self._local = ParamGrads([])
         self._hooks = GradHooks([], self._arrived, self._taken_over)
         self._sentinel = Sentinel(self._local, self._make_look())  # see [Note: Sentinel]
-        self._rounds = Rounds([], [], self._local, membership, bucket_bytes)
+        self._rounds = Rounds([], [], self._local, membership, average, bucket_bytes)
         self._flags = FlagExchange(membership)
 
     # Parameters ---------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class GradReducer:
         self._local = local
         self._sentinel = Sentinel(local, self._make_look())
         buffers = [kept.get(_ids(s)) for s in shards]
-        self._rounds = Rounds(self._shards, buffers, local, self._membership, self._bucket_bytes)
+        self._rounds = Rounds(self._shards, buffers, local, self._membership, self._average, self._bucket_bytes)
         self._rounds.has_averages = had_averages
         if had_averages:
             self._sentinel.watch()

@@ -1,6 +1,6 @@
 """Rounds of gradients: from ``p.grad``, bucket by bucket, to the shards of their owners.
 
-Launch of a bucket: its gradients are taken out of ``p.grad``, and the reduce-scatter of their averages is started.
+Launch of a bucket: its gradients are taken out of ``p.grad``, and their averages are started (bucket_average.py).
 Round: one launch of every bucket. A gradient that has not arrived by then counts as zeros.
 
 [Note: Order of collectives]
@@ -9,10 +9,10 @@ ranks. So every rank launches the buckets of a round in index order: bucket i + 
 gradients are complete. All ranks cut their buckets by the order in which gradients arrived on the group's first rank.
 
 [Note: Tensors under way]
-A reduce-scatter reads its inputs and writes its outputs beside the current stream. Both are kept in `_UnderWay` until
-the current stream has waited for it; freed earlier, their memory could be handed out again and overwritten. At most
-IN_FLIGHT buckets are under way, so that the gradients that are kept take bounded memory. Whoever reads `Rounds.grads`
-calls `Rounds.finish` first.
+A collective reads its inputs and writes its outputs beside the current stream. Both are kept in `UnderWay` until the
+current stream has waited for it; freed earlier, their memory could be handed out again and overwritten. At most
+IN_FLIGHT buckets are under way, so that what is kept takes bounded memory. Whoever reads `Rounds.grads` calls
+`Rounds.finish` first.
 
 [Note: Streams of FSDP2]
 FSDP2 finishes gradients on a stream of its own and calls the hooks with that stream current. A bucket is launched on
@@ -33,10 +33,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_compat import foreach_add_, foreach_copy_, foreach_zero_
+from .._torch_compat import foreach_copy_, foreach_zero_
 from ..upload import upload
+from .bucket_average import BucketAverage, UnderWay
 from .buckets import complete_order, make_buckets
-from .collectives import Membership, Reduction, broadcast_from_first, reduce_scatter_mean
+from .collectives import Membership, broadcast_from_first
 from .param_grads import ParamGrads
 from .shard import Shard
 
@@ -76,28 +77,6 @@ class _Destination:
     tail: Tensor | None
 
 
-@dataclass
-class _UnderWay:
-    """A launched bucket; see [Note: Tensors under way].
-
-    Attributes:
-        bucket: its index.
-        kept: inputs of the reduction.
-        sums, addends: the addends, outputs of the reduction, are added to the sums when it is done.
-    """
-
-    bucket: int
-    reduction: Reduction
-    kept: list[Tensor]
-    sums: list[Tensor]
-    addends: list[Tensor]
-
-    def wait(self) -> None:
-        self.reduction.wait()
-        if self.sums:
-            foreach_add_(self.sums, self.addends)
-
-
 class Rounds:
     """Launches the buckets of sharded parameters, which are numbered through all shards.
 
@@ -106,11 +85,12 @@ class Rounds:
         kept: for each shard its existing buffer of averages, or None.
         local: the gradients in ``p.grad``, in the order of the parameters.
         membership: the ranks.
+        average: averages the gradients of a bucket.
         bucket_bytes: bytes of gradients that are reduced together.
 
     Attributes:
-        grads: this rank's part of the averages, one flat buffer per shard in the dtype of its parameters, laid out as
-            `ShardLayout.slices` says.
+        grads: this rank's part of the averages, one flat buffer per shard in the dtype that ``average`` makes them,
+            laid out as `ShardLayout.slices` says.
         state: state of the round.
         has_averages: whether `grads` hold averages since the last zeroing. A round adds to them if so, and overwrites
             `grads` otherwise.
@@ -122,11 +102,13 @@ class Rounds:
         kept: Sequence[Tensor | None],
         local: ParamGrads,
         membership: Membership,
+        average: BucketAverage,
         bucket_bytes: int,
     ) -> None:
         self.state = RoundState.IDLE
         self.has_averages = False
         self._membership = membership
+        self._average = average
         self._bucket_bytes = bucket_bytes
         self._local = local
         self._shards = shards
@@ -141,7 +123,8 @@ class Rounds:
         world_size = dist.get_world_size(membership.group)
         for shard, grad in zip(shards, kept, strict=True):
             layout, like = shard.layout, shard.tail_buffer
-            grad = like.new_zeros(layout.shard_numel) if grad is None else grad
+            if grad is None:
+                grad = like.new_zeros(layout.shard_numel, dtype=average.dtype_of(like.dtype))
             tail_buffer = like.new_zeros(layout.tail_buffer_numel)
             tails = {t.param: tail_buffer[t.offset : t.offset + t.length] for t in layout.tails}
             offset = 0
@@ -165,7 +148,7 @@ class Rounds:
 
         self._launched = 0  # number of buckets of the current round
         self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[tuple[int, UnderWay]] = deque()  # with the index of the bucket
         self._set_order([])
 
     # Buckets ------------------------------------------------------------------------------------
@@ -186,6 +169,14 @@ class Rounds:
             if shard.layout.tails:
                 self._completed_tails[max(of_shard[t.param] for t in shard.layout.tails)].append(number)
             first += len(shard.params)
+        self._average.set_buckets([self._outputs(number) for number in range(len(self._buckets))])
+
+    def _outputs(self, bucket: int) -> list[Tensor]:
+        """Where the averages of a bucket go: those of its heads, then those of the tail buffers that it completes."""
+        heads = [self._destinations[i].output for i in self._buckets[bucket]]
+        shards = self._completed_tails[bucket]
+        tails = [self.grads[number][self._shards[number].layout.tail_shard_offset :] for number in shards]
+        return [*(head for head in heads if head is not None), *tails]
 
     @property
     def follows_arrival(self) -> bool:
@@ -264,7 +255,7 @@ class Rounds:
     def finish(self, shard: int | None = None) -> None:
         """Makes what follows on the current stream see the averages of one shard, by its index, or of all."""
         self._join_streams()
-        while self._under_way and (shard is None or self._under_way[0].bucket <= self._last_bucket[shard]):
+        while self._under_way and (shard is None or self._under_way[0][0] <= self._last_bucket[shard]):
             self._finish_oldest()
 
     def _join_streams(self) -> None:
@@ -287,19 +278,14 @@ class Rounds:
         if self._launched == len(self._buckets):
             self.state = RoundState.LAUNCHED
         grads = self._local.take(bucket) if takes else [None] * len(bucket)
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
+        inputs: list[Tensor | None] = []
         tails: list[Tensor] = []
         staged: list[Tensor] = []
         missing: list[Tensor] = []
         for i, grad in zip(bucket, grads, strict=True):
             place = self._destinations[i]
             if place.output is not None:
-                if grad is None:
-                    inputs.append(self._params[i].new_zeros(place.head))
-                else:
-                    inputs.append(grad if place.tail is None else grad[: place.head])
-                outputs.append(place.output)
+                inputs.append(grad if grad is None or place.tail is None else grad[: place.head])
             if place.tail is not None:
                 if grad is None:
                     missing.append(place.tail)
@@ -310,17 +296,12 @@ class Rounds:
             foreach_zero_(missing)
         if tails:
             foreach_copy_(staged, tails)
-        for shard in self._completed_tails[number]:
-            inputs.append(self._tail_buffers[shard])
-            outputs.append(self.grads[shard][self._shards[shard].layout.tail_shard_offset :])
+        inputs += [self._tail_buffers[shard] for shard in self._completed_tails[number]]
         if not inputs:
             return
         while len(self._under_way) >= IN_FLIGHT:
             self._finish_oldest()
-        addends = [torch.empty_like(output) for output in outputs] if self.has_averages else []
-        with self._membership.collective() as group:
-            reduction = reduce_scatter_mean(addends or outputs, inputs, group)
-        self._under_way.append(_UnderWay(number, reduction, inputs, outputs if addends else [], addends))
+        self._under_way.append((number, self._average.start(number, inputs, self.has_averages)))
 
     def _check(self, bucket: Sequence[int]) -> None:
         """Raises TypeError for gradients that cannot be reduced into their shards."""
@@ -346,10 +327,10 @@ class Rounds:
 
     def _finish_oldest(self) -> None:
         # The current stream waits, on which the memory of the tensors that this frees will be used again.
-        oldest = self._under_way.popleft()
+        _, oldest = self._under_way.popleft()
         with self._membership.collective():
             oldest.wait()
         if self._several_streams:  # some of them may belong to another stream, which has not waited
             current = torch.cuda.current_stream(self._device)
-            for t in (*oldest.kept, *oldest.addends):
+            for t in oldest.kept:
                 t.record_stream(current)

@@ -57,6 +57,7 @@ class Program:
     bucket_mb: float
     shard_numel: int
     momentum_dtype: str | None
+    reduce_dtype: str | None
     groups: list[Group]
     ops: list[tuple] = field(default_factory=list)
 
@@ -96,6 +97,7 @@ class _Writer:
             random.choice(BUCKET_MB),
             random.choice([2000, 1 << 60]),
             random.choice([None, None, "bfloat16", "float32"]),
+            self.reduce_dtype(),
             groups,
         )
         self.begin_interval()
@@ -129,6 +131,10 @@ class _Writer:
         if random.random() < 0.5 and all(p.dtype != "float16" for p in params):
             options["master_weights"] = True
         return options
+
+    def reduce_dtype(self) -> str | None:
+        """Drawn by itself, as `precision` is."""
+        return "bfloat16" if self.stage == 2 and Random(1000 * self.seed + 999).random() < 0.4 else None
 
     # Books --------------------------------------------------------------------------------------
 

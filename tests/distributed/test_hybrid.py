@@ -3,6 +3,7 @@ Lion on one process. A rank goes through many cases, because it takes longer to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ DEFAULT = {
         Case(sync="params", clip=5.0, use="apart"),
         Case(stage=1, accumulate="fsdp", clip=5.0),
         Case(stage=1, sync="params", dtypes=(BF16,), options=MASTER),
-        Case(dtypes=(BF16,), options=MASTER | EIGHT),
+        Case(dtypes=(BF16,), options=MASTER | EIGHT, reduce_dtype=BF16),
+        Case(accumulate="both", clip=5.0, use="apart", reduce_dtype=BF16),
     ],
     (4, 1): [Case(clip=5.0, accumulate="optimizer", use="apart"), Case(sync="params", dtypes=(BF16,))],
     (1, 4): [Case(clip=5.0), Case(sync="params", dtypes=(BF16,), options=MASTER | EIGHT)],
@@ -54,6 +56,7 @@ def every_case() -> list[Case]:
         accumulate = ("", "fsdp", "optimizer", "both")[(number + number // 4) % (2 if stage == 1 else 4)]
         reentrant = (None, False, True)[number % 3]
         cases.append(Case(stage, sync, accumulate=accumulate, reshard=number % 5 < 3, reentrant=reentrant, **kind))
+    cases += [replace(case, reduce_dtype=BF16) for case in cases if case.stage == 2]
     apart = [Case(2, sync, accumulate=way, use="apart") for sync in ("params", "signs") for way in ("", "both")]
     return cases + apart
 

@@ -58,7 +58,7 @@ class Run:
         groups = [self.make_group(group) for group in program.groups]
         self.make_sharded = lambda groups: ShardedLion(
             groups, lr=0.1, stage=program.stage, param_sync=program.param_sync, bucket_mb=program.bucket_mb,
-            momentum_dtype=momentum_dtype,
+            momentum_dtype=momentum_dtype, reduce_dtype=program.reduce_dtype,
         )  # fmt: skip
         self.make_lion = lambda groups: Lion(groups, lr=0.1, momentum_dtype=momentum_dtype)
         self.sharded = self.make_sharded([mine for mine, _ in groups])

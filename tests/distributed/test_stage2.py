@@ -99,23 +99,34 @@ SCENARIOS: list[tuple[Scenario, float]] = [
 
 DTYPES = {"fp32": FP32, "bf16": BF16}
 DEFAULT = [("fp32", 1), ("fp32", 4), ("bf16", 2), ("bf16", 3)]
+IN_16_BITS = [("fp32", 2)]
 
 
-def body_scenarios(rank: int, world_size: int, dtypes: tuple[torch.dtype, ...], steps: int) -> None:
+def body_scenarios(
+    rank: int, world_size: int, dtypes: tuple[torch.dtype, ...], steps: int, reduce_dtype: torch.dtype | None
+) -> None:
     for number, (scenario, bucket_mb) in enumerate(SCENARIOS):
         with pytest.MonkeyPatch.context() as patch:
             if number % 2:
                 patch.setattr(shard, "SHARD_NUMEL", 2000)  # several parts, one of them a single parameter
             try:
-                run_scenario(rank, world_size, dtypes, scenario, bucket_mb, steps)
+                run_scenario(rank, world_size, dtypes, scenario, bucket_mb, steps, reduce_dtype)
             except Exception as error:
                 raise AssertionError(f"scenario {scenario.__name__}, bucket_mb={bucket_mb}") from error
 
 
-def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, bucket_mb: float, steps: int) -> None:
+def run_scenario(
+    rank: int,
+    world_size: int,
+    dtypes: tuple,
+    scenario: Scenario,
+    bucket_mb: float,
+    steps: int,
+    reduce_dtype: torch.dtype | None,
+) -> None:
     device = device_of(rank, world_size)
     models = [Toy(100, dtypes, device) for _ in range(3)]
-    two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb)
+    two = ShardedLion(models[0].groups(), lr=0.01, bucket_mb=bucket_mb, reduce_dtype=reduce_dtype)
     one = ShardedLion(models[1].groups(), lr=0.01, stage=1, param_sync="params")
     lion = Lion(models[2].groups(), lr=0.01)
     optimizers: tuple[torch.optim.Optimizer, ...] = (two, one, lion)
@@ -147,16 +158,26 @@ def run_scenario(rank: int, world_size: int, dtypes: tuple, scenario: Scenario, 
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "world_size", "steps"),
+    ("dtypes", "world_size", "steps", "reduce_dtype"),
     [
         # Each number of ranks in one dtype, and each dtype on two of them or more.
-        *(pytest.param(DTYPES[name], ranks, STEPS, id=f"{name}-{ranks}") for name, ranks in DEFAULT),
+        *(pytest.param(DTYPES[name], ranks, STEPS, None, id=f"{name}-{ranks}") for name, ranks in DEFAULT),
         *(
-            pytest.param(dtypes, ranks, MORE_STEPS, id=f"{name}-{ranks}-more-steps", marks=pytest.mark.exhaustive)
+            pytest.param(DTYPES[name], ranks, STEPS, torch.bfloat16, id=f"{name}-{ranks}-reduced-in-bf16")
+            for name, ranks in IN_16_BITS
+        ),
+        *(
+            pytest.param(
+                dtypes, ranks, MORE_STEPS, reduce_dtype, marks=pytest.mark.exhaustive,
+                id=f"{name}-{ranks}-more-steps{'-reduced-in-bf16' if reduce_dtype else ''}",
+            )
             for name, dtypes in DTYPES.items()
             for ranks in (1, 2, 3, 4)
+            for reduce_dtype in (None, torch.bfloat16)
         ),
     ],
-)
-def test_every_scenario(world_size: int, dtypes: tuple, steps: int, tmp_path: Path) -> None:
-    run_ranks(body_scenarios, world_size, tmp_path, (dtypes, steps))
+)  # fmt: skip
+def test_every_scenario(
+    world_size: int, dtypes: tuple, steps: int, reduce_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    run_ranks(body_scenarios, world_size, tmp_path, (dtypes, steps, reduce_dtype))

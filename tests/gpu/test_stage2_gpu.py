@@ -22,10 +22,10 @@ def small_model(device: torch.device) -> nn.Sequential:
     return nn.Sequential(*layers).to(device)
 
 
-def body_no_host_synchronisation(rank: int, world_size: int, clip: bool) -> None:
+def body_no_host_synchronisation(rank: int, world_size: int, clip: bool, reduce_dtype: torch.dtype | None) -> None:
     device = device_of(rank, world_size)
     model = small_model(device)
-    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5, reduce_dtype=reduce_dtype)
     x = torch.randn(16, 301, device=device)
     used = (
         nn.Sequential(*list(model)[:3], *list(model)[4:]) if rank == world_size - 1 else model
@@ -60,15 +60,19 @@ def body_no_host_synchronisation(rank: int, world_size: int, clip: bool) -> None
     torch.cuda.synchronize()
 
 
+in_16_bits_too = pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16], ids=["", "reduced-in-bf16"])
+
+
+@in_16_bits_too
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
-def test_no_host_synchronisation(clip: bool, tmp_path: Path) -> None:
-    run_on_gpus(body_no_host_synchronisation, 2, tmp_path, (clip,))
+def test_no_host_synchronisation(clip: bool, reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
+    run_on_gpus(body_no_host_synchronisation, 2, tmp_path, (clip, reduce_dtype))
 
 
-def body_no_growth(rank: int, world_size: int) -> None:
+def body_no_growth(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:
     device = device_of(rank, world_size)
     model = small_model(device)
-    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=0.5, reduce_dtype=reduce_dtype)
     x = torch.randn(16, 301, device=device)
 
     def step() -> None:
@@ -92,11 +96,12 @@ def body_no_growth(rank: int, world_size: int) -> None:
     assert len(set(peaks)) == 1
 
 
-def test_no_growth_of_memory(tmp_path: Path) -> None:
-    run_on_gpus(body_no_growth, 2, tmp_path)
+@in_16_bits_too
+def test_no_growth_of_memory(reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
+    run_on_gpus(body_no_growth, 2, tmp_path, (reduce_dtype,))
 
 
-def body_gradients_leave(rank: int, world_size: int) -> None:
+def body_gradients_leave(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:
     """Full gradients exist only for the buckets under way: two of them, one parameter each here."""
     device = device_of(rank, world_size)
     torch.manual_seed(0)
@@ -105,7 +110,7 @@ def body_gradients_leave(rank: int, world_size: int) -> None:
     base = torch.cuda.memory_allocated()
     model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)]).to(device)
     size = 4 * 2048 * 2048
-    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=16)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, bucket_mb=16, reduce_dtype=reduce_dtype)
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -119,5 +124,6 @@ def body_gradients_leave(rank: int, world_size: int) -> None:
     assert torch.cuda.memory_allocated() - base < 16 * size * (1 + 1 / 2 + 1 / 2) + 2 * size
 
 
-def test_gradients_leave_in_the_backward(tmp_path: Path) -> None:
-    run_on_gpus(body_gradients_leave, 2, tmp_path)
+@in_16_bits_too
+def test_gradients_leave_in_the_backward(reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
+    run_on_gpus(body_gradients_leave, 2, tmp_path, (reduce_dtype,))

@@ -186,6 +186,7 @@ class Case:
         use: see `uses`. FSDP2's policy fails under accumulation for units that were never used.
         clip: the max_norm, if any.
         policy: whether FSDP2 computes in bfloat16 and reduces in float32.
+        reduce_dtype: of ShardedLion. What it rounds is exact.
         options: of the optimizers.
     """
 
@@ -198,6 +199,7 @@ class Case:
     reshard: bool = True
     reentrant: bool | None = None
     use: str = "alike"
+    reduce_dtype: torch.dtype | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def made(self, device: torch.device, shards: int, seed: int = 0) -> HybridToy:
@@ -217,7 +219,7 @@ def make_hybrid(case: Case, mesh: DeviceMesh, seed: int) -> tuple[Any, ShardedLi
     model = case.sharded(toy, mesh["shard"] if case.stage == 2 else mesh)
     optimizer = ShardedLion(
         groups_of(model), **case.kwargs(), process_group=mesh["replicate"].get_group(), stage=case.stage,
-        param_sync=case.sync, bucket_mb=FEW,
+        param_sync=case.sync, bucket_mb=FEW, reduce_dtype=case.reduce_dtype,
     )  # fmt: skip
     return model, optimizer
 

@@ -14,6 +14,7 @@ KINDS = {
     "reduce_scatter": ("scatter", 1),
     "allreduce": ("reduce", 0),
     "broadcast": ("broadcast", 0),
+    "alltoall": ("all to all", 1),
 }
 
 

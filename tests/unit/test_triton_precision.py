@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from lion_dist import kernel_launch
 from lion_dist.update import codecs, reference
-from lion_dist.update.backends import launch, triton_step
+from lion_dist.update.backends import triton_step
 from lion_dist.update.codecs import seed_of
 from lion_dist.update.hypers import hyper_table
 from lion_dist.update.lion_update import LionUpdate
@@ -124,7 +125,7 @@ def test_one_launch_for_all_parameters_of_a_mix(monkeypatch: pytest.MonkeyPatch)
 
     def counted(kernel: Any, programs: int, *rest: Any) -> None:
         launched.append(programs)
-        launch.launch(kernel, programs, *rest)
+        kernel_launch.launch(kernel, programs, *rest)
 
     monkeypatch.setattr(triton_step, "launch", counted)
     whole = Whole([BOTH], [300, 129, 1], LionUpdate(True))

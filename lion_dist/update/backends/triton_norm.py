@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kernel_launch import launch
 from ..segments import TILE, SegmentTable
-from .launch import launch
 from .triton_common import TILE_SIZE, TRITON_DTYPES, find_block
 
 BLOCK = 2048

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kernel_launch import launch
 from ..reference import MINUS, NOT_A_NUMBER, PER_BYTE, PLUS
 from ..segments import STATE, TILE, SegmentTable
 from ..state import EXP_AVG_SCALE, REMAINDER
 from .batch import Mix
-from .launch import launch
 from .triton_codecs import SCALE_BLOCK, decode, encode, join, random_bits, scales, store_split
 from .triton_common import (
     EXP_AVG_COLUMN,

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kernel_launch import launch
 from ..segments import STATE, TILE, SegmentTable
 from ..state import EXP_AVG_SCALE, REMAINDER
 from .batch import Mix
-from .launch import launch
 from .triton_block import step_block
 from .triton_common import (
     EXP_AVG_COLUMN,

@@ -43,7 +43,7 @@ def launch(
     if compiled is not None:
         compiled[(programs, 1, 1)](*arguments, *constants)
         return
-    # No fused multiply-add: every product and sum is rounded on its own, as in reference.py.
+    # No fused multiply-add: every product and sum is rounded on its own.
     options = {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}  # an option of NVIDIA's
     compiled = kernel[(programs,)](*arguments, *constants, num_warps=num_warps, enable_fp_fusion=False, **options)
     if compiled is not None:  # the interpreter compiles nothing
