@@ -67,6 +67,21 @@ def check_slices(model: Model, step: Step, optimizer: Lion) -> str:
     return f"{len(slices)} slices of {length} have the reference's bits"
 
 
+def captured(model: Model) -> Step:
+    """Replays of a CUDA graph of one step, with an lr tensor."""
+    optimizer = Lion(model.groups(), lr=torch.tensor(LR, device=DEVICE), betas=BETAS)
+    optimizer.step()
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+
+    def replay(kept: Lion = optimizer) -> None:  # the graph reads what the optimizer keeps
+        graph.replay()
+
+    return replay
+
+
 def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
     extras: list[Extra] = []
 
@@ -79,6 +94,12 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
             extras.append(Extra(name, model.step_bytes, measure(optimizer.step, model, None, repeats, cycles), note))
             del model, optimizer
 
+    with freed():
+        model = Model.random(llama_shapes(), torch.float32)
+        replay = captured(model)
+        extras.append(Extra("the whole model, replays of a CUDA graph, fp32", model.step_bytes,
+                            measure(replay, model, None, repeats, cycles), "of the captured gradients"))  # fmt: skip
+        del model, replay
     for mode, dtype in MODES.items():
         add(f"1000 tensors of 1 to 4096, {mode}", lambda dtype=dtype: small_tensors(dtype))  # type: ignore[misc]
         add(f"p and g at odd offsets, {mode}", lambda dtype=dtype: unaligned_tensors(dtype))  # type: ignore[misc]

@@ -10,23 +10,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ._torch_compat import disable_dynamo
+from ._torch_compat import disable_dynamo, step_is_watched
+from .capture import check_capturable
 from .dtensors import is_dtensor
 from .frozen import takes_part
-from .fsdp import is_flat_view, new_state
+from .fsdp import is_flat_view
+from .hyper_reader import HyperReader
 from .lion_state import as_shown, copy_columns
 from .master_weights import NamedTensors, find, put
-from .members import Members
+from .members import Members, find_members
 from .param_groups import (
-    check_kept_form,
     check_params,
-    check_steppable,
     complete_group,
     complete_loaded_groups,
     count_step,
-    has_kept_form,
-    hyper_parameters,
-    kept_form,
     make_defaults,
     normalize_group,
     state_columns,
@@ -42,7 +39,8 @@ from .state_dicts import (
 )
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
-from .update.state import REMAINDER, StateColumn
+from .update.state import REMAINDER
+from .upload import is_capturing
 
 
 @dataclass
@@ -135,6 +133,7 @@ class Lion(Optimizer):
         # By ids of all parameters with ``_swaps_params``, else under (). Only sets whose members were found are here,
         # and these hold the parameters, so that no other objects get their ids.
         self._kept: dict[tuple[int, ...], _Kept] = {}
+        self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -157,7 +156,6 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter whose ``grad`` is not None.
 
@@ -167,6 +165,14 @@ class Lion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if torch.compiler.is_compiling() or step_is_watched(self):
+            return self._watched_step(closure)
+        return self._closure_and_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would wrap it otherwise
+
+    @torch.no_grad()
+    def _closure_and_step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,42 +180,62 @@ class Lion(Optimizer):
         self._step()
         return loss
 
+    _watched_step = Optimizer.profile_hook_step(_closure_and_step)  # what torch's wrapper makes of it
+
     @disable_dynamo
     def _step(self) -> None:
-        hypers = [hyper_parameters(group) for group in self.param_groups]
+        hypers = self._hypers.read(self.param_groups)
+        capturing = is_capturing()
+        if capturing:
+            self._check_capturable()
         kept, members, prepared = self._prepare()
-        self._rounding.check(self.param_groups, hypers)
+        if not capturing:  # the host waits for weights and lr tensors
+            self._rounding.check(self.param_groups, hypers)
         if members.params:
             kept.update.step(prepared, hypers)
         count_step(self.param_groups)
         if members.dtensors:
             # The local tensors' versions have risen; autograd saves the DTensors'.
-            stepped = zip(members.params, prepared.grads, strict=True)
-            torch.autograd.graph.increment_version([p for p, g in stepped if g is not None])
+            params = members.params
+            if not prepared.complete:
+                params = [p for p, g in zip(params, prepared.grads, strict=True) if g is not None]
+            torch.autograd.graph.increment_version(params)
+
+    def _ids(self) -> tuple[int, ...]:
+        """The key in ``_kept`` of the present parameters."""
+        return tuple(id(p) for group in self.param_groups for p in group["params"]) if self._swaps_params else ()
+
+    def _check_capturable(self) -> None:
+        """Raises RuntimeError or ValueError where a CUDA graph cannot capture this step. Nothing has been changed."""
+        kept = self._kept.get(self._ids())
+        if kept is None or kept.members is None or not kept.members.hold(self.param_groups, self.state):
+            check_capturable(None, self.param_groups, [])
+        else:
+            check_capturable(kept.members, self.param_groups, kept.update.absent)
 
     def _prepare(self) -> tuple[_Kept, Members, Prepared]:
         """Prepares the tensors of this step. Makes state that is missing, once nothing is found that cannot be
         stepped."""
         self._adopt_state()
-        ids = tuple(id(p) for group in self.param_groups for p in group["params"]) if self._swaps_params else ()
+        ids = self._ids()
         kept = self._kept.get(ids) or _Kept(LionUpdate(self._use_triton))
         members, new = self._current_members(kept.members)
         try:
             prepared = kept.update.prepare(members.tensors())
         except KeyError:  # other code took a tensor out of the state
-            members, new = self._find_members()
+            members, new = find_members(self.param_groups, self.state)
             prepared = kept.update.prepare(members.tensors())
         except (RuntimeError, TypeError, ValueError):
             if all(map(takes_part, members.params)):
                 raise
             # A parameter that was frozen after its first steps may have become anything. It keeps its state.
-            members, new = self._find_members(only_taking_part=True)
+            members, new = find_members(self.param_groups, self.state, only_taking_part=True)
             prepared = kept.update.prepare(members.tensors())
         if new:
             for p, made in new.items():
                 self.state.setdefault(p, {}).update(made)
             members.states = [self.state[p] for p in members.params]
-            members.state_ids = list(map(id, self.state.values()))
+            members.entries = list(self.state.values())
         kept.members = members
         self._kept[ids] = kept
         return kept, members, prepared
@@ -219,71 +245,9 @@ class Lion(Optimizer):
         self._prepare()
 
     def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
-        if (
-            members is not None
-            and members.ids == [list(map(id, group["params"])) for group in self.param_groups]
-            and members.state_ids == list(map(id, self.state.values()))
-            and not any(map(takes_part, members.idle))
-            and members.forms == list(map(kept_form, self.param_groups))
-        ):
+        if members is not None and members.hold(self.param_groups, self.state):
             return members, {}
-        return self._find_members()
-
-    def _find_members(self, only_taking_part: bool = False) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
-        """Goes through the groups.
-
-        Args:
-            only_taking_part: leaves out frozen parameters that have state, too.
-
-        Returns:
-            The members, and new state for each parameter that lacks some, by column, which the caller puts into
-            ``state``.
-
-        Raises:
-            TypeError, ValueError: Lion cannot step a parameter that takes part for the first time, a column has
-                different blocks in different groups, or the form of a momentum is not that of its group.
-        """
-        ids = [list(map(id, group["params"])) for group in self.param_groups]
-        params: list[Tensor] = []
-        states, groups, idle = [], [], []
-        blocks: dict[str, int] = {}
-        holders: dict[str, set[int]] = {}
-        missing: dict[str, list[tuple[Tensor, StateColumn]]] = {}
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                own, columns = self.state.get(p) or {}, state_columns(p, group)
-                lacking = [column for column in columns if column.name not in own]
-                if takes_part(p):
-                    check_kept_form(p, own, group)
-                elif only_taking_part or lacking or not has_kept_form(p, own, group):
-                    idle.append(p)
-                    continue
-                if lacking:
-                    check_steppable(p, f"parameter {len(params) + len(idle)}")
-                for column in lacking:
-                    missing.setdefault(column.name, []).append((p, column))
-                for column in columns:
-                    if blocks.setdefault(column.name, column.block) != column.block:
-                        raise ValueError(
-                            f"{column.name} has blocks of {blocks[column.name]} elements in one parameter group and of "
-                            f"{column.block} in another; expected one size in all groups"
-                        )
-                    holders.setdefault(column.name, set()).add(len(params))
-                params.append(p)
-                states.append(own)
-                groups.append(i)
-        new: dict[Tensor, dict[str, Tensor]] = {}
-        for name, wanted in missing.items():
-            stateless = [p for p, _ in wanted]
-            for p, made in zip(stateless, new_state(stateless, [column for _, column in wanted]), strict=True):
-                new.setdefault(p, {})[name] = made
-        states = [{**own, **new[p]} if p in new else own for p, own in zip(params, states, strict=True)]
-        state_ids = list(map(id, self.state.values()))
-        everyone = frozenset(range(len(params)))
-        absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
-        dtensors = any(map(is_dtensor, params))
-        forms = list(map(kept_form, self.param_groups))
-        return Members(ids, params, states, groups, blocks, absent, idle, dtensors, state_ids, forms), new
+        return find_members(self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_use_triton": self._use_triton}

@@ -36,6 +36,7 @@ class RoundingWarnings:
     def __init__(self) -> None:
         self._decay_done = False
         self._decays: dict[int, tuple[float, float]] = {}
+        self._passed: Sequence[HyperParameters] = ()  # those of the last step
         self._update_done = False
         self._looked: set[int] = set()  # groups whose weights have been compared with their lr
         self._idle: list[tuple[int, Tensor]] = []  # (number of such a group, parameter that was frozen then)
@@ -47,7 +48,9 @@ class RoundingWarnings:
         In the first step in which the lr of a group is not 0 it reads the group's weights, for which the host waits. In
         later steps it reads only weights that were frozen until then.
         """
-        if not self._decay_done:
+        # An lr that the schedule reaches later, which is all that else may be new, makes the decay larger.
+        if not self._decay_done and hypers is not self._passed:
+            self._passed = hypers
             for i, (group, hyper) in enumerate(zip(groups, hypers, strict=True)):
                 self._check_decay(i, group, hyper)
         if self._update_done:

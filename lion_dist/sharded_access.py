@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from .capture import refuse_capture
 from .meshes import mesh_groups
 from .sharding.agreement import Agreement, agree
 from .stepper import clip_together
 from .update.state import StateColumn
 
 if TYPE_CHECKING:
+    from .grad_source import GradSource
     from .sharded_lion import ShardedLion
 
 # Errors of methods that ShardedLion has only to refuse them.
@@ -63,3 +65,10 @@ def clip_optimizers(
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     clipped = [(optimizer._stepper, optimizer.param_groups, optimizer._adopt) for optimizer in optimizers]
     return clip_together(clipped, max_norm, process_groups)
+
+
+def refuse_callers(optimizer: ShardedLion, grads: GradSource) -> None:
+    """Raises RuntimeError where step() was called by what it cannot serve: a GradScaler, or the capture of a CUDA
+    graph."""
+    refuse_capture("ShardedLion.step()")
+    grads.refuse_scaler(optimizer)

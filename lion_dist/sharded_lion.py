@@ -21,7 +21,7 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers
+from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers, refuse_callers
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
 from .sharding.agreement import meet
@@ -239,7 +239,7 @@ class ShardedLion(Optimizer):
                 the first two after parameters were added, unfrozen or loaded, where the gradients are not averaged over
                 the ranks; nothing has been changed then.
         """
-        self._grads.refuse_scaler(self)
+        refuse_callers(self, self._grads)
         loss = None
         if closure is not None:
             with torch.enable_grad():

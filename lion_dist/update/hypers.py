@@ -10,30 +10,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..upload import upload
+from ..upload import current_stream_number, is_capturing, upload
 from . import reference
 from .reference import HYPER_COLUMNS, LR, SEED, HyperParameters
 
 
 def hyper_table(hypers: Sequence[HyperParameters], device: torch.device) -> Tensor:
     """A new table on ``device``. An lr tensor on a GPU is copied there without a host synchronisation."""
+    table = _table_of(list(map(_on_host, hypers)), device)
+    _copy_lrs(table, hypers)
+    return table
+
+
+def _on_host(h: HyperParameters) -> HyperParameters:
+    """Hyper-parameters whose lr is a number: 0 in place of a tensor on a GPU, for which the host would have to wait."""
+    if not isinstance(h.lr, Tensor):
+        return h
+    return h._replace(lr=0.0 if h.lr.is_cuda else float(h.lr))
+
+
+def _table_of(numbers: Sequence[HyperParameters], device: torch.device) -> Tensor:
     rows = [
-        (
-            0.0 if isinstance(h.lr, Tensor) and h.lr.is_cuda else float(h.lr),
-            h.weight_decay,
-            h.beta1,
-            h.beta2,
-            -1.0 if h.maximize else 1.0,
-            float(h.seed),
-        )
-        for h in hypers
-    ]
+        (h.lr, h.weight_decay, h.beta1, h.beta2, -1.0 if h.maximize else 1.0, float(h.seed)) for h in numbers
+    ]  # fmt: skip
     assert all(len(row) == HYPER_COLUMNS for row in rows)
-    table = upload(rows, torch.float64, device)
+    return upload(rows, torch.float64, device)
+
+
+def _copy_lrs(table: Tensor, hypers: Sequence[HyperParameters]) -> None:
+    """Copies each lr that is a tensor on a GPU into its row, on the device."""
     for i, h in enumerate(hypers):
         if isinstance(h.lr, Tensor) and h.lr.is_cuda:
-            table[i, LR].copy_(h.lr.reshape(()), non_blocking=device.type == "cuda")
-    return table
+            table[i, LR].copy_(h.lr.reshape(()), non_blocking=table.is_cuda)
 
 
 class HyperTables:
@@ -43,20 +51,26 @@ class HyperTables:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[torch.device, tuple[list[HyperParameters], Tensor]] = {}
+        # By device: numbers, their table, and the stream that it was made on. An lr on a GPU counts as 0.
+        self._tables: dict[torch.device, tuple[list[HyperParameters], Tensor, int]] = {}
         self._scalars: dict[tuple[torch.device, int], tuple[Tensor, reference.Scalars]] = {}  # with their table
+        self._captured: list[Tensor] = []  # [Note: Captured memory] (capture.py)
 
     def table(self, hypers: list[HyperParameters], device: torch.device) -> Tensor:
-        """The table of these hyper-parameters on a device."""
-        kept = self._tables.get(device)
-        constant = not any(isinstance(h.lr, Tensor) for h in hypers)  # an lr tensor is filled in place
-        if constant and kept is not None and kept[0] == hypers:
-            return kept[1]
-        table = hyper_table(hypers, device)
-        if constant:
-            self._tables[device] = (list(hypers), table)
-        else:
-            self._tables.pop(device, None)
+        """The table of these hyper-parameters on a device, for launches on the current stream. An lr tensor on a GPU is
+        copied there without a host synchronisation."""
+        numbers = list(map(_on_host, hypers))
+        kept, stream = self._tables.get(device), current_stream_number(device)
+        if kept is None or kept[0] != numbers:
+            kept = self._tables[device] = numbers, _table_of(numbers, device), stream
+        table = kept[1]
+        if is_capturing():
+            self._captured.append(table)
+        elif kept[2] != stream:
+            table.record_stream(torch.cuda.current_stream(device))
+        if any(isinstance(h.lr, Tensor) and h.lr.is_cuda for h in hypers):
+            table = table.clone()
+            _copy_lrs(table, hypers)
         return table
 
     def scalars(self, table: Tensor, group: int) -> reference.Scalars:

@@ -58,6 +58,11 @@ class LionUpdate:
         """
         return self._preparer.prepare(tensors)
 
+    @property
+    def absent(self) -> list[bool]:
+        """For each entry of the last prepared tensors, whether it had no gradient; empty if all had one."""
+        return self._preparer.absent
+
     def step(self, prepared: Prepared, hypers: list[HyperParameters], grad_scale: Tensor | None = None) -> None:
         """Steps every parameter that has a gradient. On GPUs that is one launch for each device and mix of dtypes.
 

@@ -1,28 +1,34 @@
 """Batches that are kept between steps, and the check in each step that they are still valid.
 
-Other code may move tensors at any time (`.to()`, `p.data = ...`, a load, FSDP). So each step compares addresses, dtypes
-and strides of all tensors with those of the last step, in loops that run in C: about 0.5 us a tensor.
+Other code may move tensors at any time (`.to()`, `p.data = ...`, a load, FSDP). So each step compares addresses,
+dtypes, shapes and strides of all tensors with those of the last step.
+
+[Note: Usual step] In most steps nothing is new but the addresses of gradients. Such a step is recognised by one call
+that compares dtypes, devices, shapes and strides, and a loop in C over addresses. Any other step is examined, which
+takes twice as long. Batches are made anew only where that finds a difference. No tensor is kept for the comparison, so
+that memory which other code gives back is free.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
-from operator import attrgetter, is_
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._torch_compat import tensors_alike
 from ..memory_order import is_dense, laid_out_like
+from ..upload import is_capturing
 from .backends import make_batches
 from .backends.batch import Batch, Prepared
 from .segments import Segment, StepTensors, check_no_shared_memory
 
 _ADDRESS, _STRIDE, _NUMEL, _DTYPE = Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype")
 _NONE = type(None)
-_ALIVE = weakref.ref.__call__
 
 
 def _map(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], absent: Iterable[Any] | None) -> list[Any]:
@@ -38,32 +44,44 @@ def _map(method: Callable[[Tensor], Any], tensors: Sequence[Tensor | None], abse
     return [a if t is None else method(t) for t, a in zip(tensors, absent, strict=False)]
 
 
-class _Column:
-    """Addresses, dtypes and strides of the tensors of one state column.
+class _Key(NamedTuple):
+    """What batches are made for: they are valid as long as nothing of it changes. Lists have one entry for each
+    parameter.
 
-    If the tensors are the same objects at the same addresses as in the last step, only the addresses are read again.
-    The references to them are weak, so that other code which replaces tensors of the state frees their memory.
+    Attributes:
+        addresses, dtypes, strides, numels: of the parameters.
+        state: addresses, dtypes and strides of each state column, by its name; None where an entry lacks it.
+        grad_dtypes: dtypes of the gradients; of absent ones the last that was seen.
+        groups, segments: as of `StepTensors`.
     """
 
-    def __init__(self) -> None:
-        self._tensors: list[weakref.ref[Tensor]] = []
-        self._described: tuple[list[Any], ...] = ([], [], [])
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    numels: list[int]
+    state: dict[str, tuple[list[Any], ...]]
+    grad_dtypes: list[torch.dtype]
+    groups: list[int]
+    segments: Sequence[Segment] | None
 
-    def describe(self, column: Sequence[Tensor | None]) -> tuple[list[Any], ...]:
-        absent: list[bool] = []
-        tensors: Sequence[Tensor] = column  # type: ignore[assignment]
-        try:
-            addresses = list(map(_ADDRESS, tensors))
-        except TypeError:  # some entries lack the column
-            absent = [t is None for t in column]
-            tensors = [t for t in column if t is not None]
-            addresses = list(map(_ADDRESS, tensors))
-        before = self._tensors
-        same = len(before) == len(tensors) and all(map(is_, map(_ALIVE, before), tensors))
-        if not same or self._described[0] != addresses:
-            self._tensors = list(map(weakref.ref, tensors))
-            self._described = addresses, list(map(_DTYPE, tensors)), list(map(_STRIDE, tensors))
-        return *self._described, absent
+
+@dataclass(frozen=True)
+class _Usual:
+    """What a usual step has in common with the one before; see [Note: Usual step].
+
+    Attributes:
+        alike: whether parameters, tensors of the state and gradients, in this order, are like those of that step.
+        count: number of those tensors.
+        addresses: of parameters and state.
+        absent: for each entry whether it has no gradient; empty if every entry has one.
+        lacking: whether some entries lack a state column that others have.
+    """
+
+    alike: Callable[..., bool]
+    count: int
+    addresses: list[int]
+    absent: list[bool]
+    lacking: bool
 
 
 class Preparer:
@@ -75,16 +93,59 @@ class Preparer:
 
     def __init__(self, use_triton: bool | None) -> None:
         self._use_triton = use_triton
-        self._key: list[Any] | None = None  # of the batches
+        self._key: _Key | None = None  # of the batches
+        self._usual: _Usual | None = None
         self._batches: list[Batch] = []
-        self._columns: dict[str, _Column] = {}
         self._layout: tuple[list[Any], ...] = ()  # strides and numels of parameters and gradients
         self._relaying = False  # whether some of these gradients have another memory order than their parameters
+        self.absent: list[bool] = []  # as of `_Usual`, of the last step
+        self._captured: list[Sequence[Batch]] = []  # [Note: Captured memory] (capture.py)
         self._grad_dtypes: list[torch.dtype] = []
         self._grad_addresses: list[int] = []
 
     def prepare(self, tensors: StepTensors) -> Prepared:
         """See `LionUpdate.prepare`."""
+        grads = tensors.grads
+        if not self._is_usual(tensors):
+            grads = self._examine(tensors)
+        addresses = _map(_ADDRESS, grads, repeat(0) if self.absent else None)
+        if addresses != self._grad_addresses:
+            for batch in self._batches:
+                batch.set_gradients(addresses)
+            self._grad_addresses = addresses
+        if is_capturing():
+            self._captured.append(self._batches)
+            self._grad_addresses = []  # the next step must not read what belongs to the graph
+        return Prepared(tensors, grads, self._batches, complete=not self.absent)
+
+    def _is_usual(self, tensors: StepTensors) -> bool:
+        """Whether nothing but the addresses of gradients can differ from the last step."""
+        key, usual = self._key, self._usual
+        if key is None or usual is None or tensors.state.keys() != key.state.keys():
+            return False
+        grads = tensors.grads
+        kept: list[Any] = [*tensors.params, *chain.from_iterable(tensors.state.values())]
+        if usual.lacking:
+            kept = [t for t in kept if t is not None]
+        if usual.absent:
+            if [g is None for g in grads] != usual.absent:
+                return False
+            grads = [g for g in grads if g is not None]
+        return (
+            len(kept) + len(grads) == usual.count
+            and usual.alike(*kept, *grads)
+            and list(map(_ADDRESS, kept)) == usual.addresses
+            and tensors.groups == key.groups
+            and tensors.segments == key.segments
+        )
+
+    def _examine(self, tensors: StepTensors) -> list[Tensor | None]:
+        """Compares everything with what the batches were made for, and makes them anew where something differs.
+
+        Returns:
+            The gradients, in the memory order of their parameters.
+        """
+        self._usual = None
         params, grads = tensors.params, tensors.grads
         strides, numels = list(map(_STRIDE, params)), list(map(_NUMEL, params))
         if len(self._grad_dtypes) != len(grads):
@@ -99,19 +160,19 @@ class Preparer:
                 _map(_STRIDE, grads, strides if some_absent else None),
                 _map(_NUMEL, grads, numels if some_absent else None),
             )
-            if self._relaying or layout != self._layout:
-                laid = [None if g is None else _relaid(i, g, tensors) for i, g in enumerate(grads)]
-                self._relaying = any(a is not b for a, b in zip(laid, grads, strict=True))
-                self._layout = layout
-                grads = laid
-            addresses = _map(_ADDRESS, grads, repeat(0) if some_absent else None)
-        except RuntimeError:  # a sparse gradient has no strides and no address
+        except RuntimeError:  # a sparse gradient has no strides
             _check_gradients(tensors)
             raise
-        key = [
-            list(map(_ADDRESS, params)), list(map(_DTYPE, params)), strides, numels, self._describe(tensors),
-            grad_dtypes, tensors.groups, tensors.segments,
-        ]  # fmt: skip
+        if self._relaying or layout != self._layout:
+            laid = [None if g is None else _relaid(i, g, tensors) for i, g in enumerate(grads)]
+            self._relaying = any(a is not b for a, b in zip(laid, grads, strict=True))
+            self._layout = layout
+            grads = laid
+        # The caller may change the list of groups later, and the next step must compare with its present contents.
+        key = _Key(
+            list(map(_ADDRESS, params)), list(map(_DTYPE, params)), strides, numels, _describe(tensors), grad_dtypes,
+            list(tensors.groups), tensors.segments,
+        )  # fmt: skip
         if key != self._key:
             self._key = None
             _check_gradients(tensors)
@@ -122,23 +183,30 @@ class Preparer:
             self._batches = make_batches(tensors, segments, grad_dtypes, self._use_triton)
             self._grad_dtypes = grad_dtypes
             self._grad_addresses = []
-            # The caller may change the list later, and the next step must compare with its present contents.
-            key[-2] = list(tensors.groups)
             self._key = key
-        if addresses != self._grad_addresses:
-            for batch in self._batches:
-                batch.set_gradients(grads)
-            self._grad_addresses = addresses
-        return Prepared(tensors, grads, self._batches, complete=not some_absent)
+        absent = [g is None for g in grads] if some_absent else []
+        # While gradients come and go, or are copied into another memory order, no step is usual.
+        if absent == self.absent and not self._relaying:
+            self._usual = _usual(tensors, absent)
+        self.absent = absent
+        return grads
 
-    def _describe(self, tensors: StepTensors) -> dict[str, tuple[list[Any], ...]]:
-        described = {}
-        for name, of_entry in tensors.state.items():
-            column = self._columns.get(name)
-            if column is None:
-                column = self._columns[name] = _Column()
-            described[name] = column.describe(of_entry)
-        return described
+
+def _usual(tensors: StepTensors, absent: list[bool]) -> _Usual:
+    kept: list[Tensor | None] = [*tensors.params, *chain.from_iterable(tensors.state.values())]
+    present = [t for t in kept if t is not None]
+    everything = [*present, *(g for g in tensors.grads if g is not None)]
+    return _Usual(
+        tensors_alike(everything), len(everything), list(map(_ADDRESS, present)), absent, len(present) < len(kept)
+    )
+
+
+def _describe(tensors: StepTensors) -> dict[str, tuple[list[Any], ...]]:
+    described = {}
+    for name, column in tensors.state.items():
+        absent = repeat(None) if _NONE in map(type, column) else None
+        described[name] = tuple(_map(method, column, absent) for method in (_ADDRESS, _DTYPE, _STRIDE))
+    return described
 
 
 def _check_gradients(tensors: StepTensors) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..memory_order import is_dense
-from ..upload import upload
+from ..upload import CapturedUploads, current_stream_number, is_capturing, upload, upload_integers
 from .reference import STORAGE_DTYPES
 from .state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 
@@ -163,6 +163,7 @@ class SegmentTable:
         tensors: the tensors of which the segments are runs.
         segments: at least one run, of one device and one mix of columns and dtypes.
         device: the device of all tensors.
+        grad_dtype: dtype of the gradients.
 
     Attributes:
         rows: int64, shape (segments, row_width); see PARAM and the constants beside it.
@@ -172,7 +173,9 @@ class SegmentTable:
         grad_addresses: int64, shape (segments,); 0 marks an inactive segment, which no kernel touches.
     """
 
-    def __init__(self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(
+        self, tensors: StepTensors, segments: Sequence[Segment], device: torch.device, grad_dtype: torch.dtype
+    ) -> None:
         self.device = device
         columns = list(tensors.state_of(segments[0].entry))
         self.row_width = STATE + len(columns)
@@ -194,26 +197,43 @@ class SegmentTable:
         if device.type == "cuda":
             tile_segments = tile_segments.pin_memory()
         self.tile_segments = tile_segments.to(device, non_blocking=True)
-        self._grad_starts = [(s.entry, s.grad_start) for s in segments]
+        self._entries = [s.entry for s in segments]
+        offsets = [s.grad_start * grad_dtype.itemsize for s in segments]
+        self._grad_offsets = offsets if any(offsets) else None  # in bytes
         self.grad_addresses: Tensor
+        self._for_captures = CapturedUploads(len(rows))
+        self._captured: list[Tensor] = []
+        self._made_on = self._grads_made_on = current_stream_number(device)
 
     def keep_for_launch(self, *others: Tensor | None) -> None:
         """Call this before a launch that reads the table and ``others``. If the launch is on another stream than the
         one they were made on, their memory must not be reused before it has run, although they may be replaced long
-        before that."""
-        if self.device.type == "cuda":
+        before that. If it is captured, it may run at any time: see [Note: Captured memory] (capture.py)."""
+        if self.device.type != "cuda":
+            return
+        on, capturing = current_stream_number(self.device), is_capturing()
+        read = [t for t in others if t is not None]
+        if capturing or not on == self._made_on == self._grads_made_on:
+            read += self.rows, self.tile_segments, self.grad_addresses
+        if capturing:
+            self._captured += read
+        elif read:
             stream = torch.cuda.current_stream(self.device)
-            for t in (self.rows, self.tile_segments, self.grad_addresses, *others):
-                if t is not None:
-                    t.record_stream(stream)
+            for t in read:
+                t.record_stream(stream)
 
-    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Takes the addresses of this step's gradients: one for each entry of the tensors, or None."""
-        addresses = []
-        for entry, start in self._grad_starts:
-            g = grads[entry]
-            addresses.append(0 if g is None else g.data_ptr() + start * g.element_size())
-        self.grad_addresses = upload(addresses, torch.int64, self.device)
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """Takes the addresses of this step's gradients: one for each entry of the tensors, 0 where there is none."""
+        of_segments = list(map(addresses.__getitem__, self._entries))
+        if self._grad_offsets is not None:
+            of_segments = [a and a + offset for a, offset in zip(of_segments, self._grad_offsets, strict=True)]
+        self._grads_made_on = current_stream_number(self.device)
+        if is_capturing():
+            self.grad_addresses = self._for_captures.upload(of_segments, self.device)
+            return
+        self.grad_addresses = upload_integers(of_segments, self.device)
+        if self.device.type == "cuda":
+            self._for_captures.prepare()
 
 
 def _address(t: Tensor, start: int) -> int:

@@ -88,4 +88,4 @@ class SignUpdate:
         )
         self._batches = make_batches(signed, self._segments, [p.dtype for p in params], self._update.use_triton)
         for batch in self._batches:
-            batch.set_gradients(grads)
+            batch.set_gradients([0] * len(params))

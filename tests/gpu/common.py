@@ -144,3 +144,11 @@ def no_host_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def reuse_freed_memory() -> list[Tensor]:
+    """Takes device and pinned host memory of the sizes that a step uses, and writes zeros there. (Not
+    garbage: read as addresses that would end the process's CUDA context, and zeros are as wrong.)"""
+    sizes = [64] * 200 + [4096] * 20  # elements: tables; gradients
+    on_device = [torch.zeros(n, dtype=torch.int64, device=GPU) for n in sizes]
+    return on_device + [torch.zeros(n, dtype=torch.int64, pin_memory=True) for n in sizes]

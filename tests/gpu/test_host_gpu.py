@@ -13,7 +13,7 @@ from benchmarks.measure import device_activity
 from lion_dist import Lion
 from lion_dist.update.segments import TILE
 
-from .common import BF16, F32, GPU, Twins, needs_gpu, no_host_synchronisation
+from .common import BF16, F32, GPU, Twins, needs_gpu, no_host_synchronisation, reuse_freed_memory
 
 pytestmark = needs_gpu
 
@@ -26,14 +26,6 @@ def hold_up_the_device() -> torch.cuda.Event:
     awake = torch.cuda.Event()
     awake.record()
     return awake
-
-
-def reuse_freed_memory() -> list[Tensor]:
-    """Takes device and pinned host memory of the sizes that a step uses, and writes zeros there. (Not
-    garbage: read as addresses that would end the process's CUDA context, and zeros are as wrong.)"""
-    sizes = [64] * 200 + [4096] * 20  # elements: tables; gradients
-    on_device = [torch.zeros(n, dtype=torch.int64, device=GPU) for n in sizes]
-    return on_device + [torch.zeros(n, dtype=torch.int64, pin_memory=True) for n in sizes]
 
 
 @pytest.mark.parametrize("lr", ["number", "tensor"])

@@ -247,7 +247,7 @@ class Runs:
         )  # fmt: skip
         dtypes = [self.kind.param] * len(grads)
         for batch in make_batches(signed, self.segments, dtypes, use_triton):
-            batch.set_gradients([None] * len(grads))
+            batch.set_gradients([0] * len(grads))
             batch.apply_signs(None, table, torch.tensor(agree, device=device))
 
     def check(self, what: str) -> None:

@@ -195,7 +195,7 @@ def test_tiles_cover_every_element_once(lengths: list[int]) -> None:
     exp_avgs = [torch.zeros(n, dtype=torch.bfloat16) for n in lengths]
     groups = [i % 3 for i in range(len(lengths))]
     segments = [Segment(i, 0, 0, 0, n) for i, n in enumerate(lengths)]
-    table = SegmentTable(columns_of(params, exp_avgs, groups), segments, CPU)
+    table = SegmentTable(columns_of(params, exp_avgs, groups), segments, CPU, torch.float32)
     assert_covers_once(table, lengths)
     assert table.rows[:, [PARAM, STATE, LENGTH, GROUP]].tolist() == [
         [p.data_ptr(), m.data_ptr(), n, group] for p, m, n, group in zip(params, exp_avgs, lengths, groups, strict=True)
@@ -205,13 +205,13 @@ def test_tiles_cover_every_element_once(lengths: list[int]) -> None:
 def test_starts_become_addresses() -> None:
     p, m, g = torch.zeros(1000), torch.zeros(500, dtype=torch.float16), torch.zeros(1000, dtype=torch.bfloat16)
     segments = [Segment(0, 131, 140, 7, 100), Segment(0, 300, 0, 200, 1), Segment(1, 0, 1, 2, 3)]
-    table = SegmentTable(StepTensors([p, p], [g, None], {EXP_AVG: [m, m]}, [1, 0]), segments, CPU)
+    table = SegmentTable(StepTensors([p, p], [g, None], {EXP_AVG: [m, m]}, [1, 0]), segments, CPU, torch.bfloat16)
     assert table.rows[:, [PARAM, STATE, LENGTH, GROUP, TILE_0, ENTRY]].tolist() == [
         [p.data_ptr() + 4 * 131, m.data_ptr() + 2 * 7, 100, 1, 0, 0],
         [p.data_ptr() + 4 * 300, m.data_ptr() + 2 * 200, 1, 1, 1, 0],
         [p.data_ptr(), m.data_ptr() + 2 * 2, 3, 0, 2, 1],
     ]
-    table.set_gradients([g, None])
+    table.set_gradients([g.data_ptr(), 0])
     assert table.grad_addresses.tolist() == [g.data_ptr() + 2 * 140, g.data_ptr(), 0]
 
 
@@ -219,7 +219,7 @@ def test_rows_hold_every_state_column() -> None:
     """Also one of whose elements 128 of the parameter's share one."""
     p, m, scale = torch.zeros(1024), torch.zeros(1024, dtype=torch.int8), torch.zeros(8)
     tensors = StepTensors([p], [None], {EXP_AVG: [m], "scale": [scale]}, [0], blocks={"scale": 128})
-    table = SegmentTable(tensors, [Segment(0, 0, 0, 256, 128), Segment(0, 512, 0, 640, 300)], CPU)
+    table = SegmentTable(tensors, [Segment(0, 0, 0, 256, 128), Segment(0, 512, 0, 640, 300)], CPU, torch.float32)
     assert table.rows.shape == (2, table.row_width)
     assert table.rows[:, STATE:].tolist() == [
         [m.data_ptr() + 256, scale.data_ptr() + 4 * 2],
@@ -229,11 +229,11 @@ def test_rows_hold_every_state_column() -> None:
 
 def test_a_new_gradient_overwrites_no_tensor_of_an_earlier_launch() -> None:
     p, m = torch.zeros(10), torch.zeros(10)
-    table = SegmentTable(columns_of([p], [m], [0]), [Segment(0, 0, 0, 0, 10)], CPU)
+    table = SegmentTable(columns_of([p], [m], [0]), [Segment(0, 0, 0, 0, 10)], CPU, torch.float32)
     first, second = torch.zeros(10), torch.zeros(10)
-    table.set_gradients([first])
+    table.set_gradients([first.data_ptr()])
     launched = table.grad_addresses
-    table.set_gradients([second])
+    table.set_gradients([second.data_ptr()])
     assert launched.tolist() == [first.data_ptr()]
     assert table.grad_addresses.tolist() == [second.data_ptr()]
 
@@ -244,7 +244,7 @@ def test_lengths_and_starts_beyond_32_bits() -> None:
     p = torch.empty(n + 50, device="meta", dtype=torch.bfloat16)
     m = torch.empty(n + 70, device="meta")
     segments = [Segment(0, 0, 0, 0, 5), Segment(0, 50, 0, 70, n), Segment(0, 2**31 + 9, 0, 2**31 + 11, 10)]
-    table = SegmentTable(columns_of([p], [m], [0]), segments, CPU)
+    table = SegmentTable(columns_of([p], [m], [0]), segments, CPU, torch.float32)
     tiles = -(-n // TILE)
     assert table.tiles == tiles + 2
     assert table.rows[:, [PARAM, STATE, LENGTH, GROUP, TILE_0, ENTRY]].tolist() == [

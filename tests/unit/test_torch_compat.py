@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import warnings
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import lion_dist
 from lion_dist import _torch_compat as compat
@@ -200,6 +202,25 @@ def test_tensors() -> None:
     assert t.tolist() == [0, 0, 0]
 
 
+def test_tensors_alike() -> None:
+    """It compares everything but addresses and values, and keeps no tensor."""
+    p, g = nn.Parameter(torch.zeros(3, 3)), torch.zeros(4)
+    alike = compat.tensors_alike([p, g])
+    with torch.no_grad():
+        assert alike(nn.Parameter(torch.ones(3, 3)), torch.ones(4))
+    for other in (
+        None, torch.zeros(5), torch.zeros(8)[::2], torch.zeros(2, 2), torch.zeros(4, dtype=torch.bfloat16),
+        torch.zeros(4, device="meta"), torch.zeros(4).to_sparse(), nn.Parameter(g),
+    ):  # fmt: skip
+        assert not alike(p, other)
+    assert not alike(p.detach(), g)
+    assert not compat.tensors_alike([g, g])(g, g)
+    kept, freed = compat.tensors_alike([t := torch.zeros(4)]), weakref.ref(t)
+    del t
+    assert freed() is None
+    assert kept(torch.ones(4))
+
+
 def test_operators_that_reach_a_tensor_subclass() -> None:
     seen = []
 
@@ -258,6 +279,25 @@ def test_modules() -> None:
         assert compat.WRAPPER_PREFIXES & set(name.split("."))
         assert compat_distributed.unwrapped_names(wrapped, name) == {f"0.{name.rsplit('.', 1)[-1]}"}
     assert compat_distributed.unwrapped_names(module, compat.EXTRA_STATE) == {compat.EXTRA_STATE}
+
+
+def test_who_watches_a_step() -> None:
+    opt = SGD([torch.zeros(1)])
+
+    def hook(*_: Any) -> None: ...
+
+    assert not compat.step_is_watched(opt)
+    for register in (
+        opt.register_step_pre_hook, opt.register_step_post_hook, register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):  # fmt: skip
+        handle = register(hook)
+        assert compat.step_is_watched(opt)
+        handle.remove()
+        assert not compat.step_is_watched(opt)
+    with torch.autograd.profiler.profile():
+        assert compat.profiler_enabled()
+        assert compat.step_is_watched(opt)
 
 
 def test_optimizers() -> None:

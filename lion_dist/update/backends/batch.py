@@ -58,8 +58,9 @@ class Prepared:
 class Batch(Protocol):
     """Segments of one device and one mix of dtypes, and the backend that steps them."""
 
-    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Takes the addresses of the gradients, one for each entry. Called when one of them has changed."""
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """Takes the addresses of the gradients, one for each entry; 0 where there is none. Called when one of them has
+        changed."""
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         """Writes the new parameters and momenta of all segments with a gradient."""

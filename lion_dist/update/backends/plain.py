@@ -58,7 +58,7 @@ class PlainBatch:
                     state[name] = flat(t, tensors.start_in(name, s), -(-s.length // tensors.blocks.get(name, 1)))
             self.runs.append(Run(s, tensors.groups[s.entry], p, state))
 
-    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
+    def set_gradients(self, addresses: Sequence[int]) -> None:
         """Does nothing: the other methods are given the gradients themselves."""
 
     def gradients(self, grads: Sequence[Tensor | None], runs: Sequence[Run]) -> Iterator[tuple[Run, Tensor]]:

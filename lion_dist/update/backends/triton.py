@@ -29,11 +29,11 @@ class TritonBatch:
         assert mix.columns[0] in (EXP_AVG, SIGNS), f"the first state column must be {EXP_AVG}, got {mix.columns}"
         assert (mix.state[0] == torch.int8) == (EXP_AVG_SCALE in mix.columns), f"8 bits, or a scale, alone: {mix}"
         assert mix.param == torch.bfloat16 or REMAINDER not in mix.columns, f"a remainder of {mix.param}"
-        self._table = SegmentTable(tensors, segments, device)
+        self._table = SegmentTable(tensors, segments, device, mix.grad)
         self._mix = mix
 
-    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        self._table.set_gradients(grads)
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        self._table.set_gradients(addresses)
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         device = self._table.device

@@ -119,7 +119,7 @@ def lion_step(
         kernel, constants = _lion_kernel, (p, g, m, columns[1], table.row_width, how.block)
     else:
         kernel, constants = lion_kernel_int8, (p, g, *columns, table.row_width, how.block, how.blocks)
-    table.keep_for_launch(hypers, grad_scale, active)
+    table.keep_for_launch(grad_scale, active)  # `HyperTables.table` takes care of the hyper-parameters
     with torch.cuda.device_of(table.rows):
         launch(
             kernel,
