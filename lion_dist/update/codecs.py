@@ -87,9 +87,8 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """
     k = codes.int()
     level = ((k.abs() << FRACTION) + ONE_BITS).view(torch.float32) - 1
-    level = torch.where(k < 0, -level, level)
-    level = torch.where(k == NAN_CODE, math.nan, level)
-    return level * scale.repeat_interleave(BLOCK)[: codes.numel()]
+    m = torch.where(k < 0, -level, level) * scale.repeat_interleave(BLOCK)[: codes.numel()]
+    return torch.where(k == NAN_CODE, math.nan, m)  # last: a GPU's product of NaN has other bits
 
 
 def encode(

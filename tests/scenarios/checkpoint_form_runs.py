@@ -104,5 +104,5 @@ def assert_loaded(
             start = slices[id(p)].start
             part, own = m.reshape(-1)[start : start + p.numel()], entry["exp_avg"]
         codes, scale = codecs.encode(part.reshape(-1))
-        assert_same_bits(flat(own), codes, f"{what}: codes of {name}")
-        assert_same_bits(entry["exp_avg_scale"], scale, f"{what}: scales of {name}")
+        assert_same_bits(flat(own).cpu(), codes, f"{what}: codes of {name}")
+        assert_same_bits(entry["exp_avg_scale"].cpu(), scale, f"{what}: scales of {name}")
