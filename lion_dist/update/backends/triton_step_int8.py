@@ -91,7 +91,8 @@ def _step_finite(
     p = tl.fma((c > 0).to(tl.float32) - (c < 0).to(tl.float32), -lr, p * decay)
     # x * 0 is 0 where x is finite, else NaN, whose bits are more than infinity's.
     size = tl.abs(m) + tl.fma(p, 0.0, c * 0.0)
-    largest = tl.max(tl.max(size.to(tl.int32, bitcast=True), axis=2), axis=1)
+    bits = size.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign
+    largest = tl.max(tl.max(bits, axis=2), axis=1)
     finite = tl.max(largest, axis=0) < INFINITY_BITS
     if finite:
         offsets = _offsets(RUNS, SCALE_BLOCK, PART)
@@ -105,8 +106,8 @@ def _step_finite(
         # Summed so that all but one addition is made for many elements at once.
         of_runs = random + later_random(start) + later_random(tl.arange(0, RUNS) * SCALE_BLOCK)
         of_parts = of_runs[:, None] + later_random(tl.arange(0, SCALE_BLOCK // PART) * PART)[None, :]
-        bits = of_parts[:, :, None] + later_random(tl.arange(0, PART))[None, None, :]
-        code = encode(m, (inverse * 2.0)[:, None, None], bits, NUMBERS=True)
+        of_elements = of_parts[:, :, None] + later_random(tl.arange(0, PART))[None, None, :]
+        code = encode(m, (inverse * 2.0)[:, None, None], of_elements, NUMBERS=True)
         tl.store(elements(m_address, tl.int8, start, offsets, PART), code)
         tl.store(elements(s_address, tl.float32, start // SCALE_BLOCK, tl.arange(0, RUNS), 4), scale)
     return finite
