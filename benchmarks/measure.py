@@ -45,8 +45,9 @@ def join_group(rank: int, ranks: int, rendezvous: str, node: int | None = None) 
     """Selects this rank's GPU and makes the default process group, on NCCL.
 
     Rank r has GPU r modulo the number of GPUs. NCCL refuses two ranks of a communicator that have one GPU of one host,
-    and connects ranks of different hosts over the network alone. So where hosts are made up (NCCL_HOSTID), the sockets
-    of the loopback device are the links between them, and NVLink or shared memory those within one.
+    and connects ranks of different hosts over the network alone. NCCL_HOSTID makes
+    hosts out of the ranks of one machine: ranks of one host are connected by NVLink or shared memory, and ranks of two
+    by sockets on the loopback device.
 
     Args:
         node: number of consecutive ranks that NCCL takes for a host, at most the number of GPUs. None: 1 where there

@@ -3,9 +3,9 @@
 Lane: the kernels of one kind on one rank. In modes over a mesh the collectives of the two dimensions have lanes of
     their own. Their kernels have the same names, and a profile has their process groups only if the host is recorded
     too, which slows it down. So it is the stream that tells: torch runs asynchronous collectives of a process group on
-    a stream of the group's own. ShardedLion's are asynchronous, and a first collective in the profile shows the stream
-    of the replicas' group. FSDP2's are on other streams. Of those the all-reduces are between replicas, because FSDP2
-    has no others.
+    a stream of the group's own. ShardedLion's are asynchronous, and a collective at the start of the profile shows on
+    which stream the group of the replicas runs. FSDP2 uses other streams, and its all-reduces are all between
+    replicas.
 Hidden: the part of a lane during which kernels of compute or of the optimizer ran too, all on one rank. Where ranks
     share a GPU they take turns on it, and the time of a kernel includes the turns of the others.
 """

@@ -73,7 +73,7 @@ def fsdp2(model: LanguageModel, options: Namespace, reshard: bool) -> Trainer:
 
 
 def mesh_of(model: LanguageModel, options: Namespace) -> DeviceMesh:
-    """Of replicas by shards."""
+    """A mesh of options.replicas rows; the model is sharded over the ranks of a row."""
     shards = dist.get_world_size() // options.replicas
     return init_device_mesh(device_type(model), (options.replicas, shards), mesh_dim_names=("replicate", "shard"))
 

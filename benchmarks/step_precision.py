@@ -229,7 +229,8 @@ def run(contestants: Sequence[Contestant], shapes: Sequence[Any], repeats: int, 
 
 
 def configurations(int8: bool) -> list[Launch]:
-    """What the sweep tries. The kernel for 8-bit momenta has one warp: several would wait for each other."""
+    """The launches that the sweep measures. The kernel for 8-bit momenta is tried with one warp only: it reduces over a
+    block, and several warps would have to synchronise for that."""
     from lion_dist.update.backends.triton_step import Launch  # needs triton, which the rest may lack
 
     if int8:

@@ -1,4 +1,4 @@
-"""What a mode of benchmarks.iteration is: a way to train, as the parts of an iteration."""
+"""The modes of benchmarks.iteration: how a way to train makes the parts of an iteration."""
 
 from __future__ import annotations
 

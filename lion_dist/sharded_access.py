@@ -1,4 +1,4 @@
-"""What other files of lion_dist do to a ShardedLion beyond its public methods, and parts of those methods."""
+"""Access to a ShardedLion for other files of lion_dist, where its public methods are not enough."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
     bfloat16 and remainder   joined         as it is                       cast: the bfloat16 weights
 
 The last are saved by torch's own functions, through Writer. "cast" is refused without cast=True, as are other changes
-of dtype. Float momenta load into 8-bit momenta without cast=True, and 8-bit momenta into float momenta: the optimizer
-that loads decides whether its momenta have 8 bits. A momentum that becomes float32 needs no cast=True either.
+of dtype. A float momentum loads into an 8-bit momentum without cast=True, and an 8-bit momentum into a float one: the
+optimizer that loads decides which of the two it has. A momentum that becomes float32 needs no cast=True either.
 Codes stay as they are where the blocks that share a scale are the same here; otherwise they are decoded and encoded
 again.
 """

@@ -14,8 +14,8 @@ An all-to-all brings all contributions to a part to the rank that owns it, which
 bytes as in a reduce-scatter of bfloat16.
 
 Rows: a rank sends a buffer of one row for each rank, and receives such a buffer; bfloat16, shape (world_size, elements
-    of the bucket's outputs). The row that is sent to a rank holds what that rank owns of every gradient of the bucket,
-    one after another. The row that is received from a rank holds its contributions to this rank's outputs.
+    of the bucket's outputs). Row r of the buffer that is sent holds the parts of the bucket's gradients that rank r
+    owns, one after another. Row r of the buffer that is received holds rank r's contributions to this rank's outputs.
 """
 
 from __future__ import annotations

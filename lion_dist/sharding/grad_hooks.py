@@ -107,8 +107,8 @@ class BackwardEnd:
     """Calls a method when the running backward ends, and another one if it raises.
 
     FSDP2 reduces the gradients of some modules, such as the first, in its own callbacks, one for each root module. Some
-    of them may be registered after this object. If ``after_others`` is set, this object therefore registers itself
-    again at its first call, so that it then runs after all of them.
+    of these callbacks may be registered later than this object. With ``after_others`` this object therefore registers
+    itself a second time when it is first called, and so runs after all of them.
 
     A reentrant checkpoint's backward counts as one of its own. Autograd drops its callbacks uncalled when a backward
     raises, so this object is then deleted before it has been called. See [Note: Callbacks keep nothing alive].

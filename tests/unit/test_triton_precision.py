@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from lion_dist.update.segments import StepTensors
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
+from tests.scenarios import precise_runs
 from tests.scenarios.precise_runs import BF16, CPU, F32, HYPERS, I8, INTERPRETED, SALT, Kind, Runs, Whole
 
 pytestmark = [
@@ -54,6 +56,39 @@ def test_every_mix_gives_the_references_bits(kind: Kind) -> None:
 def test_a_tile_and_some_elements(kind: Kind) -> None:
     whole = Whole([kind], [8192 + 5], LionUpdate(True))
     whole.step(HYPERS[1:2], 0.37)
+    whole.check("a step")
+
+
+@pytest.mark.parametrize("kind", [BOTH, Kind(BF16, F32, I8, True), Kind(F32, F32, I8, False)], ids=str)
+def test_one_odd_number_among_ordinary_ones(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks, each with one number that is not finite, or becomes so, and no other that would give it away."""
+    negative_nan = torch.tensor(-0x3EDCBB, dtype=torch.int32).view(F32).item()  # keeps its sign in every dtype
+    not_finite = [math.inf, -math.inf, math.nan, negative_nan]
+    odd = [(name, value) for name in ("p", "g") for value in not_finite]
+    odd += [(EXP_AVG_SCALE, value) for value in (*not_finite, 3.4e38)] + [(EXP_AVG, codecs.NAN_CODE)]
+    block = triton_step.LAUNCH[kind.param.itemsize, True, kind.master].block
+    n = block * len(odd)
+    generator = torch.Generator().manual_seed(1)
+    codes, scale = codecs.encode(torch.randn(n, generator=generator))
+    tensors = {
+        "p": torch.randn(n, generator=generator).to(kind.param),
+        "g": torch.randn(n, generator=generator).to(kind.grad),
+        EXP_AVG: codes,
+        EXP_AVG_SCALE: scale,
+        REMAINDER: torch.zeros(n, dtype=torch.int16),
+    }
+    for i, (name, value) in enumerate(odd):
+        at = i * block + 37
+        tensors[name][at // codecs.BLOCK if name == EXP_AVG_SCALE else at] = value
+    whole = Whole([kind], [n], LionUpdate(True))
+    part, state = whole.parts[0], whole.tensors.state_of(0)
+    whole.tensors.params[0].copy_(tensors["p"])
+    part.param.copy_(tensors["p"])
+    for name, t in part.state.items():
+        state[name].copy_(tensors[name])
+        t.copy_(tensors[name])
+    monkeypatch.setattr(precise_runs, "gradients", lambda *_: tensors["g"])
+    whole.step(HYPERS[1:2])
     whole.check("a step")
 
 
