@@ -29,7 +29,7 @@ __all__ = [
     "foreach_mul_", "foreach_norm", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "non_persistent_buffers", "post_accumulate_grad_hooks", "profiler_enabled", "queue_backward_callback",
-    "recompile_limit", "step_is_watched", "tensors_alike", "value_like_param", "version_of",
+    "recompile_limit", "set_grad_enabled", "step_is_watched", "tensors_alike", "value_like_param", "version_of",
 ]  # fmt: skip
 
 # torch.compile --------------------------------------------------------------------------------------
@@ -69,6 +69,10 @@ current_graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 # The autograd node that is being executed, or None. It tells whether a backward runs inside another one (reentrant
 # activation checkpointing).
 current_autograd_node: Callable[[], Any] = torch._C._current_autograd_node
+
+# Turns gradients on or off for this thread. torch.no_grad() makes three objects to the same end, which takes 5 us of a
+# step.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 # How often a tensor has been changed in place. Stage 2 and clipping notice by it that a gradient has been changed.
 version_of: Callable[[Tensor], int] = attrgetter("_version")

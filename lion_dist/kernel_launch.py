@@ -22,23 +22,27 @@ def _kind(argument: Tensor | int | None) -> Any:
 def launch(
     kernel: Any,
     programs: int,
-    arguments: Sequence[Tensor | int | None],
+    arguments: Sequence[Any],
     constants: Sequence[Any],
     num_warps: int,
     max_registers: int | None = None,
 ) -> None:
-    """Launches a kernel on the device of its first argument, a tensor, which must be the current device.
+    """Launches a kernel on the device of its first argument, a tensor, and on that device's current stream.
 
     Args:
         kernel: made by `triton.jit`; its constexpr parameters come last, and its integers are not specialised.
         programs: number of programs.
-        arguments: values of the other parameters, in order. None counts as a constexpr.
+        arguments: values of the other parameters, in order: tensors, integers and None, which counts as a constexpr.
         constants: values of the constexpr parameters, in order.
         num_warps: number of warps of a program.
         max_registers: number of registers that a thread may use; None leaves it to the compiler.
     """
-    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None, num_warps, max_registers)
-    key += (*map(_kind, arguments), *constants)
+    device = arguments[0].get_device()  # -1: the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, arguments, constants, num_warps, max_registers)
+        return
+    key = (id(kernel), device, num_warps, max_registers, *map(_kind, arguments), *constants)
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(programs, 1, 1)](*arguments, *constants)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ._torch_compat import disable_dynamo, step_is_watched
+from ._torch_compat import disable_dynamo, set_grad_enabled, step_is_watched
 from .capture import check_capturable
 from .dtensors import is_dtensor
 from .frozen import takes_part
@@ -171,13 +171,17 @@ class Lion(Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would wrap it otherwise
 
-    @torch.no_grad()
     def _closure_and_step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        enabled = torch.is_grad_enabled()
+        set_grad_enabled(False)
+        try:
+            self._step()
+        finally:
+            set_grad_enabled(enabled)
         return loss
 
     _watched_step = Optimizer.profile_hook_step(_closure_and_step)  # what torch's wrapper makes of it

@@ -173,5 +173,4 @@ class TritonRows:
             stream = torch.cuda.current_stream(self._device)
             self._table.record_stream(stream)
             self._block_pieces.record_stream(stream)
-        with torch.cuda.device_of(self._table):
-            launch(kernel, programs, arguments, constants, NUM_WARPS)
+        launch(kernel, programs, arguments, constants, NUM_WARPS)

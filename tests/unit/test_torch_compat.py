@@ -183,6 +183,10 @@ def test_the_autograd_engine() -> None:
     assert compat.current_autograd_node() is None
     (p * 2).sum().backward()
     assert seen == [True, True, ("ended", None)]
+    with torch.enable_grad():
+        compat.set_grad_enabled(False)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
 
 
 def test_tensors() -> None:

@@ -42,12 +42,11 @@ def sum_of_squares(table: SegmentTable, grad_dtype: torch.dtype, active: Tensor 
     programs = table.tiles * (TILE // BLOCK)
     partial = torch.empty(programs, dtype=torch.float64, device=table.device)
     table.keep_for_launch(active)
-    with torch.cuda.device_of(table.rows):
-        launch(
-            _sum_of_squares_kernel,
-            programs,
-            (table.rows, table.tile_segments, table.grad_addresses, active, partial),
-            (TRITON_DTYPES[grad_dtype], table.row_width, BLOCK),
-            NUM_WARPS,
-        )
+    launch(
+        _sum_of_squares_kernel,
+        programs,
+        (table.rows, table.tile_segments, table.grad_addresses, active, partial),
+        (TRITON_DTYPES[grad_dtype], table.row_width, BLOCK),
+        NUM_WARPS,
+    )
     return partial.sum()

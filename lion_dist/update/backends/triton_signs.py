@@ -11,7 +11,6 @@ The first half also writes a checksum, `reference.hyper_checksum`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -208,20 +207,19 @@ def pack_signs(
     scale = mix.place(EXP_AVG_SCALE)
     block, num_warps, lanes = PACK[max(mix.grad.itemsize, exp_avg.itemsize), scale is not None]
     table.keep_for_launch(hypers, grad_scale, active)
-    with torch.cuda.device_of(packed):
-        launch(
-            _lion_pack_kernel,
-            max(1, table.tiles * (TILE // block)),
-            (
-                table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
-                exp_avg, packed, checksum, hypers.numel(), salt,
-            ),
-            (
-                TRITON_DTYPES[mix.grad], TRITON_DTYPES[exp_avg.dtype], None if scale is None else STATE + scale,
-                table.row_width, block, lanes, _WORDS[lanes], triton.next_power_of_2(hypers.numel()),
-            ),
-            num_warps,
-        )  # fmt: skip
+    launch(
+        _lion_pack_kernel,
+        max(1, table.tiles * (TILE // block)),
+        (
+            table.rows, table.tile_segments, table.tiles, table.grad_addresses, active, hypers, grad_scale,
+            exp_avg, packed, checksum, hypers.numel(), salt,
+        ),
+        (
+            TRITON_DTYPES[mix.grad], TRITON_DTYPES[exp_avg.dtype], None if scale is None else STATE + scale,
+            table.row_width, block, lanes, _WORDS[lanes], triton.next_power_of_2(hypers.numel()),
+        ),
+        num_warps,
+    )  # fmt: skip
 
 
 def apply_signs(table: SegmentTable, mix: Mix, hypers: Tensor, active: Tensor | None, agree: Tensor) -> None:
@@ -236,18 +234,17 @@ def apply_signs(table: SegmentTable, mix: Mix, hypers: Tensor, active: Tensor | 
     remainder = mix.place(REMAINDER)
     block, num_warps, lanes = APPLY[mix.param.itemsize, remainder is not None]
     table.keep_for_launch(hypers, active, agree)
-    with torch.cuda.device_of(table.rows):
-        launch(
-            _lion_apply_kernel,
-            table.tiles * (TILE // block),
-            (table.rows, table.tile_segments, active, agree, hypers),
-            (
-                TRITON_DTYPES[mix.param],
-                None if remainder is None else STATE + remainder,
-                table.row_width,
-                block,
-                lanes,
-                _WORDS[lanes],
-            ),
-            num_warps,
-        )
+    launch(
+        _lion_apply_kernel,
+        table.tiles * (TILE // block),
+        (table.rows, table.tile_segments, active, agree, hypers),
+        (
+            TRITON_DTYPES[mix.param],
+            None if remainder is None else STATE + remainder,
+            table.row_width,
+            block,
+            lanes,
+            _WORDS[lanes],
+        ),
+        num_warps,
+    )

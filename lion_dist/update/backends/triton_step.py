@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,12 +119,11 @@ def lion_step(
     else:
         kernel, constants = lion_kernel_int8, (p, g, *columns, table.row_width, how.block, how.blocks)
     table.keep_for_launch(grad_scale, active)  # `HyperTables.table` takes care of the hyper-parameters
-    with torch.cuda.device_of(table.rows):
-        launch(
-            kernel,
-            table.tiles * (TILE // (how.block * how.blocks)),
-            (table.rows, table.tile_segments, table.grad_addresses, active, hypers, grad_scale),
-            constants,
-            how.num_warps,
-            how.max_registers,
-        )
+    launch(
+        kernel,
+        table.tiles * (TILE // (how.block * how.blocks)),
+        (table.rows, table.tile_segments, table.grad_addresses, active, hypers, grad_scale),
+        constants,
+        how.num_warps,
+        how.max_registers,
+    )
