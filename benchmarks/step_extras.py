@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,15 +34,16 @@ def small_tensors(dtype: torch.dtype) -> Model:
     return Model.random([Shape((chooser.randint(1, 4096),), i % 2 == 0) for i in range(1000)], dtype)
 
 
-def unaligned_tensors(dtype: torch.dtype) -> Model:
-    """Parameters and gradients begin one element into their buffers, as FSDP1's may; momenta are aligned."""
+def unaligned_tensors(dtype: torch.dtype, params_too: bool) -> Model:
+    """Gradients begin one element into their buffers, as FSDP2's may; and parameters too, as FSDP1's may. Momenta are
+    aligned."""
     shapes = [s for s in llama_shapes() if s.decays][:29]
 
-    def views() -> list[Tensor]:
-        buffers = [torch.zeros(1 + s.size[0] * s.size[1], dtype=dtype, device=DEVICE).normal_() for s in shapes]
-        return [b[1:].view(s.size).detach() for b, s in zip(buffers, shapes, strict=True)]
+    def views(first: int) -> list[Tensor]:
+        buffers = [torch.zeros(first + math.prod(s.size), dtype=dtype, device=DEVICE).normal_() for s in shapes]
+        return [b[first:].view(s.size).detach() for b, s in zip(buffers, shapes, strict=True)]
 
-    return Model([p.requires_grad_() for p in views()], [views(), views()], [True] * len(shapes))
+    return Model([p.requires_grad_() for p in views(int(params_too))], [views(1), views(1)], [True] * len(shapes))
 
 
 def past_int32(extra: int = 128) -> Model:
@@ -102,7 +105,8 @@ def run_extras(repeats: int, cycles: float, large: bool) -> list[Extra]:
         del model, replay
     for mode, dtype in MODES.items():
         add(f"1000 tensors of 1 to 4096, {mode}", lambda dtype=dtype: small_tensors(dtype))  # type: ignore[misc]
-        add(f"p and g at odd offsets, {mode}", lambda dtype=dtype: unaligned_tensors(dtype))  # type: ignore[misc]
+        for what, params_too in (("g", False), ("p and g", True)):
+            add(f"{what} at odd offsets, {mode}", partial(unaligned_tensors, dtype, params_too))
     if large:
         free = torch.cuda.mem_get_info()[0]
         if free < 24 << 30:

@@ -13,7 +13,7 @@ from .triton_common import LR_COLUMN, blend, elements, moved, store_rounded
 def step_block(
     row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, REMAINDER: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, GRAD_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Steps the elements from ``start`` on, up to BLOCK of them, as many as there are.
 
@@ -24,18 +24,21 @@ def step_block(
         SCALE, REMAINDER: columns of the row; None where the momentum has none, or the parameter.
         BLOCK: of an 8-bit momentum a multiple of SCALE_BLOCK, which ``start`` is too.
         WHOLE: whether there are BLOCK elements.
-        ALIGNED: whether they begin at multiples of 16 bytes; with WHOLE alone, and without an 8-bit momentum.
+        ALIGNED: whether those of the parameter and of its state begin at multiples of 16 bytes; with WHOLE alone, and
+            without an 8-bit momentum.
+        GRAD_ALIGNED: the same of the gradient.
     """
-    tl.static_assert((WHOLE and SCALE is None) or not ALIGNED)
+    tl.static_assert((WHOLE and SCALE is None) or not (ALIGNED or GRAD_ALIGNED))
     # Bytes that a thread reads of a tensor at once.
     AT_ONCE: tl.constexpr = 16 if ALIGNED else 1
+    GRAD_AT_ONCE: tl.constexpr = 16 if GRAD_ALIGNED else 1
     if SCALE is None:
         offsets = tl.arange(0, BLOCK)
     else:
         blocks = tl.arange(0, BLOCK // SCALE_BLOCK)
         offsets = blocks[:, None] * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)[None, :]
     mask = None if WHOLE else start + offsets < length
-    g = tl.load(elements(g_address, G, start, offsets, AT_ONCE), mask=mask)
+    g = tl.load(elements(g_address, G, start, offsets, GRAD_AT_ONCE), mask=mask)
     m_pointer = elements(m_address, M, start, offsets, AT_ONCE)
     m = tl.load(m_pointer, mask=mask)
     p_pointer = elements(p_address, P, start, offsets, AT_ONCE)

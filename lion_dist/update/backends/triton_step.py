@@ -1,9 +1,9 @@
 """The rule as one Triton launch over a segment table; equal to reference.py bit for bit.
 
 A program works on one block of elements: it finds its segment through the tile map, then reads p, g and m, and writes p
-and m, as 1-D memory. There are three paths: for whole blocks that are aligned to 16 bytes, normally all but the last of
-a segment, whose accesses the compiler can vectorise; for whole ones that are not; and, masked, for the last of a
-segment. An 8-bit momentum has a kernel of its own.
+and m, as 1-D memory. There are four paths: for whole blocks that are aligned to 16 bytes, normally all but the last of
+a segment, whose accesses the compiler can vectorise; for those of which the gradient alone is not, as FSDP2's may be;
+for whole ones that are not; and, masked, for the last of a segment. An 8-bit momentum has a kernel of its own.
 
 No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are chosen by
 measurement (benchmarks/RESULTS.md).
@@ -81,20 +81,26 @@ def _lion_kernel(
     if takes_part & (g_address != 0):
         hyper = hypers + group * HYPERS_WIDTH
         if start + BLOCK <= length:
-            if ((p_address | g_address | m_address | r_address) % 16) == 0:
-                step_block(
-                    row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
-                    P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=True,
-                )  # fmt: skip
+            if ((p_address | m_address | r_address) % 16) == 0:
+                if (g_address % 16) == 0:
+                    step_block(
+                        row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                        P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=True, GRAD_ALIGNED=True,
+                    )  # fmt: skip
+                else:
+                    step_block(
+                        row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
+                        P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=True, GRAD_ALIGNED=False,
+                    )  # fmt: skip
             else:
                 step_block(
                     row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
-                    P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=False,
+                    P, G, M, None, REMAINDER, BLOCK, WHOLE=True, ALIGNED=False, GRAD_ALIGNED=False,
                 )  # fmt: skip
         else:
             step_block(
                 row, p_address, g_address, m_address, r_address, start, length, hyper, grad_scale,
-                P, G, M, None, REMAINDER, BLOCK, WHOLE=False, ALIGNED=False,
+                P, G, M, None, REMAINDER, BLOCK, WHOLE=False, ALIGNED=False, GRAD_ALIGNED=False,
             )  # fmt: skip
 
 

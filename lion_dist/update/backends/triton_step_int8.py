@@ -163,6 +163,7 @@ def lion_kernel_int8(
                     if run < length:
                         step_block(
                             row, p_address, g_address, m_address, r_address, run, length, hyper, grad_scale,
-                            P, G, tl.int8, SCALE, REMAINDER, SCALE_BLOCK, WHOLE=False, ALIGNED=False,
+                            P, G, tl.int8, SCALE, REMAINDER, SCALE_BLOCK,
+                            WHOLE=False, ALIGNED=False, GRAD_ALIGNED=False,
                         )  # fmt: skip
             p, g, m, r, scale, whole = next_p, next_g, next_m, next_r, next_scale, next_whole
