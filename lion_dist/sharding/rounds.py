@@ -324,9 +324,13 @@ class Rounds:
                 f"{gradient} has the layout {layout}, but stage 2 needs dense gradients: give the module sparse=False, "
                 "or convert the gradient with .to_dense()"
             )
+        p = self._params[i]
+        remedy = "convert and move the model before you make the optimizer"
+        if (p.dtype, p.device) == (self._dtypes[i], self._device):
+            remedy = "leave its grad_dtype, and what writes p.grad, at the dtype of the parameter"
         raise TypeError(
             f"{gradient} is {dtype} on {device}, but {self._dtypes[i]} on {self._device} was expected, as the "
-            "parameter was when the optimizer was made: convert and move the model before you make the optimizer"
+            f"parameter was when the optimizer was made: {remedy}"
         )
 
     def _finish_oldest(self) -> None:
