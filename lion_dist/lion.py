@@ -45,7 +45,12 @@ from .upload import is_capturing
 
 @dataclass
 class _Kept:
-    """The objects that are kept between the steps of one set of parameters. ``members`` hold the parameters."""
+    """The objects that are kept between the steps of one set of parameters.
+
+    Attributes:
+        update: steps them.
+        members: those of the last step, which hold the parameters; None after `Lion.init_state`.
+    """
 
     update: LionUpdate
     members: Members | None = None
@@ -246,7 +251,8 @@ class Lion(Optimizer):
 
     def init_state(self) -> None:
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
-        self._prepare()
+        kept, _, _ = self._prepare()
+        kept.members = None  # those of the last step, as `_check_capturable` relies on
 
     def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
         if members is not None and members.hold(self.param_groups, self.state):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from .capture import refuse_capture
 from .meshes import mesh_groups
 from .sharding.agreement import Agreement, agree
 from .stepper import clip_together
 from .update.state import StateColumn
+from .upload import refuse_capture
 
 if TYPE_CHECKING:
     from .grad_source import GradSource
@@ -61,6 +61,7 @@ def clip_optimizers(
     optimizers: Sequence[ShardedLion], max_norm: float, process_groups: Sequence[dist.ProcessGroup]
 ) -> Tensor:
     """Clips the gradients of one or several optimizers together; see `clip_together`."""
+    refuse_capture("clip_grad_norm_() of ShardedLion")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     clipped = [(optimizer._stepper, optimizer.param_groups, optimizer._adopt) for optimizer in optimizers]

@@ -53,6 +53,15 @@ def _integers(numbers: Sequence[int]) -> Tensor:
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
+def refuse_capture(what: str) -> None:
+    """Raises RuntimeError if a CUDA graph is being captured, which would contain ``what``, a part of ShardedLion."""
+    if is_capturing():
+        raise RuntimeError(
+            f"{what} cannot be captured in a CUDA graph, since its ranks agree through the host in each step, and "
+            "replays run nothing there: leave it out of the capture, or use lion_dist.Lion, whose step can be captured"
+        )
+
+
 def refuse_in_capture() -> None:
     """Raises RuntimeError while a CUDA graph is being captured: replays would read staging memory again."""
     if is_capturing():

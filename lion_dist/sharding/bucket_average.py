@@ -62,13 +62,15 @@ class _Scattering:
     """A bucket of which reduce-scatters are under way. The addends, their outputs, are added to the sums when they are
     done."""
 
+    membership: Membership
     reduction: Reduction
     kept: list[Tensor]
     sums: list[Tensor]
     addends: list[Tensor]
 
     def wait(self) -> None:
-        self.reduction.wait()
+        with self.membership.collective():
+            self.reduction.wait()
         if self.sums:
             foreach_add_(self.sums, self.addends)
 
@@ -101,4 +103,4 @@ class ReduceScatterAverage:
         addends = [torch.empty_like(output) for output in outputs] if adds else []
         with self._membership.collective() as group:
             reduction = reduce_scatter_mean(addends or outputs, given, group)
-        return _Scattering(reduction, [*given, *addends], outputs if adds else [], addends)
+        return _Scattering(self._membership, reduction, [*given, *addends], outputs if adds else [], addends)

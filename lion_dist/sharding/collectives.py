@@ -201,6 +201,20 @@ class Membership:
             self.leave(str(error))
             raise
 
+    @contextlib.contextmanager
+    def completing(self, what: str) -> Iterator[None]:
+        """Context manager around work that cannot be left half done, as other ranks count on its collectives. After an
+        exception of any kind this rank no longer takes part; see `fail`.
+
+        Args:
+            what: names the work in the messages.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.fail(f"{what} raised {type(error).__name__}: {error}")
+            raise
+
     def _cause(self) -> str:
         with contextlib.suppress(Exception):  # the process that serves the store may have ended
             if self._notes.check(["failed"]):

@@ -269,10 +269,14 @@ class Rounds:
 
     @torch.no_grad()  # a backward with create_graph=True enables gradients
     def _launch(self, takes: bool = True) -> None:
-        number = self._launched
-        bucket = self._buckets[number]
+        bucket = self._buckets[self._launched]
         if takes:
             self._check(bucket)
+        with self._membership.completing("sending gradients"):
+            self._send(bucket, takes)
+
+    def _send(self, bucket: Sequence[int], takes: bool) -> None:
+        number = self._launched
         self._join_streams()
         self._launched += 1
         if self._launched == len(self._buckets):
@@ -320,15 +324,19 @@ class Rounds:
                 f"{gradient} has the layout {layout}, but stage 2 needs dense gradients: give the module sparse=False, "
                 "or convert the gradient with .to_dense()"
             )
+        p = self._params[i]
+        remedy = "convert and move the model before you make the optimizer"
+        if (p.dtype, p.device) == (self._dtypes[i], self._device):
+            remedy = "leave its grad_dtype, and what writes p.grad, at the dtype of the parameter"
         raise TypeError(
             f"{gradient} is {dtype} on {device}, but {self._dtypes[i]} on {self._device} was expected, as the "
-            "parameter was when the optimizer was made: convert and move the model before you make the optimizer"
+            f"parameter was when the optimizer was made: {remedy}"
         )
 
     def _finish_oldest(self) -> None:
         # The current stream waits, on which the memory of the tensors that this frees will be used again.
         _, oldest = self._under_way.popleft()
-        with self._membership.collective():
+        with self._membership.completing("averaging gradients"):
             oldest.wait()
         if self._several_streams:  # some of them may belong to another stream, which has not waited
             current = torch.cuda.current_stream(self._device)

@@ -110,6 +110,7 @@ class Preparer:
             grads = self._examine(tensors)
         addresses = _map(_ADDRESS, grads, repeat(0) if self.absent else None)
         if addresses != self._grad_addresses:
+            self._grad_addresses = []  # some batches have others if one of them raises
             for batch in self._batches:
                 batch.set_gradients(addresses)
             self._grad_addresses = addresses

@@ -124,6 +124,25 @@ def test_gradients_set_by_hand(body: Callable[[int, int], None], tmp_path: Path)
     run_ranks(body, 3, tmp_path)
 
 
+def body_other_dtypes(rank: int, world_size: int) -> None:
+    """The error says what to do: a gradient was given another dtype than its parameter, or both were converted."""
+    for converted, match in ((False, "leave its grad_dtype"), (True, "convert and move the model before")):
+        for reduce_dtype in (None, torch.bfloat16):
+            p = nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+            optimizer = ShardedLion([p], lr=LR, reduce_dtype=reduce_dtype)
+            if converted:
+                p.data = p.data.float()
+            p.grad_dtype = torch.float32
+            with pytest.raises(TypeError, match=f"parameter 0 .* is torch.float32 on cpu, .* {match}"):
+                (p * 2).sum().backward()
+            optimizer.zero_grad()
+            assert (p == 1).all()
+
+
+def test_gradients_of_another_dtype(tmp_path: Path) -> None:
+    run_ranks(body_other_dtypes, 1, tmp_path, on_cpu=True)
+
+
 def body_never_zeroed(rank: int, world_size: int) -> None:
     """Gradients add up over steps, and a step without a backward uses those that are there, as with p.grad."""
     pair = Pair(rank, world_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lion_dist import Lion
 from lion_dist.update.prepare import Preparer
+from lion_dist.update.segments import SegmentTable
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
@@ -278,6 +279,35 @@ def test_hooks_may_change_the_arguments_and_see_a_step_that_was_not_watched_befo
         handle.remove()
     assert opt.step() is None
     assert seen == ["all", (True, 2, {})]
+
+
+@needs_interpreter
+def test_gradients_of_which_a_kernel_has_only_some_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ran out between two tables. The step after it is given the gradients of the step before."""
+    params, twins = model(), model()
+    opt, twin = make(params, True), make(twins, True)
+    opt.step()
+    twin.step()
+    old = [p.grad for p in params]
+    for p in params:
+        p.grad = -torch.ones_like(p)
+    set_gradients, calls = SegmentTable.set_gradients, []
+
+    def fail_once(self: SegmentTable, addresses: Sequence[int]) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        set_gradients(self, addresses)
+
+    monkeypatch.setattr(SegmentTable, "set_gradients", fail_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    for p, g in zip(params, old, strict=True):
+        p.grad = g
+    opt.step()
+    twin.step()
+    for p, q in zip(params, twins, strict=True):
+        assert_same_bits(p.detach(), q.detach())
 
 
 def test_a_subclass_with_a_step_of_its_own() -> None:
