@@ -4,9 +4,10 @@ Reductions run during the backward, which is two thirds of compute, except for t
     the end of the backward. During a reduction compute runs at 1 - INTERFERENCE of its speed, since both share the
     GPU's memory and multiprocessors.
 FSDP2 gathers and reduces block by block. Parameters are gathered during the forward, except for the embedding's, which
-    come first, and with reshard_after_forward=True again during the backward. Gradients are reduced among the ranks
-    that shard the model and then among replicas, both during the backward and at the same time, since they use
-    different links; the slower of them counts. The embedding's come last, and wait for both.
+    come first, and with reshard_after_forward=True all of them again during the backward. (By default fully_shard keeps
+    those of the root, so that somewhat fewer bytes travel.) Gradients are reduced among the ranks that shard the model
+    and then among replicas, both during the backward and at the same time, since they use different links; the slower
+    of them counts. The embedding's come last, and wait for both.
 What goes between replicas: with `Lion` an all-reduce, for each bucket of DDP or for each block of HSDP. With
     ShardedLion a reduce-scatter for each BUCKET of the model (over FSDP2 with S ranks bucket_mb is an S-th of it), and
     after the step a gather, which nothing hides. A reduction in 16 bits is taken to have the latency of a ring.
