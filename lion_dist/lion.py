@@ -76,10 +76,10 @@ class Lion(Optimizer):
     Args:
         params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen parameters without
             a gradient may have any layout and dtype (a quantised base under adapters), until they are unfrozen.
-        lr: learning rate >= 0, 3 to 10 times smaller than AdamW's; a number or a one-element tensor,
+        lr: learning rate >= 0, smaller than AdamW's (`from_adamw`); a number or a one-element tensor,
             which is read on its device.
         betas: two numbers in [0, 1), as any iterable. (0.95, 0.98) for language models or unstable training.
-        weight_decay: decoupled from the gradient and multiplied by lr; 3 to 10 times AdamW's.
+        weight_decay: decoupled from the gradient and multiplied by lr; larger than AdamW's (`from_adamw`).
         use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
             The results are the same bits.
         decoupled_weight_decay: divides weight_decay by the constructor's lr, in every group, as lion-pytorch does:
