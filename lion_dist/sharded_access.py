@@ -16,7 +16,6 @@ from .stepper import clip_together
 from .update.state import StateColumn
 
 if TYPE_CHECKING:
-    from .grad_source import GradSource
     from .sharded_lion import ShardedLion
 
 # Errors of methods that ShardedLion has only to refuse them.
@@ -57,18 +56,35 @@ def shard_with_columns(optimizer: ShardedLion, new: Mapping[Tensor, tuple[StateC
     optimizer._shard(list(new), {id(p): columns for p, columns in new.items()})
 
 
+def refuse_offloaded(optimizer: ShardedLion, call: str) -> None:
+    """Raises RuntimeError where `ShardedLion.offload_state` has moved the state to the CPU, as on every rank."""
+    if any(shard.offloaded for shard in optimizer._shards):
+        raise RuntimeError(
+            f"{call} of a ShardedLion whose state is on the CPU after offload_state(): call reload_state() on every "
+            "rank first. Until then the state can only be read and saved"
+        )
+
+
 def clip_optimizers(
     optimizers: Sequence[ShardedLion], max_norm: float, process_groups: Sequence[dist.ProcessGroup]
 ) -> Tensor:
     """Clips the gradients of one or several optimizers together; see `clip_together`."""
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
+    for optimizer in optimizers:
+        refuse_offloaded(optimizer, "clip_grad_norm_()")
     clipped = [(optimizer._stepper, optimizer.param_groups, optimizer._adopt) for optimizer in optimizers]
     return clip_together(clipped, max_norm, process_groups)
 
 
-def refuse_callers(optimizer: ShardedLion, grads: GradSource) -> None:
-    """Raises RuntimeError where step() was called by what it cannot serve: a GradScaler, or the capture of a CUDA
-    graph."""
+def begin_step(optimizer: ShardedLion) -> None:
+    """Drops the consolidated state, which is no longer that of this step.
+
+    Raises:
+        RuntimeError: step() was called by what it cannot serve, a GradScaler or the capture of a CUDA graph, or the
+            state is offloaded.
+    """
     refuse_capture("ShardedLion.step()")
-    grads.refuse_scaler(optimizer)
+    refuse_offloaded(optimizer, "step()")
+    optimizer._grads.refuse_scaler(optimizer)
+    optimizer._consolidated = None
