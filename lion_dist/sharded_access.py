@@ -37,11 +37,15 @@ def agreeing(
         call: what follows the name of the class.
         params: the parameters; None: those of the optimizer.
     """
-    if params is None:
-        params = (p for group in optimizer.param_groups for p in group["params"])
+    params = params_of(optimizer) if params is None else params
     group = optimizer.process_group
     place = f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} in process_group"
     return agree(group, mesh_groups(params, group), f"ShardedLion{call}", [place])
+
+
+def params_of(optimizer: ShardedLion) -> list[Tensor]:
+    """All parameters of the optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:

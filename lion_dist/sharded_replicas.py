@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .sharded_access import agreeing
+from .sharded_access import agreeing, params_of
 from .sharding.agreement import meet
 from .sharding.replicas import broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import whole_state
@@ -20,7 +20,7 @@ def check(optimizer: ShardedLion) -> None:
     """See `ShardedLion.check_replicas`."""
     optimizer._deferred.check(all=True)
     optimizer._grads.settle()
-    refuse_differing(optimizer._params(), optimizer.process_group, whole_state(optimizer._shards))
+    refuse_differing(params_of(optimizer), optimizer.process_group, whole_state(optimizer._shards))
 
 
 def resync(optimizer: ShardedLion) -> None:
@@ -28,7 +28,7 @@ def resync(optimizer: ShardedLion) -> None:
     group = optimizer.process_group
     meet(group, "ShardedLion.resync()")
     optimizer._grads.settle()
-    broadcast([*optimizer._params(), *(t for _, t in whole_state(optimizer._shards))], group)
+    broadcast([*params_of(optimizer), *(t for _, t in whole_state(optimizer._shards))], group)
     optimizer._deferred.check(all=True)
 
 

@@ -21,7 +21,7 @@ from .dtensors import is_dtensor, local
 from .intake import new_shards
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
-from .sharded_access import agreeing, refuse_offloaded
+from .sharded_access import agreeing, params_of, refuse_offloaded
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
 from .sharding.shard import Shard
@@ -87,7 +87,7 @@ def load(optimizer: ShardedLion, state_dict: dict[str, Any]) -> None:
             incoming.check(optimizer.param_groups, optimizer._shards, group)
             agreement.says(incoming.describe(optimizer.param_groups))
         optimizer._grads.settle()
-        sync.check_load(optimizer._params(), incoming.of_params())
+        sync.check_load(params_of(optimizer), incoming.of_params())
     shards = incoming.choose_shards(optimizer.param_groups, optimizer._shards, group, sync.keeps_whole)
     optimizer._set_shards(shards)
     for shard in shards:
@@ -231,7 +231,8 @@ class IncomingState:
         """Lines about the loaded groups and the state that must be the same on all ranks."""
 
         def kind(t: Tensor) -> str:
-            return f"boxes of {t.dtype}" if isinstance(t, BoxTensor) else str(t.dtype)
+            part = " in boxes, one rank's part (full_state_dict() and consolidate_state_dict() give whole tensors)"
+            return f"{t.dtype}{part if isinstance(t, BoxTensor) else ''}"
 
         state = [
             f"state of parameter {i}: "

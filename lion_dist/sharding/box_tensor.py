@@ -9,7 +9,7 @@ own shape, and loaded from any other cut, without a collective. It is a view: lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, nan
 from operator import add
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -93,12 +93,18 @@ class BoxTensor(Tensor):
         return BoxTensor(self.shape, self.boxes, parts, like.dtype, like.device)
 
     def check_cut(self, own: Tensor) -> None:
-        """Raises ValueError unless ``own`` is a BoxTensor of the same boxes, so that this one can be copied into it."""
-        if not isinstance(own, BoxTensor) or own.shape != self.shape or own.boxes != self.boxes:
-            there = f"one with boxes {list(own.boxes)}" if isinstance(own, BoxTensor) else "a whole tensor"
+        """Checks that this tensor can be copied into another one.
+
+        Raises:
+            TypeError: the other one is no BoxTensor.
+            ValueError: its boxes are others.
+        """
+        if not isinstance(own, BoxTensor):
+            raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor. {_REMEDY}")
+        if own.shape != self.shape or own.boxes != self.boxes:
             raise ValueError(
-                f"a BoxTensor with boxes {list(self.boxes)} cannot be copied into {there}, because it is another cut "
-                "of the tensor: go through a checkpoint"
+                f"a BoxTensor with boxes {list(self.boxes)} does not fit one with boxes {list(own.boxes)}, because it "
+                "is another cut of the tensor: go through a checkpoint"
             )
 
     # Methods that torch.distributed.checkpoint calls.
@@ -142,8 +148,6 @@ class BoxTensor(Tensor):
             return self.map(lambda part: part)
         if func is _aten.copy_.default:
             source = args[1]
-            if not isinstance(self, BoxTensor):
-                raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor.")
             if isinstance(source, BoxTensor):
                 source.check_cut(self)
                 for part, other in zip(self.parts, source.parts, strict=True):
@@ -165,6 +169,8 @@ class BoxTensor(Tensor):
             return _elementwise(func, args, kwargs)
         if func in _REDUCTIONS and isinstance(self, BoxTensor):
             return _reduced(func, self, args[1:], kwargs)
+        if func is torch.ops.c10d.broadcast_.default:
+            return _broadcast(func, args, kwargs)
         raise NotImplementedError(f"{_ADVICE} It does not support {func}. {_REMEDY}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -267,3 +273,18 @@ def _reduced(func: Any, t: BoxTensor, args: Sequence[Any], kwargs: dict[str, Any
         return elements.new_full((), _OF_NOTHING[func])
     reduced: Tensor = func(elements, *args, **kwargs)
     return reduced
+
+
+def _broadcast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Takes part in a broadcast with whole tensors of NaN, or of 0 where there is none.
+
+    set_optimizer_state_dict(broadcast_from_rank0=True) makes it on the first rank for every tensor that it was given,
+    and then loads. An error here would leave the other ranks in their broadcast, where the load raises on every rank:
+    the first has BoxTensors and the others have not.
+    """
+
+    def whole(t: Tensor) -> Tensor:
+        fill = nan if t.is_floating_point() else 0
+        return torch.full(t.shape, fill, dtype=t.dtype, device=t.device) if isinstance(t, BoxTensor) else t
+
+    return func([whole(t) for t in args[0]], *args[1:], **kwargs)

@@ -174,7 +174,11 @@ def body_refusals(rank: int, world_size: int) -> None:
         (assign(EXP_AVG, whole.to("meta")), ValueError, "meta"),
         (assign(EXP_AVG, 0.0), ValueError, "got float"),
         (assign(REMAINDER, whole), TypeError, "remainder is kept in torch.int16"),
-        (assign(REMAINDER, entry[REMAINDER], signs.optimizer.state[signs.params[LARGE]]), ValueError, "a whole tensor"),
+        (
+            assign(REMAINDER, entry[REMAINDER], signs.optimizer.state[signs.params[LARGE]]),
+            TypeError,
+            "into a whole tensor",
+        ),
         # A whole entry, of which only one column is bad.
         (lambda: state.__setitem__(p, {**entry, EXP_AVG: first}), ValueError, "another cut"),
         (lambda: state.__setitem__(p, {EXP_AVG: own * 0, REMAINDER: second}), TypeError, "remainder is kept in"),
