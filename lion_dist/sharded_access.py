@@ -12,6 +12,7 @@ from torch import Tensor
 from .capture import refuse_capture
 from .meshes import mesh_groups
 from .sharding.agreement import Agreement, agree
+from .state_entries import check_state
 from .stepper import clip_together
 from .update.state import StateColumn
 
@@ -49,7 +50,9 @@ def params_of(optimizer: ShardedLion) -> list[Tensor]:
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:
-    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
+    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups or the state were
+    replaced."""
+    check_state(optimizer.state)
     optimizer._deferred.check(all=True)
     optimizer._stepper.check_groups(optimizer.param_groups)
 
@@ -87,7 +90,9 @@ def begin_step(optimizer: ShardedLion) -> None:
     Raises:
         RuntimeError: step() was called by what it cannot serve, a GradScaler or the capture of a CUDA graph, or the
             state is offloaded.
+        ValueError: ``optimizer.state`` was replaced.
     """
+    check_state(optimizer.state)
     refuse_capture("ShardedLion.step()")
     refuse_offloaded(optimizer, "step()")
     optimizer._grads.refuse_scaler(optimizer)

@@ -171,6 +171,15 @@ class ShardedState(defaultdict[Any, Any]):
             )
 
 
+def check_state(state: Any) -> None:
+    """Raises ValueError where something else has taken the place of an optimizer's `ShardedState`."""
+    if not isinstance(state, ShardedState):
+        raise ValueError(
+            f"optimizer.state of a ShardedLion was replaced by a {type(state).__name__}, which the shard does not "
+            "follow: put the old one back, and assign zeros to its tensors to begin with new momenta"
+        )
+
+
 def with_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> ShardedState:
     """A state with an entry for every sharded parameter, first and in the order of the shards.
 

@@ -207,6 +207,11 @@ def body_refusals(rank: int, world_size: int) -> None:
         for got, old in zip(mode.whole_state(), expected, strict=True):
             for name, t in old.items():
                 assert_same_bits(got[name], t, name)
+    for call in (params.optimizer.step, params.optimizer.state_dict, params.optimizer.full_state_dict):
+        params.optimizer.state = defaultdict(dict)  # as one resets other optimizers
+        with pytest.raises(ValueError, match=r"optimizer\.state of a ShardedLion was replaced by a defaultdict"):
+            call()
+        params.optimizer.state = state
     state["rounds"] = 3
     assert state.pop("rounds") == 3
     modes.step(1)
