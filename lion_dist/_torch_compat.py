@@ -20,6 +20,7 @@ from torch._C._dynamo.guards import TensorGuards
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
@@ -29,7 +30,8 @@ __all__ = [
     "foreach_mul_", "foreach_norm", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "non_persistent_buffers", "post_accumulate_grad_hooks", "profiler_enabled", "queue_backward_callback",
-    "recompile_limit", "set_grad_enabled", "step_is_watched", "tensors_alike", "value_like_param", "version_of",
+    "recompile_limit", "register_pytree_node", "set_grad_enabled", "step_is_watched", "tensors_alike",
+    "value_like_param", "version_of",
 ]  # fmt: skip
 
 # torch.compile --------------------------------------------------------------------------------------
@@ -131,6 +133,10 @@ ATEN_TO_COPY: Any = torch.ops.aten._to_copy.default
 # Names of two attributes of a DTensor: this rank's plain tensor, and mesh, placements, shape and dtype as one object.
 # The optimizer reads them in each step. The public `to_local()` takes 20 us a tensor, since it is an autograd function.
 LOCAL_TENSOR, SPEC = "_local_tensor", "_spec"
+
+# Makes tree_map and the like walk a kind of container: (type, flatten, unflatten). Without it they would pass by the
+# entries of ShardedLion's state in silence. There is no public module of these functions.
+register_pytree_node: Callable[..., None] = _pytree.register_pytree_node
 
 # Name of the attribute by which FSDP1 marks flat parameters and the views that stand for the original parameters.
 FSDP_FLATTENED = "_fsdp_flattened"

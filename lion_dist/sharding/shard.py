@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,13 @@ class Column(Protocol):
 
     def shape(self, of: Sequence[int]) -> tuple[int, ...]:
         """Shape of the state of a parameter of shape ``of``: the same where ``block`` is 1, else 1-D."""
+
+
+class State(NamedTuple):
+    """The tensors of a shard's state; see `Shard`."""
+
+    buffers: dict[str, Tensor]
+    whole: dict[str, list[Tensor]]
 
 
 def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -114,6 +121,7 @@ class Shard:
         layout: how the parameters are cut; its parameter numbers are indices into ``params``.
         buffers: for each column that is not whole, by its name, the flat state, shape (layout.shard_numel / block,).
         whole: for each whole column, by its name, the state of each parameter.
+        offloaded: whether all of this state lies on the CPU for now, wherever the parameters are.
         tail_buffer: staging memory for the tails of the parameters, shape (layout.tail_buffer_numel,), in their dtype.
     """
 
@@ -137,6 +145,7 @@ class Shard:
                 raise ValueError(f"the block of {column.name} must divide {ALIGN}, got {column.block}")
             numel = column.numel(self.layout.shard_numel)
             self.buffers[column.name] = torch.zeros(numel, dtype=column.dtype, device=device)
+        self.offloaded = False
         self.tail_buffer = torch.zeros(self.layout.tail_buffer_numel, dtype=params[0].dtype, device=device)
         self._slices: dict[int, list[list[Run]]] = {}
         self._described = self._describe()
@@ -147,7 +156,7 @@ class Shard:
 
     @property
     def device(self) -> torch.device:
-        """The device of the buffers."""
+        """The device of the buffers, when they are not offloaded."""
         return self.tail_buffer.device
 
     def _describe(self) -> list[list[Any]]:
@@ -210,7 +219,7 @@ class Shard:
 
         def gathered(column: Column, length: int, offset: int) -> Tensor:
             """The parts of all ranks, given how many elements of parameters a part belongs to, and where it lies."""
-            part = self._state_of(column, length, offset)
+            part = self._state_of(column, length, offset).to(self.device)
             whole = part.new_empty(part.numel() * layout.world_size)
             whole.narrow(0, rank * part.numel(), part.numel()).copy_(part)
             # As bytes: backends do not know every dtype.
@@ -278,6 +287,18 @@ class Shard:
             self.boxes(param, column, dist.get_rank(group)).copy_(given)
             all_reduce_sum(flat_bytes(own), group)  # of each byte that is not 0, one rank has the value
 
+    def state_on(self, device: torch.device | str) -> State:
+        """The state on a device: copies, of what does not lie there."""
+        whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
+        return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
+
+    def put_state(self, state: State, offloaded: bool) -> None:
+        """Takes the tensors of `state_on` in place of the present ones."""
+        self.buffers.update(state.buffers)
+        for name, of_params in state.whole.items():
+            self.whole[name][:] = of_params  # in place, as others refer to the list
+        self.offloaded = offloaded
+
     def slices(self, param: int, rank: int) -> list[Run]:
         """The runs of a parameter that a rank owns."""
         if rank not in self._slices:
@@ -322,8 +343,24 @@ class Shard:
         return self.buffers[column.name].narrow(0, offset // column.block, column.numel(length))
 
 
+def number_params(shards: Sequence[Shard], params: Sequence[Tensor]) -> None:
+    """Numbers the parameters of shards as they lie in all parameters of the optimizer."""
+    number_of = {id(p): i for i, p in enumerate(params)}
+    for shard in shards:
+        shard.numbers = [number_of[id(p)] for p in shard.params]
+
+
 def whole_state(shards: Sequence[Shard]) -> list[tuple[str, Tensor]]:
-    """The tensors of all whole columns, which must be the same on every rank, each with a name for messages."""
+    """The tensors of all whole columns, which must be the same on every rank, each with a name for messages.
+
+    Raises:
+        RuntimeError: they are offloaded, and a backend for the device could not send them.
+    """
+    if any(shard.whole and shard.offloaded for shard in shards):
+        raise RuntimeError(
+            "the parameters' state, which every rank keeps whole, is on the CPU after offload_state(): call "
+            "reload_state() on every rank first"
+        )
     return [
         (f"{name} of parameter {number}", t)
         for shard in shards

@@ -268,6 +268,18 @@ class WithExtraState(nn.Linear):
         return "extra"
 
 
+class Box:
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+
+
+def test_pytree() -> None:
+    from torch.utils._pytree import tree_map
+
+    compat.register_pytree_node(Box, lambda box: ([box.inside], None), lambda values, _: Box(*values))
+    assert tree_map(str, {"a": Box((1, 2))})["a"].inside == ("1", "2")
+
+
 def test_modules() -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
