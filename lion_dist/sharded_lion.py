@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .grad_source import check_reduction, make_grad_source
+from .hyper_reader import HyperReader
 from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
 from .master_weights import NamedTensors
-from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
+from .param_groups import complete_loaded_groups, count_step, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers, refuse_callers
@@ -109,6 +110,7 @@ class ShardedLion(Optimizer):
         self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
         self._frozen = FrozenParams(self._group, self._averaged)
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
+        self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
         self._step_supports_amp_scaling = self._grads.takes_loss_scale  # read by torch's GradScaler
         self._take_in(self._params())
@@ -244,7 +246,7 @@ class ShardedLion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hypers = [hyper_parameters(group) for group in self.param_groups]
+        hypers = self._hypers.read(self.param_groups)
         self._rounding.check(self.param_groups, hypers)
         self._stepper.step(hypers, self.param_groups, self._adopt)
         count_step(self.param_groups)
