@@ -130,6 +130,8 @@ class ParamGrads:
             else:
                 p.grad = None
                 self._records.pop(i, None)
+            if grad.requires_grad:  # after create_graph=True; whoever keeps the gradient shall not keep its graph
+                grad = grad.detach()
             if self.sharded:
                 (grad,), p = local_gradients([p], [grad]), local(p)
             if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
