@@ -177,7 +177,11 @@ def explaining(group: dist.ProcessGroup, cause: Callable[[], str] = lambda: _UNK
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(f"a collective of ShardedLion failed: {cause()}. ({error})") from error
+        raise _explained(error, cause) from error
+
+
+def _explained(error: RuntimeError, cause: Callable[[], str]) -> RuntimeError:
+    return RuntimeError(f"a collective of ShardedLion failed: {cause()}. ({error})")
 
 
 class Membership:
@@ -211,11 +215,11 @@ class Membership:
     def collective(self) -> Iterator[dist.ProcessGroup]:
         """Context manager around collectives on the group. After one has failed, this rank no longer takes part."""
         try:
-            with explaining(self.group, self._cause):
-                yield self.group
+            yield self.group
         except RuntimeError as error:
-            self.leave(str(error))
-            raise
+            explained = _explained(error, self._cause)
+            self.leave(str(explained))
+            raise explained from error
 
     def _cause(self) -> str:
         with contextlib.suppress(Exception):  # the process that serves the store may have ended

@@ -86,9 +86,10 @@ class GradHooks:
         """Whether the parameter has a hook."""
         return i in self._handles
 
-    def reports(self, i: int) -> bool:
-        """Whether a backward that reaches the parameter will call ``arrived``."""
-        return i in self._handles and self._params[i].requires_grad
+    def reporting(self) -> set[int]:
+        """The parameters for which a backward that reaches them will call ``arrived``."""
+        params = self._params
+        return {i for i in self._handles if params[i].requires_grad}
 
     def remove(self) -> None:
         """Removes all hooks."""

@@ -159,7 +159,8 @@ class GradReducer:
 
     def _arrived(self, i: int) -> None:
         """Runs for each parameter in each pass: this is a hot path of the host."""
-        self._membership.check()
+        if self._membership.failure:
+            self._membership.check()
         self.generation += 1
         current = current_graph_task_id()
         local, rounds = self._local, self._rounds
@@ -179,7 +180,7 @@ class GradReducer:
         if current not in self._passes:
             self._watch_pass(current)
         if rounds.state is RoundState.IDLE:
-            rounds.begin(self._hooks.reports)
+            rounds.begin(self._hooks.reporting())
         rounds.arrived(i)
 
     def _watch_pass(self, number: int) -> None:
@@ -260,7 +261,7 @@ class GradReducer:
 
     def _end_round(self) -> None:
         if not self._rounds.is_open:
-            self._rounds.begin(self._hooks.reports)
+            self._rounds.begin(self._hooks.reporting())
         self._rounds.end()
         self._sentinel.watch()
 
