@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import foreach_add_, foreach_copy_
+from ..upload import current_stream_number
 from .collectives import Membership, Reduction, reduce_scatter_mean
 
 
@@ -109,12 +110,15 @@ def _with_zeros(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], worl
 
 @dataclass
 class _Copied:
-    """A bucket whose averages have been written on the stream that launched it, from the tensors that it keeps."""
+    """A bucket whose averages have been written on the stream that launched it (None: on the CPU), from the tensors
+    that it keeps."""
 
     kept: list[Tensor]
+    stream: torch.cuda.Stream | None
 
     def wait(self) -> None:
-        pass
+        if self.stream is not None and self.stream.cuda_stream != current_stream_number(self.stream.device):
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 class OneRankAverage:
@@ -134,4 +138,4 @@ class OneRankAverage:
         outputs = self._outputs[bucket]
         given = _with_zeros(inputs, outputs, 1)
         (foreach_add_ if adds else foreach_copy_)(outputs, given)
-        return _Copied(given)
+        return _Copied(given, torch.cuda.current_stream(given[0].device) if given[0].is_cuda else None)
