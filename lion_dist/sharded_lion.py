@@ -17,9 +17,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import sharded_replicas
 from .grad_source import check_reduction, make_grad_source
+from .hyper_reader import HyperReader
 from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
 from .master_weights import NamedTensors
-from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
+from .param_groups import complete_loaded_groups, count_step, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, begin_step, clip_optimizers
@@ -113,6 +114,7 @@ class ShardedLion(Optimizer):
         self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
         self._frozen = FrozenParams(self._group, self._averaged)
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
+        self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
         self._step_supports_amp_scaling = self._grads.takes_loss_scale  # read by torch's GradScaler
         self._take_in(self._params())
@@ -242,7 +244,7 @@ class ShardedLion(Optimizer):
         begin_step(self)
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        hypers = [hyper_parameters(group) for group in self.param_groups]
+        hypers = self._hypers.read(self.param_groups)
         self._rounding.check(self.param_groups, hypers)
         self._stepper.step(hypers, self.param_groups, self._adopt)
         count_step(self.param_groups)
@@ -254,14 +256,13 @@ class ShardedLion(Optimizer):
 
         Call it just before step(), which multiplies the coefficient in: ``p.grad`` itself is not written. A second call
         before step() clips what is clipped already or, where any rank has other gradients since, all gradients anew;
-        the ranks' hosts then wait for one another. In stage 1 it looks, as step() does, for gradients that are not
-        averaged. The norm is a float64 sum of squares over the shards, rounded once.
+        the ranks' hosts then wait for one another. In stage 1 it refuses gradients that are not averaged, as step() does.
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
             process_groups: groups whose ranks hold other parameters of the same model, such as those of pipeline
-                parallelism: the norm includes those, and the meshes of DTensors in any case. (A parameter that several
-                ranks of such a group hold counts once for each.) Several optimizers: `lion_dist.clip_grad_norm_`.
+                parallelism, whose norm includes them; a parameter that several ranks of such a group hold counts once
+                for each. Meshes of DTensors are included anyway. Several optimizers: `lion_dist.clip_grad_norm_`.
 
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.

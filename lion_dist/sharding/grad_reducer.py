@@ -161,7 +161,8 @@ class GradReducer:
 
     def _arrived(self, i: int) -> None:
         """Runs for each parameter in each pass: this is a hot path of the host."""
-        self._membership.check()
+        if self._membership.failure:
+            self._membership.check()
         self.generation += 1
         current = current_graph_task_id()
         local, rounds = self._local, self._rounds
@@ -182,7 +183,7 @@ class GradReducer:
             refuse_capture("a backward whose gradients ShardedLion(stage=2) reduces")
             self._watch_pass(current)
         if rounds.state is RoundState.IDLE:
-            rounds.begin(self._hooks.reports)
+            rounds.begin(self._hooks.reporting())
         rounds.arrived(i)
 
     def _watch_pass(self, number: int) -> None:
@@ -263,7 +264,7 @@ class GradReducer:
 
     def _end_round(self) -> None:
         if not self._rounds.is_open:
-            self._rounds.begin(self._hooks.reports)
+            self._rounds.begin(self._hooks.reporting())
         self._rounds.end()
         self._sentinel.watch()
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_compat import foreach_copy_
+from .._torch_compat import foreach_copy_, tensors_alike
 from ..dtensors import local, locals_of, placed_like
 from ..frozen import takes_part
 from ..memory_order import flat, flat_bytes, is_dense, laid_out_like
@@ -32,7 +32,7 @@ SHARD_NUMEL = 1 << 29
 
 _BITS = {2: torch.int16, 4: torch.int32}  # by element size
 
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")  # called in C loops, for every parameter of every step
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 class Column(Protocol):
@@ -149,6 +149,7 @@ class Shard:
         self.tail_buffer = torch.zeros(self.layout.tail_buffer_numel, dtype=params[0].dtype, device=device)
         self._slices: dict[int, list[list[Run]]] = {}
         self._described = self._describe()
+        self._alike = tensors_alike(self.locals)  # a comparison in one call, which says no to more than must be refused
         self._addresses: list[int] = []
         self._gathered: list[Tensor] = []  # completed by the all-gather: heads in place, and the tail buffer
         self._tails: list[Tensor] = []  # the tails in the parameters ...
@@ -166,6 +167,14 @@ class Shard:
         """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
         if self.placing.mesh is not None:
             self.locals = locals_of(self.params)
+        if not self._alike(*self.locals):
+            self._check_unchanged()
+            self._alike = tensors_alike(self.locals)
+        addresses = list(map(Tensor.data_ptr, self.locals))
+        if addresses != self._addresses:
+            self._take_addresses(addresses)
+
+    def _check_unchanged(self) -> None:
         described = self._describe()
         if described != self._described:
             pairs = zip(zip(*self._described, strict=True), zip(*described, strict=True), strict=True)
@@ -174,9 +183,8 @@ class Shard:
                 f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {before} to {now} after ShardedLion "
                 "was made: convert the model before making the optimizer"
             )
-        addresses = list(map(Tensor.data_ptr, self.locals))
-        if addresses == self._addresses:
-            return
+
+    def _take_addresses(self, addresses: list[int]) -> None:
         layout = self.layout
         heads = [flat(p, 0, head) for p, head in zip(self.locals, layout.heads, strict=True) if head]
         self._gathered = [*heads, self.tail_buffer] if layout.tail_buffer_numel else heads

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
@@ -193,3 +194,17 @@ def test_create_graph(tmp_path: Path) -> None:
 def test_on_other_ranks_and_in_bfloat16(world_size: int, dtype: torch.dtype, tmp_path: Path) -> None:
     bodies = [body_never_zeroed, body_by_hand, body_create_graph]
     run_ranks(run_bodies, world_size, tmp_path, (bodies, dtype))
+
+
+def body_one_rank(rank: int, world_size: int) -> None:
+    """Nothing is sent, and gradients come and go as on several ranks."""
+    run_bodies(rank, world_size, [body_released, body_never_zeroed, body_by_hand, body_create_graph])
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("allreduce", "broadcast", "reduce_scatter", "allgather"):
+            for method in [m for m in dir(dist.ProcessGroup) if m.startswith(name)]:
+                patched.setattr(dist.ProcessGroup, method, None)
+        Pair(rank, world_size).train(0, 1)
+
+
+def test_on_one_rank(tmp_path: Path) -> None:
+    run_ranks(body_one_rank, 1, tmp_path)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lion_dist import Lion
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.prepare import Preparer
-from lion_dist.update.segments import SegmentTable
+from lion_dist.update.reference import HyperParameters
+from lion_dist.update.segments import Segment, SegmentTable, StepTensors
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
@@ -201,6 +203,31 @@ def test_usual_steps_keep_no_memory() -> None:
     assert momentum() is None
 
 
+def test_flat_buffers_are_usual(examined: list[int]) -> None:
+    """ShardedLion gives one buffer as the state, and in stage 2 as the gradient, of every parameter."""
+    params = [torch.zeros(4, 4) for _ in range(3)]
+    momenta, grads = torch.zeros(48), torch.ones(48)
+    update = LionUpdate(use_triton=False)
+
+    def step(momenta: list[Tensor], grads: list[Tensor | None]) -> None:
+        segments = [Segment(i, 0, 16 * i, 16 * i, 16) for i in range(3)]
+        tensors = StepTensors(params, grads, {"exp_avg": momenta}, [0, 0, 0], segments)
+        update.step(update.prepare(tensors), [HyperParameters(1.0, 0.0, 0.5, 0.5, False)])
+
+    for number in range(3):
+        step([momenta] * 3, [grads] * 3)
+        assert len(examined) == 1, number
+    moved, other = momenta.clone(), torch.full((48,), -1.0)
+    step([moved] * 3, [grads] * 3)
+    assert len(examined) == 2
+    step([moved, moved, momenta], [grads] * 3)  # one parameter has a buffer of its own
+    assert len(examined) == 3
+    step([moved] * 3, [grads, other, other])
+    assert len(examined) == 4
+    assert [p.unique().tolist() for p in params] == [[-6.0], [-4.0], [-4.0]]
+    assert [momenta[0].item(), momenta[-1].item()] == [0.875, 0.9375]
+
+
 # -- Hyper-parameters
 
 
@@ -332,3 +359,10 @@ def test_a_subclass_with_a_step_of_its_own() -> None:
     assert p.item() == -1.5
     assert opt.steps == 2
     assert set(seen) == {1, 2}
+
+
+def test_steps_of_nothing() -> None:
+    opt = Lion([nn.Parameter(torch.zeros(1), requires_grad=False)], lr=1.0, use_triton=False)
+    for _ in range(2):
+        opt.step()
+    assert not opt.state
