@@ -256,7 +256,7 @@ class ShardedLion(Optimizer):
 
         Call it just before step(), which multiplies the coefficient in: ``p.grad`` itself is not written. A second call
         before step() clips what is clipped already or, where any rank has other gradients since, all gradients anew;
-        the ranks' hosts then wait for one another. In stage 1 it refuses gradients that are not averaged, as step() does.
+        the ranks' hosts then wait for one another. In stage 1 it refuses gradients that are not averaged.
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
