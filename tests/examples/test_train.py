@@ -1,7 +1,7 @@
 """The main job as a user starts it: every strategy, a killed run resumed, and what it says to bad options.
 
-The data is the project's own sources and the model is tiny: these runs are about the machinery. Under
-torchrun they are skipped, since they start processes themselves.
+The data and the model are small: these runs are about the machinery. Under torchrun they are skipped, since they start
+processes themselves.
 """
 
 from __future__ import annotations
