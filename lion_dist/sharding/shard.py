@@ -301,11 +301,13 @@ class Shard:
         return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
 
     def put_state(self, state: State, offloaded: bool) -> None:
-        """Takes the tensors of `state_on` in place of the present ones."""
+        """Takes the tensors of `state_on` in place of the present ones, and drops views of the parameters, so that the
+        memory of parameters that move too is free; `refresh` makes new views."""
         self.buffers.update(state.buffers)
         for name, of_params in state.whole.items():
             self.whole[name][:] = of_params  # in place, as others refer to the list
         self.offloaded = offloaded
+        self._addresses, self._gathered, self._tails, self._staged_tails = [], [], [], []
 
     def slices(self, param: int, rank: int) -> list[Run]:
         """The runs of a parameter that a rank owns."""

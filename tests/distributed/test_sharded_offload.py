@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lion_dist import ShardedLion, checkpoint
 from lion_dist.sharding.shard import Shard
@@ -83,6 +85,11 @@ def body_phases(rank: int, world_size: int) -> None:
                     optimizer.offload_state()  # a second time
                 for p in mode.params:  # written while offloaded
                     optimizer.state[p][EXP_AVG] = optimizer.state[p][EXP_AVG].clone()
+                before_move = [StorageWeakRef(p.untyped_storage()) for p in mode.params if p.numel()]
+                for p in mode.params:  # as model.to() moves them
+                    p.data = p.data.clone()
+                gc.collect()
+                assert all(storage.expired() for storage in before_move), f"{mode}: memory of the weights is kept"
                 optimizer.reload_state()
                 assert all(t.device == device for p in mode.params for t in optimizer.state[p].values())
         modes.step(6)

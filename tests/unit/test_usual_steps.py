@@ -366,3 +366,20 @@ def test_steps_of_nothing() -> None:
     for _ in range(2):
         opt.step()
     assert not opt.state
+
+
+@both
+def test_gradients_that_change_their_alignment(use_triton: bool) -> None:
+    """Beside aligned parameters, in one table with gradients that are aligned."""
+    params, twins = model(), model()
+    opt, twin = make(params, use_triton), make(twins, use_triton)
+    for shift in (0, 1, 0, 3):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            q.grad = -numbers(len(q), q.dtype) - shift
+            memory = torch.empty(shift + q.numel(), dtype=q.dtype)
+            p.grad = q.grad if i == 0 else memory[shift:].view_as(q).copy_(q.grad)
+        opt.step()
+        twin.step()
+        for p, q in zip(params, twins, strict=True):
+            assert_same_bits(p.detach(), q.detach(), f"shift {shift}")
+            assert_same_bits(opt.state[p]["exp_avg"], twin.state[q]["exp_avg"], f"shift {shift}")
