@@ -46,6 +46,8 @@ class Way(NamedTuple):
         ):
             return False
         whole = self.strategy not in IN_PARTS and saved.strategy not in IN_PARTS
+        if self.strategy == "fsdp1" and self.weights != saved.weights:
+            same_cut = False  # FSDP1 lays parameters out by the bytes of their dtype, and blocks of a momentum follow
         return self.momentum != "int8" or whole or same_cut
 
 
