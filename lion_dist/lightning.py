@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy  # type: ignore[import-not-found, unused-ignore]
 
 from .sharded_lion import ShardedLion
+from .sharded_replicas import share_unheld
 
 
 class ShardedLionStrategy(DDPStrategy):  # type: ignore[misc, unused-ignore]
@@ -61,10 +62,7 @@ class ShardedLionStrategy(DDPStrategy):  # type: ignore[misc, unused-ignore]
             )
         # Each plugin's refuses optimizers that GradScaler must not unscale, or reads p.grad.
         self.precision_plugin.clip_gradients = _clip_gradients
-        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        module = self.lightning_module
-        others = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in held]
-        self.optimizers[0].broadcast_buffers(others)
+        share_unheld(self.optimizers, [self.lightning_module])
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
