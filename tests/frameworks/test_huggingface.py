@@ -56,13 +56,21 @@ def start(rank: int) -> None:
 
 
 def accelerated(rank: int, kind: str, folder: Path, steps: range, mixed_precision: str = "no") -> list[float]:
-    """Trains by Accelerate; a checkpoint after step SAVED, or from it where the steps begin there."""
+    """Trains by Accelerate; a checkpoint after step SAVED, or from it where the steps begin there.
+
+    Args:
+        kind: of OPTIMIZERS, or "alone": stage 1 and a hook, with Accelerate's own Accelerator.
+    """
+    accelerate: Any = import_module("accelerate")
     from lion_dist.huggingface import ShardedLionAccelerator
 
-    accelerator = ShardedLionAccelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed_precision)
+    accelerator_cls = accelerate.Accelerator if kind == "alone" else ShardedLionAccelerator
+    accelerator = accelerator_cls(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed_precision)
     net = Net(rank)
-    cls, options = OPTIMIZERS[kind]
+    cls, options = OPTIMIZERS["stage1" if kind == "alone" else kind]
     model, optimizer = accelerator.prepare(net, cls(net.net.parameters(), **options))
+    if kind == "alone":
+        optimizer.optimizer.register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)
     if steps.start:
         accelerator.load_state(str(folder / kind))
     batches = torch.randn(2 * STEPS, 2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -156,7 +164,7 @@ def body_killed(rank: int, world_size: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     start(rank)
-    for kind in OPTIMIZERS:
+    for kind in (*OPTIMIZERS, "alone"):
         accelerated(rank, kind, folder, range(SAVED + 1))
     trained(rank, "stage1", folder)
     trained(rank, "stage2", folder, callbacks=[Kill()])
@@ -165,7 +173,7 @@ def body_killed(rank: int, world_size: int, folder: Path) -> None:
 def body_resumed(rank: int, world_size: int, folder: Path) -> None:
     start(rank)
     undisturbed = accelerated(rank, "lion", folder / "undisturbed", range(STEPS))
-    for kind in OPTIMIZERS:
+    for kind in (*OPTIMIZERS, "alone"):
         assert accelerated(rank, kind, folder, range(SAVED, STEPS)) == undisturbed[2 * SAVED :], kind
     undisturbed = trained(rank, "lion", folder)
     for kind, saved_by in {"lion": "stage2", "stage1": "stage1", "stage2": "stage2"}.items():
