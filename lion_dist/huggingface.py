@@ -29,6 +29,7 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
             where the norm is not the 2-norm, or the parameters are not all of the optimizer's; by ``clip_grad_value_``.
     """
 
+    _optimizers: list[Any]  # of Accelerator: what it has prepared
     _leaves_models = False  # a class attribute, since `ShardedLionTrainerMixin` makes none by the constructor
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
