@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,12 +75,7 @@ class GradSource(Protocol):
 
     A step calls `reduce`, then `grads_of` for every shard, then `ready` for each shard before it is stepped, and then
     `finish`.
-
-    Attributes:
-        takes_loss_scale: whether torch's GradScaler shall leave its scale on the optimizer, for `refuse_scaler`.
     """
-
-    takes_loss_scale: bool
 
     def set_shards(self, shards: Sequence[Shard]) -> None:
         """Takes other shards; a collective call."""
@@ -136,8 +131,8 @@ class GradSource(Protocol):
     def no_sync(self) -> AbstractContextManager[None]:
         """Context manager in which gradients accumulate without being reduced."""
 
-    def refuse_scaler(self, optimizer: Any) -> None:
-        """Raises RuntimeError where GradScaler has called step() and its scale would be ignored."""
+    def takes_loss_scale(self) -> bool:
+        """Whether step() unscales the gradients. Raises RuntimeError where GradScaler cannot do it either."""
 
 
 def make_grad_source(
@@ -157,8 +152,6 @@ def make_grad_source(
 
 class LocalGrads:
     """Stage 1: ``p.grad`` as DistributedDataParallel leaves it, averaged, and None on all ranks or on none."""
-
-    takes_loss_scale = False
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
@@ -230,14 +223,12 @@ class LocalGrads:
             "reduces the gradients"
         )
 
-    def refuse_scaler(self, optimizer: Any) -> None:
-        pass  # GradScaler unscales p.grad itself
+    def takes_loss_scale(self) -> bool:
+        return False  # GradScaler unscales p.grad itself
 
 
 class ReducedGrads:
     """Stage 2: gradients that a `GradReducer` averages as they arrive in the backward, each on its owner."""
-
-    takes_loss_scale = True
 
     def __init__(self, membership: Membership, average: BucketAverage, bucket_bytes: int) -> None:
         self._membership = membership
@@ -302,10 +293,9 @@ class ReducedGrads:
     def no_sync(self) -> AbstractContextManager[None]:
         return self._reducer.no_sync()
 
-    def refuse_scaler(self, optimizer: Any) -> None:
-        if "grad_scale" in vars(optimizer):
-            del optimizer.grad_scale, optimizer.found_inf  # GradScaler deletes them after a step() that returns
-            raise RuntimeError(
-                "ShardedLion with stage=2 does not support GradScaler, which checks p.grad: train in bfloat16 without "
-                "it, or use stage=1 with DistributedDataParallel"
-            )
+    def takes_loss_scale(self) -> bool:
+        raise RuntimeError(
+            "ShardedLion with stage=2 does not support GradScaler, nor clipping by Lightning's DDPStrategy, which work "
+            "on p.grad: train in bfloat16 without a GradScaler and clip by ShardedLion's own clip_grad_norm_(), in "
+            "Lightning by lion_dist.lightning.ShardedLionStrategy; or use stage=1 with DistributedDataParallel"
+        )

@@ -85,16 +85,23 @@ def clip_optimizers(
     return clip_together(clipped, max_norm, process_groups)
 
 
+def takes_loss_scale(optimizer: ShardedLion) -> bool:
+    """Whether step() unscales the gradients. torch's GradScaler asks, and Lightning before it clips.
+
+    Raises:
+        RuntimeError: in stage 2, where neither can be done to ``p.grad``.
+    """
+    return optimizer._grads.takes_loss_scale()
+
+
 def begin_step(optimizer: ShardedLion) -> None:
     """Drops the consolidated state, which is no longer that of this step.
 
     Raises:
-        RuntimeError: step() was called by what it cannot serve, a GradScaler or the capture of a CUDA graph, or the
-            state is offloaded.
+        RuntimeError: step() was called in the capture of a CUDA graph, or the state is offloaded.
         ValueError: ``optimizer.state`` was replaced.
     """
     check_state(optimizer.state)
     refuse_capture("ShardedLion.step()")
     refuse_offloaded(optimizer, "step()")
-    optimizer._grads.refuse_scaler(optimizer)
     optimizer._consolidated = None

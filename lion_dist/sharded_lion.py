@@ -23,7 +23,7 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, begin_step, clip_optimizers
+from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, begin_step, clip_optimizers, takes_loss_scale
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import load
 from .sharding.collectives import Membership
@@ -86,6 +86,8 @@ class ShardedLion(Optimizer):
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 
+    _step_supports_amp_scaling = property(takes_loss_scale)
+
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
         weight_decay: float = 0.0, use_triton: bool | None = None, decoupled_weight_decay: bool = False, *,
@@ -116,7 +118,6 @@ class ShardedLion(Optimizer):
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
         self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
-        self._step_supports_amp_scaling = self._grads.takes_loss_scale  # read by torch's GradScaler
         self._take_in(self._params())
         self._constructed = True
 

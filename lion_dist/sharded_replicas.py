@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sharded_access import agreeing, params_of
 from .sharding.agreement import meet
@@ -39,3 +39,11 @@ def share_buffers(optimizer: ShardedLion, buffers: Sequence[Tensor]) -> None:
         agreement.says(describe_dense(buffers, group))
     optimizer._grads.settle()
     broadcast_dense(buffers, group)
+
+
+def share_unheld(optimizers: Sequence[ShardedLion], modules: Iterable[nn.Module]) -> None:
+    """Broadcasts what none of the optimizers holds, buffers and parameters of modules, from the first one's first rank,
+    as DistributedDataParallel does when it wraps a module; a collective call."""
+    held = {id(p) for optimizer in optimizers for p in params_of(optimizer)}
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    optimizers[0].broadcast_buffers([t for t in tensors if id(t) not in held])
