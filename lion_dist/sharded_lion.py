@@ -23,11 +23,12 @@ from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
 from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers, refuse_callers
 from .sharded_masters import take_on_all_ranks
+from .sharded_replicas import broadcast_given, compare_replicas, overwrite_replicas
 from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
-from .sharding.agreement import meet
+from .sharded_statistics import sharded_statistics
 from .sharding.collectives import Membership
-from .sharding.replicas import DeferredCheck, broadcast, broadcast_dense, describe_dense, refuse_differing
-from .sharding.shard import Shard, whole_state
+from .sharding.replicas import DeferredCheck
+from .sharding.shard import Shard
 from .state_dicts import check_is_dict, unwrap, with_named_dtypes
 from .stepper import Stepper
 from .uncompiled import uncompiled
@@ -41,8 +42,8 @@ class ShardedLion(Optimizer):
 
     It gives the same bits as `Lion` on the same averaged gradients. Each rank holds a world_size-th of the momentum and
     steps a world_size-th of the elements. All ranks make these collective calls in the same order: the constructor,
-    step, clip_grad_norm_, add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict,
-    load_state_dict and, while there are unused gradients, zero_grad. torch.compile runs all of them as they are.
+    step, clip_grad_norm_, statistics, add_param_group, init_state, broadcast_buffers, check_replicas, resync,
+    full_state_dict, load_state_dict and, while there are unused gradients, zero_grad. torch.compile leaves them alone.
 
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values cannot be
@@ -187,11 +188,7 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call."""
-        given = list(buffers)
-        with agreeing(self, ".broadcast_buffers()") as agreement:
-            agreement.says(describe_dense(given, self._group))
-        self._grads.settle()
-        broadcast_dense(given, self._group)
+        broadcast_given(self, buffers)
 
     @torch.no_grad()
     def take_master_weights(self, named: NamedTensors) -> None:
@@ -270,6 +267,16 @@ class ShardedLion(Optimizer):
         """
         return clip_optimizers([self], max_norm, process_groups)
 
+    @torch.no_grad()
+    def statistics(
+        self, by: str = "group", *, flips: bool = False, process_groups: Sequence[dist.ProcessGroup] = ()
+    ) -> dict[str, float]:
+        """Numbers that describe the next step(), over all ranks; a collective call. `Lion.statistics` explains them.
+
+        Every rank gets the same numbers. In stage 2 it averages the gradients, which clipping and step() then do not.
+        """
+        return sharded_statistics(self, by, flips, process_groups)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used.
 
@@ -293,9 +300,7 @@ class ShardedLion(Optimizer):
             RuntimeError: on every rank, where a replica differs; it names the parameters and the ranks.
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        self._deferred.check(all=True)
-        self._grads.settle()
-        refuse_differing(self._params(), self._group, whole_state(self._shards))
+        compare_replicas(self)
 
     @torch.no_grad()
     def resync(self) -> None:
@@ -308,10 +313,7 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        meet(self._group, "ShardedLion.resync()")
-        self._grads.settle()
-        broadcast([*self._params(), *(t for _, t in whole_state(self._shards))], self._group)
-        self._deferred.check(all=True)
+        overwrite_replicas(self)
 
     # State --------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from .param_sync import ParamSync, Part, Step
 from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_first
 from .sharding.replicas import DeferredCheck
 from .sharding.shard import Shard
+from .statistics import KeptSigns
 from .update.lion_update import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
@@ -57,6 +58,7 @@ class Stepper:
 
     Attributes:
         shards: the shards that are stepped.
+        kept_signs: those of the last ``statistics(flips=True)``.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Stepper:
         self.shards: list[Shard] = []
         self._parts: list[Part] = []
         self._clipping: Clipping | None = None
+        self.kept_signs = KeptSigns()
+        self._is_with_owners: Callable[[], bool] | None = None  # whether the gradients are those of the last `look`
         self._warned_of_no_gradient = False
         self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
         self._forms: list[tuple[bool, bool]] = []  # `kept_form` of each group then
@@ -152,7 +156,7 @@ class Stepper:
         self._membership.check()
         clipping = self._clipping
         if clipping is None:
-            self._reduce(adopt)
+            self._bring(adopt)
         elif self._changed_since(clipping):
             self._sync.refuse(refusal)
             raise ValueError(
@@ -182,6 +186,7 @@ class Stepper:
             torch.autograd.graph.increment_version(stepped)  # only the versions of their local tensors have risen
         self._deferred.check()  # it may raise, so not before everything has ended
         self.set_clipping(None)
+        self._is_with_owners = None
         self._warn_of_no_gradient()
 
     def _refuse_after(self, fault: Exception, tensors: Sequence[StepTensors]) -> NoReturn:
@@ -192,10 +197,40 @@ class Stepper:
         self._sync.refuse(refusal)
         raise fault
 
-    def _reduce(self, adopt: Adopt) -> None:
-        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded."""
+    def _bring(self, adopt: Adopt) -> Clipping | None:
+        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded. Gradients that
+        `measure` or `look` has brought there stay, where no rank has others since.
+
+        Returns:
+            The clipping of these gradients.
+        """
+        clipping = self._clipping
+        fits = self._is_with_owners if clipping is None else clipping.fits
+        if fits is not None and not any(self._membership.any_rank(not fits() or bool(self._frozen.unfrozen()))):
+            return clipping
         while unfrozen := self._grads.reduce(self._frozen.params):
             adopt(unfrozen)
+        return None
+
+    def look(self, groups: Sequence[Group], adopt: Adopt) -> tuple[list[StepTensors], Tensor | None]:
+        """What `step` would step, and changes nothing of it; see there for the arguments. The host waits.
+
+        Returns:
+            The tensors of each shard, with all of its state, and without the gradients of parameters that are not
+            stepped; and the factor of every gradient: float32, shape (), None is 1.
+        """
+        self._membership.check()
+        clipping = self._bring(adopt)
+        tensors, _ = self._tensors(groups)
+        seen = []
+        for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
+            own.active = self._grads.ready(i)
+            grads = part.update.prepare(own).present()
+            whole = part.shard.whole
+            seen.append(replace(own, grads=grads, state={**own.state, **whole}, whole=frozenset(whole)))
+        self._grads.finish()
+        self._is_with_owners = self._grads.snapshot()
+        return seen, None if clipping is None else clipping.scale
 
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts or not self._grads.none_active():
@@ -218,18 +253,14 @@ class Stepper:
     def measure(self, groups: Sequence[Group], adopt: Adopt, widest: dist.ProcessGroup) -> Measured:
         """The gradients' sum of squares over all ranks; see `clip_together`, and `step` for the other arguments."""
         self._membership.check()
-        before = self._clipping
-        if before is not None and any(self._membership.any_rank(self._changed_since(before))):
-            before = None
-        if before is None:
-            self._reduce(adopt)
+        before = self._bring(adopt)
         tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them, on every rank
         sums = self._sums_of_squares(tensors)
         if before is None:
             self._grads.check(tensors)
         else:  # what counts is the gradient as it would be stepped
             sums = {placing: total * before.scale.double().square() for placing, total in sums.items()}
-        return Measured(self._total(sums, widest), None if before is None else before.scale)
+        return Measured(self.total(sums, widest), None if before is None else before.scale)
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
         """The sum of squares of this rank's part of the gradients, by the placing of the parameters: float64, shape
@@ -244,7 +275,7 @@ class Stepper:
         self._grads.finish()
         return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 
-    def _total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
+    def total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
         """The sum over all ranks, of the parameters' meshes too; None if there are no shards."""
         if not sums:
             return None
