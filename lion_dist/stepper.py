@@ -78,7 +78,6 @@ class Stepper:
         self._parts: list[Part] = []
         self._clipping: Clipping | None = None
         self.kept_signs = KeptSigns()
-        self._is_with_owners: Callable[[], bool] | None = None  # whether the gradients are those of the last `look`
         self._warned_of_no_gradient = False
         self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
         self._forms: list[tuple[bool, bool]] = []  # `kept_form` of each group then
@@ -156,7 +155,7 @@ class Stepper:
         self._membership.check()
         clipping = self._clipping
         if clipping is None:
-            self._bring(adopt)
+            self._reduce(adopt)
         elif self._changed_since(clipping):
             self._sync.refuse(refusal)
             raise ValueError(
@@ -186,7 +185,6 @@ class Stepper:
             torch.autograd.graph.increment_version(stepped)  # only the versions of their local tensors have risen
         self._deferred.check()  # it may raise, so not before everything has ended
         self.set_clipping(None)
-        self._is_with_owners = None
         self._warn_of_no_gradient()
 
     def _refuse_after(self, fault: Exception, tensors: Sequence[StepTensors]) -> NoReturn:
@@ -197,19 +195,21 @@ class Stepper:
         self._sync.refuse(refusal)
         raise fault
 
-    def _bring(self, adopt: Adopt) -> Clipping | None:
-        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded. Gradients that
-        `measure` or `look` has brought there stay, where no rank has others since.
+    def _reduce(self, adopt: Adopt) -> None:
+        """Starts bringing every gradient to its owner, once every parameter that takes part is sharded."""
+        while unfrozen := self._grads.reduce(self._frozen.params):
+            adopt(unfrozen)
+
+    def _reduce_unless_clipped(self, adopt: Adopt) -> Clipping | None:
+        """Starts bringing every gradient to its owner, unless these were clipped and no rank has others since.
 
         Returns:
             The clipping of these gradients.
         """
         clipping = self._clipping
-        fits = self._is_with_owners if clipping is None else clipping.fits
-        if fits is not None and not any(self._membership.any_rank(not fits() or bool(self._frozen.unfrozen()))):
+        if clipping is not None and not any(self._membership.any_rank(self._changed_since(clipping))):
             return clipping
-        while unfrozen := self._grads.reduce(self._frozen.params):
-            adopt(unfrozen)
+        self._reduce(adopt)
         return None
 
     def look(self, groups: Sequence[Group], adopt: Adopt) -> tuple[list[StepTensors], Tensor | None]:
@@ -220,7 +220,7 @@ class Stepper:
             stepped; and the factor of every gradient: float32, shape (), None is 1.
         """
         self._membership.check()
-        clipping = self._bring(adopt)
+        clipping = self._reduce_unless_clipped(adopt)
         tensors, _ = self._tensors(groups)
         seen = []
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
@@ -229,7 +229,7 @@ class Stepper:
             whole = part.shard.whole
             seen.append(replace(own, grads=grads, state={**own.state, **whole}, whole=frozenset(whole)))
         self._grads.finish()
-        self._is_with_owners = self._grads.snapshot()
+        self._grads.hold(True)
         return seen, None if clipping is None else clipping.scale
 
     def _warn_of_no_gradient(self) -> None:
@@ -253,7 +253,7 @@ class Stepper:
     def measure(self, groups: Sequence[Group], adopt: Adopt, widest: dist.ProcessGroup) -> Measured:
         """The gradients' sum of squares over all ranks; see `clip_together`, and `step` for the other arguments."""
         self._membership.check()
-        before = self._bring(adopt)
+        before = self._reduce_unless_clipped(adopt)
         tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them, on every rank
         sums = self._sums_of_squares(tensors)
         if before is None:
@@ -307,7 +307,7 @@ class Stepper:
     def set_clipping(self, clipping: Clipping | None) -> None:
         """Takes clipping, on every rank, or drops it."""
         self._clipping = clipping
-        self._grads.hold(clipping is not None)  # nothing else calls it, so the two always agree
+        self._grads.hold(clipping is not None)
 
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""

@@ -48,7 +48,9 @@ class Watcher:
 
     def begin(self) -> None:
         self.lion.init_state()
-        self.before = [(self.weight(p).clone(), self.moment(p).clone() if p in self.lion.state else None) for p, _ in self.params]
+        self.before = [
+            (self.weight(p).clone(), self.moment(p).clone() if p in self.lion.state else None) for p, _ in self.params
+        ]
 
     def end(self) -> dict[str, float]:
         rows: dict[str, list[float]] = {}
@@ -80,7 +82,9 @@ class Watcher:
         found = {}
         for name, of in {"global": list(self.rows), **members}.items():
             nothing = [0.0] * 9
-            *squares, zero, agree, flipped, compared, n = map(sum, zip(nothing, *(self.rows[i] for i in of if i in self.rows), strict=True))
+            *squares, zero, agree, flipped, compared, n = map(
+                sum, zip(nothing, *(self.rows[i] for i in of if i in self.rows), strict=True)
+            )
             found |= {f"l2_norm/{what}/{name}": math.sqrt(square) for what, square in zip(NORMS, squares, strict=True)}
             found |= {f"sign/zero/{name}": zero / max(n, 1), f"sign/agree/{name}": agree / max(n, 1)}
             if compared:
