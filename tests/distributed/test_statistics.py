@@ -151,7 +151,12 @@ def body_same_bits(rank: int, world_size: int) -> None:
             for _ in range(2):
                 torch.manual_seed(1)
                 net = nn.Sequential(nn.Linear(129, 31), nn.ReLU(), nn.Linear(31, 5)).to(device)
-                options = {"stage": stage, "param_sync": sync, "reduce_dtype": reduce_dtype, "bucket_mb": 0.01}
+                options: dict[str, Any] = {
+                    "stage": stage,
+                    "param_sync": sync,
+                    "reduce_dtype": reduce_dtype,
+                    "bucket_mb": 0.01,
+                }
                 made.append((net, ShardedLion(net.parameters(), lr=0.01, weight_decay=0.1, **options)))
             for step in range(6):
                 generator = torch.Generator().manual_seed(10 * step + (0 if stage == 1 else rank))
@@ -237,6 +242,11 @@ def body_life(rank: int, world_size: int) -> None:
     pair.finish()
 
 
+def everyone() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def body_arguments(rank: int, world_size: int) -> None:
     """What one rank asks for differently, or cannot do, raises on every rank; and the next call works."""
     for stage in (1, 2):
@@ -248,16 +258,16 @@ def body_arguments(rank: int, world_size: int) -> None:
         with pytest.raises((ValueError, RuntimeError), match="by must be"):
             pair.sharded.statistics("layer" if rank == 1 else "group")
         with pytest.raises(ValueError, match="which the norm includes by itself"):
-            pair.sharded.statistics(process_groups=[dist.group.WORLD])
+            pair.sharded.statistics(process_groups=[everyone()])
         assert pair.sharded.statistics()["l2_norm/param/global"] > 0
     # Stages of a pipeline, each with a Lion of its own.
     p = nn.Parameter(torch.full((rank + 1,), 2.0))
     optimizer = Lion([(f"layer{rank}", p)], lr=0.1)
     expected = sum(4 * (r + 1) for r in range(world_size)) ** 0.5
-    numbers = optimizer.statistics(process_groups=[dist.group.WORLD])
+    numbers = optimizer.statistics(process_groups=[everyone()])
     assert numbers["l2_norm/param/group0"] == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match='by="group"'):
-        optimizer.statistics("parameter", process_groups=[dist.group.WORLD])
+        optimizer.statistics("parameter", process_groups=[everyone()])
 
 
 def bodies(rank: int, world_size: int) -> None:

@@ -79,12 +79,10 @@ class Watcher:
 
     def numbers(self, members: dict[str, list[str]]) -> dict[str, float]:
         """The numbers of rows: for each its name, and the names of its parameters."""
-        found = {}
+        found: dict[str, float] = {}
         for name, of in {"global": list(self.rows), **members}.items():
-            nothing = [0.0] * 9
-            *squares, zero, agree, flipped, compared, n = map(
-                sum, zip(nothing, *(self.rows[i] for i in of if i in self.rows), strict=True)
-            )
+            rows = [[0.0] * 9, *(self.rows[i] for i in of if i in self.rows)]
+            *squares, zero, agree, flipped, compared, n = map(sum, zip(*rows, strict=True))
             found |= {f"l2_norm/{what}/{name}": math.sqrt(square) for what, square in zip(NORMS, squares, strict=True)}
             found |= {f"sign/zero/{name}": zero / max(n, 1), f"sign/agree/{name}": agree / max(n, 1)}
             if compared:
