@@ -208,6 +208,9 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         first_step, history = extra["step"], extra["history"]
 
     writes = world.rank == 0  # this rank prints and draws for all
+    statistics = config.folder / "statistics.jsonl"
+    if writes and not resumed:
+        statistics.unlink(missing_ok=True)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not writes, mininterval=1.0)
     unigram, bigram = unigram_entropy(corpus.validation), bigram_entropy(corpus.validation)
     read_per_step = world.size * config.accumulation * config.batch_size * config.seq_len
@@ -233,7 +236,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
             history["train"].append((done, loss.item()))
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if strategy.measures:
-                write_line(config.folder / "statistics.jsonl", {"step": done, **strategy.numbers})
+                write_line(statistics, {"step": done, **strategy.numbers})
         evaluates, saves = (done % n == 0 or done == config.steps for n in (config.eval_every, config.checkpoint_every))
         a_step = (seconds + time.perf_counter() - clock) / (done - first_step)
         stops = done < config.steps and stopping.agreed(done, a_step, world.device)
@@ -264,7 +267,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
         if config.statistics:
-            save_statistics(config.folder / "statistics.png", config.folder / "statistics.jsonl")
+            save_statistics(config.folder / "statistics.png", statistics)
         prompt = bytes(corpus.validation[:64].tolist())
         writer = GPT(config.model()).to(world.device)  # a whole model, since the trained one may be sharded
         writer.load_state_dict(weights)
