@@ -242,6 +242,7 @@ def test_bad_options_say_what_to_do(
         assert error.value.code == 2
         return capsys.readouterr().err
 
+    config = ["--deepspeed_config", str(ROOT / "launch/deepspeed/zero2.json")]
     for options, message in (
         (["--resume"], "nothing to resume"),
         (["--strategy", "zero9"], "--strategy must be one of"),
@@ -253,6 +254,7 @@ def test_bad_options_say_what_to_do(
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--beta2", "1"], "--beta2 must be less than 1"),
         (["--replicas", "-1"], "--replicas must be at least 0"),
+        (["--strategy", "deepspeed", *config, "--statistics"], "--statistics is not for --strategy deepspeed"),
         (["--replicas", "2"], "--replicas 2 does not divide the 1 processes"),
     ):
         assert message in refused(*options)

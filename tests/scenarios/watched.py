@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_dist import Lion
 from lion_dist.update import codecs
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
+from tests.asserts import assert_same_bits
 
 NORMS = ("param", "moment", "update", "grad")
 
@@ -94,3 +96,74 @@ def assert_same_numbers(got: dict[str, float], expected: dict[str, float], what:
     assert got.keys() == expected.keys(), f"{what}: {sorted(got.keys() ^ expected.keys())}"
     for name, number in expected.items():
         assert got[name] == pytest.approx(number, rel=1e-12, nan_ok=True), f"{what}: {name}"
+
+
+# Steps on one device --------------------------------------------------------------------------------
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHAPES = [(40, 33), (8, 6, 5, 7), (129,), (1,), (), (0, 3), (700,), (5, 4)]
+
+
+def made(dtypes: tuple[torch.dtype, ...], device: torch.device) -> list[nn.Parameter]:
+    """One is channels-last, one empty, the last but one never has a gradient, and the last is frozen."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for i, shape in enumerate(SHAPES):
+        value = torch.randn(shape, generator=generator).to(device, dtypes[i % len(dtypes)])
+        if value.dim() == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        params.append(nn.Parameter(value, requires_grad=i < len(SHAPES) - 1))
+    return params
+
+
+def groups_of(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [
+        {"params": params[0::2], "weight_decay": 0.3},
+        {"params": params[1::2], "lr": 3e-3, "betas": (0.95, 0.98), "maximize": True},
+    ]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    """Many are 0, so that signs are."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params[:-2]:
+        g = torch.randn(p.shape, generator=generator) * torch.randint(2, p.shape, generator=generator)
+        p.grad = g.to(p.device, p.dtype)
+    if step % 2:
+        params[2].grad = None
+
+
+CASES: dict[str, tuple[tuple[torch.dtype, ...], dict[str, Any]]] = {
+    "float32": ((F32,), {}),
+    "mixed": ((F32, BF16, F16), {}),
+    "bfloat16, momentum in float32": ((BF16,), {"momentum_dtype": F32}),
+    "master weights": ((BF16, F32), {"master_weights": True}),
+    "8 bits": ((F32, BF16), {"momentum_dtype": "int8"}),
+    "master weights, 8 bits": ((BF16,), {"momentum_dtype": "int8", "master_weights": True}),
+}
+
+
+def check_steps(case: str, by: str, device: torch.device) -> None:
+    """Five steps of a case, each measured before it is made; beside an optimizer that is never asked."""
+    dtypes, options = CASES[case]
+    params = made(dtypes, device)
+    optimizer = Lion(groups_of(params), lr=1e-2, **options)
+    untold = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+    silent = Lion(groups_of(untold), lr=1e-2, **options)
+    order = [*range(0, len(SHAPES), 2), *range(1, len(SHAPES), 2)]  # of the groups
+    watcher = Watcher(silent, list(map(str, range(len(SHAPES)))))
+    group_of = {f"group{k}": [str(i) for i in range(len(SHAPES)) if order[i] % 2 == k] for k in (0, 1)}
+    for step in range(5):
+        for own in (params, untold):
+            set_gradients(own, step)
+        got = optimizer.statistics(by, flips=True)
+        watcher.begin()
+        optimizer.step()
+        silent.step()
+        expected = watcher.end()
+        assert_same_numbers(got, expected if by == "parameter" else watcher.numbers(group_of), f"{case}, step {step}")
+        for i, (p, q) in enumerate(zip(params, untold, strict=True)):
+            assert_same_bits(p.detach(), q.detach(), f"parameter {i}, step {step}")
+            for name, t in silent.state.get(q, {}).items():
+                assert_same_bits(optimizer.state[p][name], t, f"{name} of {i}, step {step}")
+    assert all(0 < got[f"sign/{what}/global"] < 1 for what in ("zero", "agree", "flipped"))
