@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..memory_order import flat, laid_out_like
 from . import codecs, reference
-from .backends.plain import PIECE, PlainBatch, Run, is_linear
+from .backends.plain import PlainBatch, Run, is_linear
 from .codecs import BLOCK
 from .hypers import StepHypers
 from .reference import PER_BYTE, Scalars
@@ -24,6 +24,7 @@ from .state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 # gradients, and that are the opposite of the last; those that have a last one, and all elements.
 PARAM, MOMENT, UPDATE, GRAD, ZERO, AGREE, FLIPPED, COMPARED, ELEMENTS = range(9)
 COLUMNS = 9
+PIECE = 1 << 22  # elements that are added up at a time, a multiple of BLOCK: it takes a dozen temporary tensors
 
 Signs = dict[tuple[int, int, int], Tensor]
 

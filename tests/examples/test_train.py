@@ -73,14 +73,16 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     out = tmp_path / "fsdp1"
     assert run_well(2, out, "--strategy", "fsdp1", "--statistics")[0] == pytest.approx(losses["ddp"], abs=2e-3)
     assert statistics_of(out) == pytest.approx(numbers["ddp"], rel=1e-2)
-    resumed, options = {}, ["--resume", "--statistics"]
+    resumed = {}
     for strategy, ranks, step, every in (
         ("fsdp2", 2, 18, 3), ("zero2", 2, 21, 2), ("hsdp", 4, 22, 6), ("hybrid", 4, 22, 6), ("ddp", 3, 22, 6),
         ("single", 0, 22, 6),
     ):  # fmt: skip
         shutil.rmtree(checkpoint.latest(out))
         assert step_of(out) == step
-        loss = run_well(ranks, out, *options, "--strategy", strategy, "--checkpoint-every", str(every))[0]
+        loss = run_well(
+            ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every), "--statistics"
+        )[0]
         resumed[strategy] = loss
         if ranks == 2:  # else a step's data are others
             assert statistics_of(out) == pytest.approx(numbers["ddp"], rel=1e-2), strategy
