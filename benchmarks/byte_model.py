@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lion_dist import decay_groups
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts, which import each other from their own folder
 
@@ -47,7 +49,7 @@ class Training:
         self.corpus = corpus(settings.seq_len)
         torch.manual_seed(settings.seed)
         self.model = self.cast(GPT(settings.model()).to(self.world.device))
-        groups = train.parameter_groups(self.model, settings.weight_decay)
+        groups = decay_groups(self.model, settings.weight_decay)
         self.trained = self.strategy(self.model, groups, settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.trained.optimizer, lambda step: train.lr_factor(step, settings.warmup, settings.steps)

@@ -14,7 +14,7 @@ Rest: everything else that the optimizer or the strategy keeps, such as signs, a
     smallest parameter has in ``p.grad``. The scratch memory of a step on a CPU is left out: it has one size, whatever
     that of the model.
 
-The arithmetic is that of docs/precision.md. It leaves out that parts are padded to whole blocks.
+The arithmetic is that of docs/precision.md and lion_dist/plan. It leaves out that parts are padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,64 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion
 from lion_dist.dtensors import local
+from lion_dist.plan.precision import PRECISIONS, Precision
+from lion_dist.plan.strategies import STRATEGIES, Bytes, Shards, Strategy
 from lion_dist.update.backends.chunks import Chunks
-from lion_dist.update.codecs import BLOCK
 
 WIDTH, LAYERS = 256, 7  # fewer elements than are compiled on a CPU, which would take long
-SIGNS = 0.25  # bytes for the two bits of an element
-REMAINDER = 2
-SCALE = 4 / BLOCK
-FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The dtype of the weights, which their gradients have too, and what the optimizer keeps."""
-
-    name: str
-    weights: torch.dtype
-    momentum: torch.dtype
-    master_weights: bool = False
-
-    @property
-    def weight_bytes(self) -> float:
-        return self.weights.itemsize
-
-    @property
-    def momentum_bytes(self) -> float:
-        return self.momentum.itemsize + (SCALE if self.momentum == INT8 else 0)
-
-    @property
-    def remainder_bytes(self) -> float:
-        return REMAINDER if self.master_weights else 0
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"momentum_dtype": self.momentum, "master_weights": self.master_weights}
-
-
-PRECISIONS = (
-    Precision("fp32", FP32, FP32),
-    Precision("fp32, int8 momentum", FP32, INT8),
-    Precision("bf16", BF16, BF16),
-    Precision("bf16, int8 momentum", BF16, INT8),
-    Precision("bf16 + master weights", BF16, BF16, master_weights=True),
-    Precision("bf16 + master weights, int8 momentum", BF16, INT8, master_weights=True),
-)
-
-
-class Bytes(NamedTuple):
-    """Bytes per parameter on a rank: ``whole``, and ``sharded``, which is divided by the number of ranks."""
-
-    whole: float
-    sharded: float
-
-    def on(self, ranks: int) -> float:
-        return self.whole + self.sharded / ranks
-
-    def __str__(self) -> str:
-        whole, sharded = (f"{x:.2f}".rstrip("0").rstrip(".") for x in self)
-        return " + ".join([whole] * (self.whole > 0) + [f"{sharded}/W"] * (self.sharded > 0))
 
 
 class Run(NamedTuple):
@@ -143,38 +90,27 @@ def fsdp2(model: nn.Module, precision: Precision) -> Run:
     return Run(model, optimizer)
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """The bytes per parameter of one strategy, and how a run of it is made."""
+class Way(NamedTuple):
+    """A strategy of lion_dist/plan, and how a run of it is made."""
 
-    bytes: Callable[[Precision], Bytes]
+    strategy: Strategy
     make: Callable[[nn.Module, Precision], Run]
 
+    def bytes(self, precision: Precision) -> Bytes:
+        """Bytes per parameter on a rank. FSDP2 shards the model over all ranks, or over none."""
+        total = self.strategy.memory(precision).total
+        return total if self.strategy.shards is Shards.NONE else Bytes(0, total.whole)
 
-def _whole(p: Precision) -> Bytes:
-    return Bytes(2 * p.weight_bytes + p.momentum_bytes + p.remainder_bytes, 0)
 
-
-STRATEGIES = {
-    "DDP": Strategy(_whole, ddp),
-    'stage 1, "params"': Strategy(
-        lambda p: Bytes(2 * p.weight_bytes, p.momentum_bytes + p.remainder_bytes),
-        lambda model, p: stage1(model, p, "params"),
-    ),
-    'stage 1, "signs"': Strategy(
-        lambda p: Bytes(2 * p.weight_bytes + p.remainder_bytes + SIGNS, p.momentum_bytes),
-        lambda model, p: stage1(model, p, "signs"),
-    ),
-    'stage 2, "params"': Strategy(
-        lambda p: Bytes(p.weight_bytes, p.weight_bytes + p.momentum_bytes + p.remainder_bytes),
-        lambda model, p: stage2(model, p, "params"),
-    ),
-    'stage 2, "signs"': Strategy(
-        lambda p: Bytes(p.weight_bytes + p.remainder_bytes + SIGNS, p.weight_bytes + p.momentum_bytes),
-        lambda model, p: stage2(model, p, "signs"),
-    ),
-    "FSDP2": Strategy(lambda p: Bytes(0, _whole(p).whole), fsdp2),
+MAKERS: dict[str, Callable[[nn.Module, Precision], Run]] = {
+    "DDP": ddp,
+    'stage 1, "params"': partial(stage1, param_sync="params"),
+    'stage 1, "signs"': partial(stage1, param_sync="signs"),
+    'stage 2, "params"': partial(stage2, param_sync="params"),
+    'stage 2, "signs"': partial(stage2, param_sync="signs"),
+    "FSDP2": fsdp2,
 }
+WAYS = {name: Way(STRATEGIES[name], make) for name, make in MAKERS.items()}
 
 # Other optimizers, with gradients in the dtype of the weights if nothing else is said. AdamW: two float32 moments.
 # FlashOptim (0.1.4): momenta in 8 bits with an fp16 scale for each 32 elements; 24-bit master weights take a byte.
@@ -241,14 +177,14 @@ def state(run: Run) -> list[Tensor]:
     return [t for entry in run.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
 
 
-def count(strategy: Strategy, precision: Precision) -> Counted:
+def count(way: Way, precision: Precision) -> Counted:
     """Trains one step of a new model, and counts. A collective call."""
     gc.collect()
     gc.freeze()  # what is there already is not counted, and not looked at again
     layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
     model = nn.Sequential(*layers, nn.LayerNorm(WIDTH)).to(precision.weights)
     numel = sum(p.numel() for p in model.parameters())
-    run = strategy.make(model, precision)
+    run = way.make(model, precision)
     run.optimizer.step()
     kinds = [storages(tensors) for tensors in (run.model.parameters(), gradients(run), state(run))]
     rest = alive()
@@ -264,7 +200,7 @@ def count_all(rank: int, ranks: int, rendezvous: str, out: str) -> None:
     """Counts every combination, and writes what the first rank counted."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    counted = [[count(strategy, precision) for precision in PRECISIONS] for strategy in STRATEGIES.values()]
+    counted = [[count(way, precision) for precision in PRECISIONS] for way in WAYS.values()]
     if rank == 0:
         Path(out).write_text(json.dumps(counted))
     dist.barrier()
@@ -277,13 +213,13 @@ def count_all(rank: int, ranks: int, rendezvous: str, out: str) -> None:
 def arithmetic(ranks: int) -> list[str]:
     """The lines of the tables of docs/precision.md: formulas in W, and their values for W = ``ranks``."""
     same = {"DDP": "one device, DDP", "FSDP2": "FSDP1, FSDP2"}
-    head = [f"| | {' | '.join(same.get(name, name) for name in STRATEGIES)} |", f"|{'---|' * (len(STRATEGIES) + 1)}"]
+    head = [f"| | {' | '.join(same.get(name, name) for name in WAYS)} |", f"|{'---|' * (len(WAYS) + 1)}"]
     lines = [*head]
     for precision in PRECISIONS:
-        lines.append(f"| {precision.name} | {' | '.join(str(s.bytes(precision)) for s in STRATEGIES.values())} |")
+        lines.append(f"| {precision.name} | {' | '.join(str(way.bytes(precision)) for way in WAYS.values())} |")
     lines += ["", *head]
     for precision in PRECISIONS:
-        numbers = [f"{strategy.bytes(precision).on(ranks):.2f}" for strategy in STRATEGIES.values()]
+        numbers = [f"{way.bytes(precision).on(ranks):.2f}" for way in WAYS.values()]
         lines.append(f"| {precision.name} | {' | '.join(numbers)} |")
     lines += ["", f"| | bytes | for W = {ranks} |", "|---|---|---|"]
     return [*lines, *(f"| {name} | {peer} | {peer.on(ranks):.2f} |" for name, peer in PEERS.items())]
@@ -292,9 +228,9 @@ def arithmetic(ranks: int) -> list[str]:
 def print_counted(counted: list[list[Counted]], ranks: int) -> None:
     print("| strategy | precision | weights | gradients | state | rest | counted | arithmetic | counted / arithmetic |")
     print(f"|{'---|' * 9}")
-    for (name, strategy), of_strategy in zip(STRATEGIES.items(), counted, strict=True):
-        for precision, found in zip(PRECISIONS, of_strategy, strict=True):
-            expected = strategy.bytes(precision)
+    for (name, way), of_way in zip(WAYS.items(), counted, strict=True):
+        for precision, found in zip(PRECISIONS, of_way, strict=True):
+            expected = way.bytes(precision)
             kinds = " | ".join(f"{kind:.2f}" for kind in found)
             total, ratio = sum(found), sum(found) / expected.on(ranks)
             print(
@@ -314,7 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counted.json"
         spawn(count_all, (options.ranks, f"{folder}/rendezvous", str(out)), nprocs=options.ranks)
-        counted = [[Counted(*kinds) for kinds in of_strategy] for of_strategy in json.loads(out.read_text())]
+        counted = [[Counted(*kinds) for kinds in of_way] for of_way in json.loads(out.read_text())]
     print(f"{options.ranks} gloo ranks, torch {torch.__version__}; bytes per parameter on a rank")
     print(f"`{shlex.join(['python', '-m', 'benchmarks.precision_memory', *sys.argv[1:]])}`\n")
     print_counted(counted, options.ranks)

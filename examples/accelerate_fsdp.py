@@ -18,9 +18,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from data import load_corpus, training_batch
-from lion_dist import Lion
+from lion_dist import Lion, decay_groups
 from model import GPT, GPTConfig
-from train import parameter_groups
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(accelerator: Accelerator, options: argparse.Namespace) -> tuple[nn.Module, AcceleratedOptimizer]:
     torch.manual_seed(0)  # the same model on every rank
     plain = GPT(GPTConfig(options.layers, options.width, heads=4, seq_len=options.seq_len))
-    lion = Lion(parameter_groups(plain, weight_decay=0.5), lr=options.lr, betas=(0.95, 0.98))
+    lion = Lion(decay_groups(plain, weight_decay=0.5), lr=options.lr, betas=(0.95, 0.98))
     model, optimizer = accelerator.prepare(plain, lion)
     return model, optimizer
 

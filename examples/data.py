@@ -56,7 +56,8 @@ def stdlib_files() -> list[Path]:
 
 
 def files_under(path: Path) -> list[Path]:
-    """Returns `path` itself if it is a file, else the files below it, without hidden files and folders."""
+    """Returns `path` itself if it is a file, else the files below it, without hidden ones and Python's bytecode, which
+    imports write: a run can be resumed only on the bytes that it began with."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -64,7 +65,8 @@ def files_under(path: Path) -> list[Path]:
     return sorted(
         file
         for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file()
+        and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts)
     )
 
 

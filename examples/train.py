@@ -43,7 +43,7 @@ from model import GPT
 from report import History, peak_mib, printable, save_curve, save_statistics, write_line
 from stopping import Stopping
 from strategies import STRATEGIES
-from strategies.single import Groups, Single
+from strategies.single import Single
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,6 @@ def leave_together(world: World) -> None:
         if stage == "finished" or world.rank == 0:
             store.wait([f"{stage}/{rank}" for rank in range(world.size)])
     dist.destroy_process_group()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Returns two groups: matrices, which decay, and the gains and biases of norms, which do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def lr_factor(step: int, warmup: int, steps: int) -> float:
@@ -198,7 +189,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     model = GPT(config.model()).to(world.device)
     cast_parameters(model, DTYPES[config.dtype])
     parameters = sum(p.numel() for p in model.parameters())  # counted before they are sharded
-    groups = parameter_groups(model, config.weight_decay)
+    groups = lion_dist.decay_groups(model, config.weight_decay)
     strategy = STRATEGIES[config.strategy](model, groups, config)
     scheduler = LambdaLR(strategy.optimizer, lambda step: lr_factor(step, config.warmup, config.steps))
     first_step, history = 0, History(train=[], validation=[])

@@ -12,7 +12,7 @@ launch/setup
 
 python=.venv/bin/python
 $python -c 'import deepspeed' 2>/dev/null ||
-    { echo "launch/deepspeed.sh: DeepSpeed is not installed: run .venv/bin/python -m pip install deepspeed" >&2 && exit 1; }
+    { echo "launch/deepspeed.sh: DeepSpeed is not installed: run .venv/bin/python -m pip install -e '.[deepspeed]'" >&2 && exit 1; }
 nproc=${NPROC:-$($python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 # With offload_optimizer the step runs on the CPU.
 cores=$($python -c 'import os; print(len(os.sched_getaffinity(0)))')

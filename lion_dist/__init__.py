@@ -3,12 +3,23 @@
 from typing import Any
 
 from . import deepspeed
+from .adamw import from_adamw
+from .decay import decay_groups
 from .grad_norm import clip_grad_norm_
 from .lion import Lion
 from .sharded_lion import ShardedLion
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "ShardedLion", "__version__", "checkpoint", "clip_grad_norm_", "deepspeed"]
+__all__ = [
+    "Lion",
+    "ShardedLion",
+    "__version__",
+    "checkpoint",
+    "clip_grad_norm_",
+    "decay_groups",
+    "deepspeed",
+    "from_adamw",
+]
 
 
 def __getattr__(name: str) -> Any:

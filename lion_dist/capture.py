@@ -5,7 +5,8 @@ step reads its lr from a tensor on the GPU, and everything else must stay as it 
 the addresses of parameters, gradients and state, and the other hyper-parameters.
 
 [Note: Captured memory] What a graph reads must stay where it is, unchanged, for as long as the graph. So tables are
-made before the capture, and those that a capture has read are kept as long as the optimizer. Only the addresses of
+made before the capture, and those that a capture has read are kept until the optimizer loads a state, which replaces
+the momenta that the graph writes. Only the addresses of
 gradients may be new, since a backward in the same graph makes the gradients: replays copy them from pinned memory.
 """
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from .dtensors import local
 from .members import Members
 from .param_groups import Group, kept_form
-from .upload import is_capturing
 
 
 def check_capturable(members: Members | None, groups: Sequence[Group], absent: Sequence[bool]) -> None:
@@ -67,13 +67,4 @@ def _check_group(index: int, group: Group, params: Sequence[Tensor]) -> None:
         raise ValueError(
             f"parameter group {index} has an 8-bit momentum, which is rounded by numbers that the host draws for each "
             "step: replays of a CUDA graph would round alike, and the momentum would drift. Use another momentum_dtype"
-        )
-
-
-def refuse_capture(what: str) -> None:
-    """Raises RuntimeError if ``what`` is called while a CUDA graph is being captured."""
-    if is_capturing():
-        raise RuntimeError(
-            f"{what} cannot be captured in a CUDA graph, since its ranks agree through the host in each step: capture "
-            "forward and backward without it, or use lion_dist.Lion, whose step can be captured"
         )

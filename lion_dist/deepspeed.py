@@ -217,7 +217,9 @@ def _internals() -> tuple[type, list[type]]:
     try:
         import deepspeed
     except ImportError as error:
-        raise ImportError("lion_dist.deepspeed.register() needs DeepSpeed: pip install deepspeed") from error
+        raise ImportError(
+            "lion_dist.deepspeed.register() needs DeepSpeed: pip install 'lion_dist[deepspeed]'"
+        ) from error
     from deepspeed.runtime import engine as engine_module
     from deepspeed.runtime.zero import utils as zero_utils
 

@@ -25,7 +25,7 @@ from .hyper_values import shown
 from .plain_beside_sharded import PlainGradients
 from .sharding.all_to_all import AllToAllAverage
 from .sharding.averaged import AveragedGradients
-from .sharding.bucket_average import BucketAverage, ReduceScatterAverage
+from .sharding.bucket_average import BucketAverage, OneRankAverage, ReduceScatterAverage
 from .sharding.collectives import Membership
 from .sharding.grad_reducer import GradReducer
 from .sharding.layout import Run
@@ -147,9 +147,11 @@ def make_grad_source(
     if stage == 1:
         return LocalGrads(membership)
     bucket_bytes = math.ceil(bucket_mb * 2**20)
-    if reduce_dtype is None:
-        return ReducedGrads(membership, ReduceScatterAverage(membership), bucket_bytes)
-    average = AllToAllAverage(membership, partial(takes_triton, use_triton))
+    average: BucketAverage = ReduceScatterAverage(membership)
+    if reduce_dtype is not None:
+        average = AllToAllAverage(membership, partial(takes_triton, use_triton))
+    elif membership.group.size() == 1:
+        average = OneRankAverage()
     return ReducedGrads(membership, average, bucket_bytes)
 
 

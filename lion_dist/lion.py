@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -38,7 +37,7 @@ from .state_dicts import (
     unwrap,
     with_named_dtypes,
 )
-from .statistics import KeptSigns, check_arguments, local_statistics
+from .statistics import Groups, KeptSigns, check_arguments, local_statistics
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
 from .update.state import REMAINDER
@@ -47,7 +46,12 @@ from .upload import is_capturing
 
 @dataclass
 class _Kept:
-    """The objects that are kept between the steps of one set of parameters. ``members`` hold the parameters."""
+    """The objects that are kept between the steps of one set of parameters.
+
+    Attributes:
+        update: steps them.
+        members: those of the last step, which hold the parameters; None after `Lion.init_state`.
+    """
 
     update: LionUpdate
     members: Members | None = None
@@ -73,10 +77,10 @@ class Lion(Optimizer):
     Args:
         params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen parameters without
             a gradient may have any layout and dtype (a quantised base under adapters), until they are unfrozen.
-        lr: learning rate >= 0, 3 to 10 times smaller than AdamW's; a number or a one-element tensor,
+        lr: learning rate >= 0, smaller than AdamW's (`from_adamw`); a number or a one-element tensor,
             which is read on its device.
         betas: two numbers in [0, 1), as any iterable. (0.95, 0.98) for language models or unstable training.
-        weight_decay: decoupled from the gradient and multiplied by lr; 3 to 10 times AdamW's.
+        weight_decay: decoupled from the gradient and multiplied by lr; larger than AdamW's (`from_adamw`).
         use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
             The results are the same bits.
         decoupled_weight_decay: divides weight_decay by the constructor's lr, in every group, as lion-pytorch does:
@@ -249,39 +253,35 @@ class Lion(Optimizer):
 
     def init_state(self) -> None:
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
-        self._prepare()
+        kept, _, _ = self._prepare()
+        kept.members = None  # those of the last step, as `_check_capturable` relies on
 
     @disable_dynamo
     @torch.no_grad()
-    def statistics(
-        self, by: str = "group", *, flips: bool = False, process_groups: Sequence[dist.ProcessGroup] = ()
-    ) -> dict[str, float]:
+    def statistics(self, by: str = "group", *, flips: bool = False, process_groups: Groups = ()) -> dict[str, float]:
         """Numbers that describe the next step(). It changes nothing; the host waits.
 
-        Call it just before step(), when the gradients are complete and clipped. It returns for each name of ``by``, and
-        for all parameters together as ``global``:
+        Call it just before step(), when the gradients are complete and clipped. For each name, and ``global`` for all:
 
         - ``l2_norm/param/<name>``, ``l2_norm/moment/<name>``: weights (master weights, if kept) and momenta, before.
         - ``l2_norm/grad/<name>``: gradients as step() uses them, after clipping.
         - ``l2_norm/update/<name>``: what step() adds to the weights, with decay and rounding.
         - ``sign/zero/<name>``: fraction of elements whose update has the sign 0.
         - ``sign/agree/<name>``: fraction of elements that move against their gradient (with it under ``maximize``).
-        - ``sign/flipped/<name>``: fraction of elements whose sign is the opposite of that in the last such call. Only
-          with ``flips``, from the second call on.
+        - ``sign/flipped/<name>``: fraction of elements with the opposite sign of the last call, both with ``flips``.
 
-        A parameter without a gradient is not stepped: its gradient, update and signs count as 0. Frozen parameters that
-        were never stepped are left out. Every element counts once: DTensors are summed over their meshes, in collective
-        calls, and plain tensors count as this rank has them. Norms are sums in float64, without units.
+        A parameter without a gradient is not stepped: its gradient, update and signs count as 0. Frozen ones that were
+        never stepped are left out. Each element counts once: DTensors are summed over their meshes by collective calls,
+        plain tensors count as they are here. Norms are of sums in float64, without units.
 
         Args:
-            by: "group": groups by their ``name``, or ``group0``, ``group1``, ... unless each has one of its own.
-                "parameter": parameters by name, or by number if the optimizer has no names.
-            flips: keeps the signs, 2 bits an element, until a call without it. To compare one step with the next, call
-                it before both.
+            by: "group", by ``name`` where each group has one of its own, else ``group0``, ``group1``, ...; or
+                "parameter", by its name, or its number if the optimizer has no names.
+            flips: keeps the signs, 2 bits an element, until a call without it. For adjacent steps, call it before both.
             process_groups: as for `lion_dist.clip_grad_norm_`; the ranks must give the same names.
 
         Raises:
-            ValueError, TypeError: an argument or a gradient cannot be used, or names differ within ``process_groups``.
+            ValueError, TypeError: an argument or gradient cannot be used, or names differ within ``process_groups``.
             RuntimeError: a CUDA graph is being captured.
         """
         check_arguments(by, flips)

@@ -78,6 +78,9 @@ class ParamSync(Protocol):
     def set_parts(self, parts: Sequence[Part]) -> None:
         """Takes other parts; the buffers of parts that stay are kept."""
 
+    def forget_tables(self) -> None:
+        """Drops what is kept between steps and may refer to the present memory of the state."""
+
     def agree(self, step: Step) -> None:
         """Compares the step over the ranks before it changes anything, if that is not done later; a collective call.
 
@@ -124,6 +127,9 @@ class GatherParams:
 
     def set_parts(self, parts: Sequence[Part]) -> None:
         self._parts = parts
+
+    def forget_tables(self) -> None:
+        pass  # there is nothing beside the parts
 
     def agree(self, step: Step) -> None:
         if not (self._parts and self._several):
@@ -200,6 +206,10 @@ class GatherSigns:
         kept = {id(own.part): own for own in self._parts}
         rank = dist.get_rank(self._membership.group)
         self._parts = [kept.get(id(part)) or _SignsOfPart(part, rank) for part in parts]
+
+    def forget_tables(self) -> None:
+        for own in self._parts:
+            own.signs.forget()
 
     def agree(self, step: Step) -> None:
         pass  # the numbers travel with the signs

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adamw import RANGE
 from .dtensors import local
 from .frozen import is_plain, takes_part
 from .hyper_values import to_float
@@ -75,7 +76,7 @@ class RoundingWarnings:
                 warn(
                     f"lr * weight_decay = {decay:.3g} is below half a unit in the last place of {what} weights, so "
                     f"weight decay rounds to nothing. Use {_more_precision({dtype})}a larger weight_decay (Lion wants "
-                    "3 to 10 times AdamW's)."
+                    f"{RANGE} AdamW's)."
                 )
                 return
 

@@ -221,10 +221,10 @@ def _runs(scale: BoxTensor, p: Tensor) -> _Runs:
     return [(start, min(length, local(p).numel() - start)) for start, length in starts]
 
 
-def _boxes_of(p: Tensor, runs: _Runs, numbers: Sequence[Tensor], dtype: torch.dtype) -> BoxTensor:
+def _boxes_of(p: Tensor, runs: _Runs, numbers: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> BoxTensor:
     part = local(p)
     pairs = [(start, cast(t, dtype)) for (start, _), t in zip(runs, numbers, strict=True)]
-    found = BoxTensor.of_runs(part.shape, part.stride(), pairs, torch.empty(0, dtype=dtype, device=part.device))
+    found = BoxTensor.of_runs(part.shape, part.stride(), pairs, torch.empty(0, dtype=dtype, device=device))
     return found.within(p.shape, local_box(p).offsets)
 
 
@@ -243,7 +243,7 @@ def _decoded_boxes(who: str, codes: BoxTensor, scale: BoxTensor, p: Tensor, dtyp
     if sum(n for _, n in runs) != sum(box.numel for box in codes.boxes):
         raise ValueError(f"{EXP_AVG} and {EXP_AVG_SCALE} {who} are BoxTensors of different parts of it. {_ADVICE}")
     numbers = [decoded_run(c, s) for c, s in zip(_split(codes, p, runs), scale.parts, strict=True)]
-    found = _boxes_of(p, runs, numbers, dtype)
+    found = _boxes_of(p, runs, numbers, dtype, codes.device)
     if found.boxes != codes.boxes:
         raise ValueError(f"{EXP_AVG} and {EXP_AVG_SCALE} {who} are BoxTensors of different parts of it. {_ADVICE}")
     return found
@@ -263,7 +263,7 @@ def _encoded_boxes(who: str, m: BoxTensor, p: Tensor, own: Mapping[str, Any]) ->
     starts = [box.offsets[0] for box in scale.boxes]
     scales = [(start, s) for start, (_, s) in zip(starts, pairs, strict=True)]
     return (
-        _boxes_of(p, runs, [c for c, _ in pairs], torch.int8),
+        _boxes_of(p, runs, [c for c, _ in pairs], torch.int8, m.device),
         BoxTensor.of_runs(scale.shape, (1,), scales, torch.empty(0, device=m.device)),
     )
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from .capture import refuse_capture
+from .intake import describe_new
 from .meshes import mesh_groups
+from .param_groups import Group
 from .sharding.agreement import Agreement, agree
+from .state_entries import check_state
 from .stepper import clip_together
 from .update.state import StateColumn
+from .upload import refuse_capture
 
 if TYPE_CHECKING:
-    from .grad_source import GradSource
     from .sharded_lion import ShardedLion
 
 # Errors of methods that ShardedLion has only to refuse them.
@@ -38,15 +40,35 @@ def agreeing(
         call: what follows the name of the class.
         params: the parameters; None: those of the optimizer.
     """
-    if params is None:
-        params = (p for group in optimizer.param_groups for p in group["params"])
+    params = params_of(optimizer) if params is None else params
     group = optimizer.process_group
     place = f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} in process_group"
     return agree(group, mesh_groups(params, group), f"ShardedLion{call}", [place])
 
 
+def params_of(optimizer: ShardedLion) -> list[Tensor]:
+    """All parameters of the optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def add_group(optimizer: ShardedLion, param_group: Group) -> None:
+    """See `ShardedLion.add_param_group`."""
+    groups = optimizer.param_groups
+    before = len(groups)
+    try:
+        with agreeing(optimizer, ".add_param_group()") as agreement:
+            optimizer._append_group(param_group)
+            agreement.says(describe_new(groups, before, optimizer.process_group))
+        optimizer._take_in(groups[-1]["params"])
+    except Exception:
+        del groups[before:]
+        raise
+
+
 def check_last_steps(optimizer: ShardedLion) -> None:
-    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups were changed."""
+    """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups or the state were
+    replaced."""
+    check_state(optimizer.state)
     optimizer._deferred.check(all=True)
     optimizer._stepper.check_groups(optimizer.param_groups)
 
@@ -57,18 +79,38 @@ def shard_with_columns(optimizer: ShardedLion, new: Mapping[Tensor, tuple[StateC
     optimizer._shard(list(new), {id(p): columns for p, columns in new.items()})
 
 
+def refuse_offloaded(optimizer: ShardedLion, call: str) -> None:
+    """Raises RuntimeError where `ShardedLion.offload_state` has moved the state to the CPU, as on every rank."""
+    if any(shard.offloaded for shard in optimizer._shards):
+        raise RuntimeError(
+            f"{call} of a ShardedLion whose state is on the CPU after offload_state(): call reload_state() on every "
+            "rank first. Until then the state can only be read and saved"
+        )
+
+
 def clip_optimizers(
     optimizers: Sequence[ShardedLion], max_norm: float, process_groups: Sequence[dist.ProcessGroup]
 ) -> Tensor:
     """Clips the gradients of one or several optimizers together; see `clip_together`."""
+    refuse_capture("clip_grad_norm_() of ShardedLion")
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
+    for optimizer in optimizers:
+        refuse_offloaded(optimizer, "clip_grad_norm_()")
     clipped = [(optimizer._stepper, optimizer.param_groups, optimizer._adopt) for optimizer in optimizers]
     return clip_together(clipped, max_norm, process_groups)
 
 
-def refuse_callers(optimizer: ShardedLion, grads: GradSource) -> None:
-    """Raises RuntimeError where step() was called by what it cannot serve: a GradScaler, or the capture of a CUDA
-    graph."""
+def begin_step(optimizer: ShardedLion) -> None:
+    """Drops the consolidated state, which is no longer that of this step.
+
+    Raises:
+        RuntimeError: step() was called by what it cannot serve, a GradScaler or the capture of a CUDA graph, or the
+            state is offloaded.
+        ValueError: ``optimizer.state`` was replaced.
+    """
+    check_state(optimizer.state)
     refuse_capture("ShardedLion.step()")
-    grads.refuse_scaler(optimizer)
+    refuse_offloaded(optimizer, "step()")
+    optimizer._grads.refuse_scaler(optimizer)
+    optimizer._consolidated = None

@@ -15,25 +15,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import sharded_replicas
 from .grad_source import check_reduction, make_grad_source
+from .hyper_reader import HyperReader
 from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
 from .master_weights import NamedTensors
-from .param_groups import complete_loaded_groups, count_step, hyper_parameters, make_defaults
+from .param_groups import complete_loaded_groups, count_step, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, check_last_steps, clip_optimizers, refuse_callers
+from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, add_group, agreeing, begin_step, clip_optimizers, params_of
 from .sharded_masters import take_on_all_ranks
-from .sharded_replicas import broadcast_given, compare_replicas, overwrite_replicas
-from .sharded_state import IncomingState, gather_whole, order_free_boxes, ordered, put_entries, whole
+from .sharded_state import load
 from .sharded_statistics import sharded_statistics
 from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck
-from .sharding.shard import Shard
-from .state_dicts import check_is_dict, unwrap, with_named_dtypes
+from .sharding.shard import Shard, number_params
+from .state_dicts import unwrap
+from .state_entries import with_entries
+from .state_offload import move_state
+from .statistics import Groups
 from .stepper import Stepper
 from .uncompiled import uncompiled
 from .update.lion_update import check_use_triton
 from .update.state import StateColumn
+from .whole_state import Gathered, consolidate, full_state_dict, shown
 
 
 @uncompiled
@@ -43,7 +48,8 @@ class ShardedLion(Optimizer):
     It gives the same bits as `Lion` on the same averaged gradients. Each rank holds a world_size-th of the momentum and
     steps a world_size-th of the elements. All ranks make these collective calls in the same order: the constructor,
     step, clip_grad_norm_, statistics, add_param_group, init_state, broadcast_buffers, check_replicas, resync,
-    full_state_dict, load_state_dict and, while there are unused gradients, zero_grad. torch.compile leaves them alone.
+    full_state_dict, consolidate_state_dict, load_state_dict, offload_state, reload_state and, while there are unused
+    gradients, zero_grad. torch.compile runs all of them as they are.
 
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values cannot be
@@ -110,9 +116,10 @@ class ShardedLion(Optimizer):
         self._sync = make_param_sync(param_sync, self._membership, self._deferred, self.param_groups)
         self._frozen = FrozenParams(self._group, self._averaged)
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
+        self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
         self._step_supports_amp_scaling = self._grads.takes_loss_scale  # read by torch's GradScaler
-        self._take_in(self._params())
+        self._take_in(params_of(self))
         self._constructed = True
 
     @property
@@ -126,22 +133,11 @@ class ShardedLion(Optimizer):
         """Adds a group; a collective call, with the same group on every rank."""
         if not self._constructed:  # by torch's constructor, within the constructor's own agreement
             return self._append_group(param_group)
-        before = len(self.param_groups)
-        try:
-            with agreeing(self, ".add_param_group()") as agreement:
-                self._append_group(param_group)
-                agreement.says(describe_new(self.param_groups, before, self._group))
-            self._take_in(self.param_groups[-1]["params"])
-        except Exception:
-            del self.param_groups[before:]
-            raise
+        add_group(self, param_group)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         complete_new_group(self.param_groups, self.defaults, self._group, self._averaged)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
@@ -161,12 +157,11 @@ class ShardedLion(Optimizer):
 
     def _set_shards(self, shards: list[Shard]) -> None:
         """Shards the parameters in this way; a collective call. The parameters of no shard count as frozen."""
-        number_of = {id(p): i for i, p in enumerate(self._params())}
-        for shard in shards:
-            shard.numbers = [number_of[id(p)] for p in shard.params]
+        number_params(shards, params_of(self))
+        self._consolidated: Gathered | None = None
         self._stepper.set_shards(shards)
         self._frozen.leave_out(shards)
-        put_entries(self.state, shards, self._rank)
+        self.state = with_entries(self.state, shards, self._rank)
 
     def _adopt(self, unfrozen: list[int], call: str = "ShardedLion.step() after unfreezing parameters") -> None:
         """Shards frozen parameters, given by their indices, that take part by now; a collective call."""
@@ -182,13 +177,14 @@ class ShardedLion(Optimizer):
             ValueError: on every rank, where the ranks unfroze different parameters; nothing has been changed.
         """
         self._membership.check()
+        self._consolidated = None  # a load or new weights may follow
         self._grads.settle()
         self._adopt(self._frozen.unfrozen(), "ShardedLion.init_state()")
 
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Overwrites tensors, such as ``model.buffers()``, with those of the group's first rank; a collective call."""
-        broadcast_given(self, buffers)
+        sharded_replicas.share_buffers(self, list(buffers))
 
     @torch.no_grad()
     def take_master_weights(self, named: NamedTensors) -> None:
@@ -236,12 +232,10 @@ class ShardedLion(Optimizer):
                 the first two after parameters were added, unfrozen or loaded, where the gradients are not averaged over
                 the ranks; nothing has been changed then.
         """
-        refuse_callers(self, self._grads)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        hypers = [hyper_parameters(group) for group in self.param_groups]
+        begin_step(self)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        hypers = self._hypers.read(self.param_groups)
         self._rounding.check(self.param_groups, hypers)
         self._stepper.step(hypers, self.param_groups, self._adopt)
         count_step(self.param_groups)
@@ -253,14 +247,13 @@ class ShardedLion(Optimizer):
 
         Call it just before step(), which multiplies the coefficient in: ``p.grad`` itself is not written. A second call
         before step() clips what is clipped already or, where any rank has other gradients since, all gradients anew;
-        the ranks' hosts then wait for one another. In stage 1 it looks, as step() does, for gradients that are not
-        averaged. The norm is a float64 sum of squares over the shards, rounded once.
+        the ranks' hosts then wait for one another. In stage 1 it refuses gradients that are not averaged.
 
         Args:
             max_norm: > 0, the same on every rank; step() compares the coefficient.
             process_groups: groups whose ranks hold other parameters of the same model, such as those of pipeline
-                parallelism: the norm includes those, and the meshes of DTensors in any case. (A parameter that several
-                ranks of such a group hold counts once for each.) Several optimizers: `lion_dist.clip_grad_norm_`.
+                parallelism, whose norm includes them; a parameter that several ranks of such a group hold counts once
+                for each. Meshes of DTensors are included anyway. Several optimizers: `lion_dist.clip_grad_norm_`.
 
         Returns:
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.
@@ -268,9 +261,7 @@ class ShardedLion(Optimizer):
         return clip_optimizers([self], max_norm, process_groups)
 
     @torch.no_grad()
-    def statistics(
-        self, by: str = "group", *, flips: bool = False, process_groups: Sequence[dist.ProcessGroup] = ()
-    ) -> dict[str, float]:
+    def statistics(self, by: str = "group", *, flips: bool = False, process_groups: Groups = ()) -> dict[str, float]:
         """Numbers that describe the next step(), over all ranks; a collective call. `Lion.statistics` explains them.
 
         Every rank gets the same numbers. In stage 2 it averages the gradients, which clipping and step() then do not.
@@ -289,8 +280,6 @@ class ShardedLion(Optimizer):
             super().zero_grad(set_to_none)
         self._stepper.set_clipping(None)
 
-    # Replicas -----------------------------------------------------------------------------------
-
     @torch.no_grad()
     def check_replicas(self) -> None:
         """Compares checksums of the parameters' bits over the ranks; a collective call, for which the host waits. With
@@ -300,7 +289,7 @@ class ShardedLion(Optimizer):
             RuntimeError: on every rank, where a replica differs; it names the parameters and the ranks.
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        compare_replicas(self)
+        sharded_replicas.check(self)
 
     @torch.no_grad()
     def resync(self) -> None:
@@ -313,12 +302,13 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, after that, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        overwrite_replicas(self)
+        sharded_replicas.resync(self)
 
     # State --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, as `BoxTensor`s: views of the shard, in the parameters' logical shapes.
+        """This rank's part of the state, as `BoxTensor`s: views of the shard, in the parameters' logical shapes. After
+        `consolidate_state_dict`, and until the next step or load, that rank's is the whole state, on the CPU.
 
         Local and cheap. torch.distributed.checkpoint saves and loads it under any other cut, as do
         torch.distributed.checkpoint.state_dict.get_optimizer_state_dict and set_optimizer_state_dict;
@@ -327,9 +317,23 @@ class ShardedLion(Optimizer):
         Raises:
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        check_last_steps(self)
-        packed = with_named_dtypes(super().state_dict())
-        return {**packed, "state": order_free_boxes(ordered(packed["state"]), self.param_groups)}
+        return shown(self)
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gathers the whole state on one rank, whose `state_dict` returns it until the next step or load; a collective
+        call, as that of torch's ZeroRedundancyOptimizer, for code that saves ``state_dict()`` on one rank.
+
+        With ``register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)`` every `state_dict` is a collective
+        call that makes it.
+
+        Args:
+            to: the rank, counted in process_group, and of its copies in the meshes of DTensors the first.
+
+        Raises:
+            RuntimeError, ValueError: as for `full_state_dict`; also where the ranks do not give the same rank of it.
+        """
+        self._consolidated = consolidate(self, to)
 
     @torch.no_grad()
     def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
@@ -345,15 +349,7 @@ class ShardedLion(Optimizer):
             RuntimeError: some ranks did not make the call within the group's time-out; it names them.
             ValueError: on every rank, where hyper-parameters differed in one of the last steps; see `step`.
         """
-        with agreeing(self, ".full_state_dict()") as agreement:
-            check_last_steps(self)
-            agreement.says([f"rank0_only={rank0_only}"])
-        self._grads.settle()
-        gathered = gather_whole(self._shards, self._group, rank0_only)
-        if gathered is None:
-            return {}
-        packed = with_named_dtypes(super().state_dict())
-        return {**packed, "state": whole(packed["state"], self.param_groups, gathered)}
+        return full_state_dict(self, rank0_only)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -371,23 +367,26 @@ class ShardedLion(Optimizer):
             ValueError, TypeError, RuntimeError: on every rank, if the state does not fit on any of them; nothing has
                 been changed. Also on every rank, if a hook raises on one; after a post hook the state is loaded.
         """
-        incoming = IncomingState(self.param_groups, self.defaults, self.state)
-        with incoming.receiving(self):
-            with agreeing(self, ".load_state_dict()") as agreement:
-                check_is_dict(state_dict)
-                super().load_state_dict(state_dict)
-                incoming.check(self.param_groups, self._shards, self._group)
-                agreement.says(incoming.describe(self.param_groups))
-            self._grads.settle()
-            self._sync.check_load(self._params(), incoming.of_params())
-        shards = incoming.choose_shards(self.param_groups, self._shards, self._group, self._sync.keeps_whole)
-        self._set_shards(shards)
-        for shard in shards:
-            shard.take_state(incoming.state, self._group)
-        self._stepper.set_clipping(None)
-        self._deferred.clear()
-        with agreeing(self, ".load_state_dict(), its post hooks"):
-            incoming.run_post_hooks(self)
+        load(self, state_dict)
+
+    @torch.no_grad()
+    def offload_state(self) -> None:
+        """Moves momenta, scales and remainders to the CPU, until `reload_state`; a collective call.
+
+        Their memory on the device is free then, unless a `state_dict` that was taken before refers to it. The state can
+        still be read, saved and assigned to; `step`, `clip_grad_norm_` and loads raise RuntimeError, on every rank, and
+        so do `check_replicas` and `resync` where they need it. A second call moves only what was added since.
+
+        Raises:
+            RuntimeError, ValueError: as for `full_state_dict`; also where a rank lacks memory. Nothing has been moved.
+        """
+        move_state(self, offload=True)
+
+    @torch.no_grad()
+    def reload_state(self) -> None:
+        """Moves the state back to the device, with the same bits; a collective call, which raises as `offload_state`
+        does. Where nothing is offloaded it does nothing."""
+        move_state(self, offload=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous = self.param_groups

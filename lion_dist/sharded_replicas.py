@@ -1,13 +1,13 @@
-"""What ShardedLion does with whole replicas: broadcasts and comparisons."""
+"""The replicas of a ShardedLion's tensors: compared, and made equal. All functions are collective calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .sharded_access import agreeing
+from .sharded_access import agreeing, params_of
 from .sharding.agreement import meet
 from .sharding.replicas import broadcast, broadcast_dense, describe_dense, refuse_differing
 from .sharding.shard import whole_state
@@ -16,25 +16,26 @@ if TYPE_CHECKING:
     from .sharded_lion import ShardedLion
 
 
-def broadcast_given(optimizer: ShardedLion, buffers: Iterable[Tensor]) -> None:
-    """`ShardedLion.broadcast_buffers`."""
-    given = list(buffers)
+def check(optimizer: ShardedLion) -> None:
+    """See `ShardedLion.check_replicas`."""
+    optimizer._deferred.check(all=True)
+    optimizer._grads.settle()
+    refuse_differing(params_of(optimizer), optimizer.process_group, whole_state(optimizer._shards))
+
+
+def resync(optimizer: ShardedLion) -> None:
+    """See `ShardedLion.resync`."""
+    group = optimizer.process_group
+    meet(group, "ShardedLion.resync()")
+    optimizer._grads.settle()
+    broadcast([*params_of(optimizer), *(t for _, t in whole_state(optimizer._shards))], group)
+    optimizer._deferred.check(all=True)
+
+
+def share_buffers(optimizer: ShardedLion, buffers: Sequence[Tensor]) -> None:
+    """See `ShardedLion.broadcast_buffers`."""
+    group = optimizer.process_group
     with agreeing(optimizer, ".broadcast_buffers()") as agreement:
-        agreement.says(describe_dense(given, optimizer.process_group))
+        agreement.says(describe_dense(buffers, group))
     optimizer._grads.settle()
-    broadcast_dense(given, optimizer.process_group)
-
-
-def compare_replicas(optimizer: ShardedLion) -> None:
-    """`ShardedLion.check_replicas`."""
-    optimizer._deferred.check(all=True)
-    optimizer._grads.settle()
-    refuse_differing(optimizer._params(), optimizer.process_group, whole_state(optimizer._shards))
-
-
-def overwrite_replicas(optimizer: ShardedLion) -> None:
-    """`ShardedLion.resync`."""
-    meet(optimizer.process_group, "ShardedLion.resync()")
-    optimizer._grads.settle()
-    broadcast([*optimizer._params(), *(t for _, t in whole_state(optimizer._shards))], optimizer.process_group)
-    optimizer._deferred.check(all=True)
+    broadcast_dense(buffers, group)

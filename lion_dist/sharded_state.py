@@ -1,16 +1,15 @@
 """ShardedLion's state as others see it: by parameter, in the shapes that the columns give to it.
 
-Whole state is gathered into plain tensors on the CPU. A rank's own part is local: `BoxTensor`s that are views of the
-shard. ``optimizer.state`` holds entries that make a BoxTensor whenever one is read, so that none outlives its shard.
-State that every rank keeps whole (`Shard.whole`) is shown as the plain tensors that it is.
+A rank's own part is shown as `BoxTensor`s that are views of the shard, without communication. State that every rank
+keeps whole (`Shard.whole`) is shown as the plain tensors that it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,90 +17,30 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import load_state_dict_post_hooks
-from .dtensors import is_dtensor, local, placed_like
+from .dtensors import is_dtensor, local
 from .intake import new_shards
-from .lion_state import order_free
-from .meshes import of_same_boxes
 from .param_groups import Group, describe_groups, state_columns
 from .saved_momentum import in_kept_form
+from .sharded_access import agreeing, params_of, refuse_offloaded
 from .sharding.box_tensor import BoxTensor
 from .sharding.replicas import comparable
-from .sharding.shard import Column, Shard
-from .state_dicts import check_and_wrap_state, map_tensors
+from .sharding.shard import Shard
+from .state_dicts import check_and_wrap_state, check_is_dict, with_named_dtypes
+from .state_entries import ShardEntry
 from .update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER, StateColumn
 
+if TYPE_CHECKING:
+    from .sharded_lion import ShardedLion
 
-class ShardEntry(MutableMapping[str, Any]):
-    """One parameter's entry in ``optimizer.state``: a BoxTensor for each column, and what others keep beside them.
 
-    The BoxTensors are views of the shard. A BoxTensor of the same cut, or a whole tensor of the same shape, that is
-    assigned to a column is copied into the shard; between float dtypes it is cast, and anything else must have the
-    column's own dtype. Columns cannot be deleted. Whole columns are plain tensors, and only whole tensors can be
-    assigned to them.
+def own_part(packed: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
+    """A state_dict of this rank's part of the state, in the forms that torch.distributed.checkpoint can reshard.
+
+    Args:
+        packed: as torch's state_dict returned it.
+        groups: the optimizer's groups.
     """
-
-    def __init__(self, shard: Shard, param: int, rank: int, others: Mapping[str, Any]) -> None:
-        self._place = shard, param, rank
-        self.others = dict(others)
-
-    def _column(self, key: str) -> Column | None:
-        shard, _, _ = self._place
-        return next((column for column in shard.columns if column.name == key), None)
-
-    def _tensor(self, column: Column) -> Tensor:
-        shard, param, rank = self._place
-        return shard.state(param, column, rank)
-
-    def __getitem__(self, key: str) -> Any:
-        column = self._column(key)
-        return self.others[key] if column is None else self._tensor(column)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        column = self._column(key)
-        if column is None:
-            self.others[key] = value
-            return
-        own = self._tensor(column)
-        if not isinstance(value, Tensor) or value.shape != own.shape:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{key} must be a tensor of shape {tuple(own.shape)}, as its parameter requires, got {got}"
-            )
-        if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
-            raise TypeError(
-                f"{key} is kept in {own.dtype}, got {value.dtype}: to assign would change the numbers. Give it in "
-                f"{own.dtype}, or give a whole state to load_state_dict, which converts it"
-            )
-        with torch.no_grad():
-            own.copy_(of_same_boxes(value, own) if is_dtensor(value) else value)
-
-    def __delitem__(self, key: str) -> None:
-        if self._column(key) is not None:
-            raise TypeError(f"{key} is part of ShardedLion's shard, and cannot be deleted: assign zeros to it instead")
-        del self.others[key]
-
-    def __iter__(self) -> Iterator[str]:
-        shard, _, _ = self._place
-        return iter((*(column.name for column in shard.columns), *self.others))
-
-    def __len__(self) -> int:
-        shard, _, _ = self._place
-        return len(shard.columns) + len(self.others)
-
-
-def put_entries(state: MutableMapping[Any, Any], shards: Sequence[Shard], rank: int) -> None:
-    """Puts an entry for every sharded parameter into ``state``, first and in the order of the shards.
-
-    Entries that other code keeps in ``state`` stay.
-    """
-    before = dict(state)
-    state.clear()
-    for shard in shards:
-        for i, p in enumerate(shard.params):
-            entry = before.pop(p, {})
-            others = entry.others if isinstance(entry, ShardEntry) else entry
-            state[p] = ShardEntry(shard, i, rank, others)
-    state.update(before)
+    return {**with_named_dtypes(packed), "state": order_free_boxes(ordered(packed["state"]), groups)}
 
 
 def order_free_boxes(state: Mapping[Any, Any], groups: Sequence[Group]) -> dict[Any, Any]:
@@ -136,69 +75,27 @@ def ordered(packed: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def whole(
-    packed: Mapping[Any, Any], groups: Sequence[Group], gathered: Mapping[int, Mapping[str, Tensor]]
-) -> dict[Any, Any]:
-    """`ordered`, with whole state in place of this rank's part of it.
-
-    Args:
-        gathered: as `gather_whole` returned it. Entries that other code keeps beside it are this rank's own; their
-            tensors are copied to the CPU.
-    """
-    state = ordered(packed)
-    for i, p in enumerate(p for group in groups for p in group["params"]):
-        if i in state:
-            own = gathered.get(id(p), {})
-            others = {key: map_tensors(_on_cpu, value) for key, value in state[i].items() if key not in own}
-            state[i] = {**own, **others}
-    return state
-
-
-def _on_cpu(t: Tensor, _: Any) -> Tensor:
-    return t.detach().to("cpu", copy=True)
-
-
-def gather_whole(
-    shards: Sequence[Shard], group: dist.ProcessGroup, rank0_only: bool
-) -> dict[int, dict[str, Tensor]] | None:
-    """The whole state on the CPU, by ``id`` of the parameter and by column name; a collective call.
-
-    The tensors are contiguous; momenta and remainders are as `lion_state.as_shown` shows them.
-
-    Args:
-        rank0_only: whether only the group's first rank wants it, and of those in the meshes of DTensors the first.
-
-    Returns:
-        None if this rank does not want it.
-    """
-    gathered: dict[int, dict[str, Tensor]] = {}
-    # With rank0_only, only the ranks of the first replica gather over the meshes.
-    keeps = not rank0_only or dist.get_rank(group) == 0
-    wants = keeps and not (rank0_only and any(shard.placing.is_elsewhere for shard in shards))
+def load(optimizer: ShardedLion, state_dict: dict[str, Any]) -> None:
+    """See `ShardedLion.load_state_dict`."""
+    group, sync = optimizer.process_group, optimizer._sync
+    incoming = IncomingState(optimizer.param_groups, optimizer.defaults, optimizer.state)
+    with incoming.receiving(optimizer):
+        with agreeing(optimizer, ".load_state_dict()") as agreement:
+            refuse_offloaded(optimizer, "load_state_dict()")
+            check_is_dict(state_dict)
+            Optimizer.load_state_dict(optimizer, state_dict)
+            incoming.check(optimizer.param_groups, optimizer._shards, group)
+            agreement.says(incoming.describe(optimizer.param_groups))
+        optimizer._grads.settle()
+        sync.check_load(params_of(optimizer), incoming.of_params())
+    shards = incoming.choose_shards(optimizer.param_groups, optimizer._shards, group, sync.keeps_whole)
+    optimizer._set_shards(shards)
     for shard in shards:
-        for p, state in zip(shard.params, shard.gather_state(group, keeps), strict=True):
-            if not keeps:
-                continue
-            whole = {name: _over_mesh(t, p, wants) for name, t in order_free(state, is_dtensor(p)).items()}
-            if wants:
-                gathered[id(p)] = whole
-    return gathered if wants else None
-
-
-def _over_mesh(t: Tensor, p: Any, wants: bool) -> Tensor:
-    """The whole tensor of state on the CPU, contiguous; a collective call for the ranks of p's mesh.
-
-    Args:
-        t: state of what this rank holds of the parameter, on the CPU.
-        p: the parameter.
-        wants: whether this rank wants the result.
-    """
-    if not is_dtensor(p) or (not t.dim() and p.dim()):
-        return t.contiguous()
-    part = (t.float() if t.dtype == torch.int16 else t).to(p.device_mesh.device_type)
-    shards: Any = placed_like(part, p)
-    whole: Tensor = shards.full_tensor()
-    return whole.cpu().contiguous() if wants else whole
+        shard.take_state(incoming.state, group)
+    optimizer._stepper.set_clipping(None)
+    optimizer._deferred.clear()
+    with agreeing(optimizer, ".load_state_dict(), its post hooks"):
+        incoming.run_post_hooks(optimizer)
 
 
 class IncomingState:
@@ -334,7 +231,8 @@ class IncomingState:
         """Lines about the loaded groups and the state that must be the same on all ranks."""
 
         def kind(t: Tensor) -> str:
-            return f"boxes of {t.dtype}" if isinstance(t, BoxTensor) else str(t.dtype)
+            part = " in boxes, one rank's part (full_state_dict() and consolidate_state_dict() give whole tensors)"
+            return f"{t.dtype}{part if isinstance(t, BoxTensor) else ''}"
 
         state = [
             f"state of parameter {i}: "

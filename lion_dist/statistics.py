@@ -29,6 +29,7 @@ from .upload import is_capturing
 _NORMS = {"param": sums.PARAM, "moment": sums.MOMENT, "update": sums.UPDATE, "grad": sums.GRAD}
 _SIGNS = {"zero": sums.ZERO, "agree": sums.AGREE}
 ALL = "global"
+Groups = Sequence[dist.ProcessGroup]
 
 
 class Rows(NamedTuple):
@@ -152,7 +153,7 @@ def name_numbers(names: Sequence[str], of_rows: Tensor) -> dict[str, float]:
     return found
 
 
-def check_same_names(names: Sequence[str], process_groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+def check_same_names(names: Sequence[str], process_groups: Groups, device: torch.device) -> None:
     """Compares the names of rows over the ranks of process groups; a collective call for them.
 
     Raises:
@@ -179,7 +180,7 @@ def local_statistics(
     kept: KeptSigns,
     by: str,
     flips: bool,
-    process_groups: Sequence[dist.ProcessGroup],
+    process_groups: Groups,
 ) -> dict[str, float]:
     """Measures what the next step of a Lion would do; a collective call of its meshes and of ``process_groups``.
 

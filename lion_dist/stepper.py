@@ -46,7 +46,8 @@ class Measured:
 
 
 class Stepper:
-    """Steps the shards of a ShardedLion and clips their gradients. All methods but `check_groups` are collective.
+    """Steps the shards of a ShardedLion and clips their gradients. All methods but `check_groups` and
+    `forget_tables` are collective.
 
     Args:
         membership: the ranks.
@@ -97,6 +98,12 @@ class Stepper:
             for run in shard.layout.slices(self._rank)
         ]
         return Part(shard, segments, LionUpdate(self._use_triton))
+
+    def forget_tables(self) -> None:
+        """Drops what is kept between steps and may refer to the present memory of the state."""
+        for part in self._parts:
+            part.update.forget()
+        self._sync.forget_tables()
 
     def check_groups(self, groups: Sequence[Group]) -> list[list[int]]:
         """Finds the parameter group of each parameter, for each shard.

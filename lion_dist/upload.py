@@ -40,17 +40,31 @@ def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> 
 
 def upload_integers(numbers: Sequence[int], device: torch.device) -> Tensor:
     """`upload` of at least one int64, in half the time. Call it outside of captures."""
+    return _sent(_integers(numbers), device)
+
+
+def upload_bytes(data: bytes, device: torch.device) -> Tensor:
+    """`upload` of at least one uint8, in half the time. Call it outside of captures."""
+    return _sent(torch.frombuffer(bytearray(data), dtype=torch.uint8), device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
-        return _integers(numbers).to(device)
-    return (
-        torch.empty(len(numbers), dtype=torch.int64, pin_memory=True)
-        .copy_(_integers(numbers))
-        .to(device, non_blocking=True)
-    )
+        return t.to(device)
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t).to(device, non_blocking=True)
 
 
 def _integers(numbers: Sequence[int]) -> Tensor:
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+
+
+def refuse_capture(what: str) -> None:
+    """Raises RuntimeError if a CUDA graph is being captured, which would contain ``what``, a part of ShardedLion."""
+    if is_capturing():
+        raise RuntimeError(
+            f"{what} cannot be captured in a CUDA graph, since its ranks agree through the host in each step, and "
+            "replays run nothing there: leave it out of the capture, or use lion_dist.Lion, whose step can be captured"
+        )
 
 
 def refuse_in_capture() -> None:

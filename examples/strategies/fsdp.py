@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 class FSDP(Single):
     """
     Attributes:
-        names: the names of each group's parameters.
         whole_bytes: size of all parameters together, unsharded.
         gathered: options for the model's whole state, which goes to rank 0's CPU memory where it is on GPUs.
     """
@@ -24,8 +23,6 @@ class FSDP(Single):
     replicated = False
 
     def __init__(self, model: nn.Module, groups: Groups, config: Config) -> None:
-        name_of = {id(p): name for name, p in model.named_parameters()}
-        self.names = [[name_of[id(p)] for p in group["params"]] for group in groups]
         self.whole_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         # On CPUs the state is whole on every rank: torch crashes there when it offloads a whole FSDP1 model.
         on_gpu = next(model.parameters()).is_cuda

@@ -33,10 +33,7 @@ class FSDP2(FSDP):
     def after_sharding(self, groups: Groups) -> Groups:
         """The groups with the parameters by which fully_shard has replaced those that the groups were made from."""
         parameters = dict(self.model.named_parameters())
-        return [
-            {**group, "params": [parameters[name] for name in names]}
-            for group, names in zip(groups, self.names, strict=True)
-        ]
+        return [{**group, "params": [parameters[name] for name in group["param_names"]]} for group in groups]
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..fsdp import reshard
 from ..lion import Lion
+from ..sharded_access import refuse_offloaded
 from ..sharded_lion import ShardedLion
 from .folders import Key, local_path
 from .json_values import from_json
@@ -241,6 +242,8 @@ def load(
     what = f"lion_dist.checkpoint.load({os.fspath(path)!r})"
 
     def check() -> tuple[Reader, list[str]]:
+        if isinstance(optimizer, ShardedLion):
+            refuse_offloaded(optimizer, "lion_dist.checkpoint.load()")
         reader = Reader(path, cast=cast)
         reader.open()
         _check_inputs(model, optimizer)

@@ -128,7 +128,8 @@ class _MasterPart(ComputedPart):
         self._remainder = remainder
 
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        return join(self.source[slices], self._remainder[slices])
+        weight = self.source[slices]
+        return join(weight, self._remainder[slices].to(weight.device))  # the state may be offloaded
 
 
 # 8-bit momentum -------------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ def _load_again(load: Callable[[Any], object], before: Any) -> None:
 
 
 def _put_back_dict(live: dict[Any, Any], before: dict[Any, Any]) -> None:
-    live.clear()
-    live.update(before)
+    # By dict's own methods: ShardedLion's state refuses to lose entries, which are all in ``before``.
+    dict.clear(live)
+    dict.update(live, before)
 
 
 def _put_back_tensor(live: Tensor, before: Tensor) -> None:

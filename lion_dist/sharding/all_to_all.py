@@ -85,6 +85,7 @@ class TorchRows:
 class _Exchange:
     """A bucket whose all-to-all is under way."""
 
+    membership: Membership
     work: Any
     sent: Tensor
     received: Tensor
@@ -95,7 +96,8 @@ class _Exchange:
         return self.sent, self.received
 
     def wait(self) -> None:
-        self.work.wait()
+        with self.membership.collective():
+            self.work.wait()
         self.average()
 
 
@@ -141,4 +143,4 @@ class AllToAllAverage:
                     t.record_stream(current)
         with self._membership.collective() as group:
             work = start_all_to_all(received, sent, group)
-        return _Exchange(work, sent, received, lambda: halves.average(received, adds))
+        return _Exchange(self._membership, work, sent, received, lambda: halves.average(received, adds))

@@ -9,6 +9,7 @@ own shape, and loaded from any other cut, without a collective. It is a view: lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf, nan
 from operator import add
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -91,6 +92,21 @@ class BoxTensor(Tensor):
         like = next(iter(parts), self) if like is None else like
         return BoxTensor(self.shape, self.boxes, parts, like.dtype, like.device)
 
+    def check_cut(self, own: Tensor) -> None:
+        """Checks that this tensor can be copied into another one.
+
+        Raises:
+            TypeError: the other one is no BoxTensor.
+            ValueError: its boxes are others.
+        """
+        if not isinstance(own, BoxTensor):
+            raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor. {_REMEDY}")
+        if own.shape != self.shape or own.boxes != self.boxes:
+            raise ValueError(
+                f"a BoxTensor with boxes {list(self.boxes)} does not fit one with boxes {list(own.boxes)}, because it "
+                "is another cut of the tensor: go through a checkpoint"
+            )
+
     # Methods that torch.distributed.checkpoint calls.
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
@@ -120,7 +136,8 @@ class BoxTensor(Tensor):
                 return part
         raise ValueError(f"{index.fqn} has no box at offsets {offsets} on this rank; its boxes are {list(self.boxes)}")
 
-    # The operators that copying, moving and comparing state_dicts need. Any other one raises an error.
+    # Operators that copy, move or compute elementwise give BoxTensors, and reductions of all elements plain tensors.
+    # Both see this rank's part alone. Any other one raises an error.
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -131,14 +148,8 @@ class BoxTensor(Tensor):
             return self.map(lambda part: part)
         if func is _aten.copy_.default:
             source = args[1]
-            if not isinstance(self, BoxTensor):
-                raise TypeError(f"{_ADVICE} It cannot be copied into a whole tensor.")
             if isinstance(source, BoxTensor):
-                if source.boxes != self.boxes:
-                    raise ValueError(
-                        f"a BoxTensor with boxes {list(source.boxes)} cannot be copied into one with boxes "
-                        f"{list(self.boxes)}: go through a checkpoint"
-                    )
+                source.check_cut(self)
                 for part, other in zip(self.parts, source.parts, strict=True):
                     part.copy_(other)
             else:
@@ -152,7 +163,15 @@ class BoxTensor(Tensor):
             known = {k: v for k, v in kwargs.items() if k not in ("memory_format", "layout", "pin_memory")}
             function = _ELEMENTWISE[func]
             return self.map(lambda part: function(part, *rest, **known), function(_empty_of(self), *rest, **known))
-        raise NotImplementedError(f"{_ADVICE} It does not support {func}.")
+        if func is _aten.equal.default:  # of this rank's part
+            return all(_elementwise(_aten.eq.Tensor, args, {}).parts[i].all() for i in range(len(self.boxes)))
+        if torch.Tag.pointwise in func.tags or func in _IN_PLACE:
+            return _elementwise(func, args, kwargs)
+        if func in _REDUCTIONS and isinstance(self, BoxTensor):
+            return _reduced(func, self, args[1:], kwargs)
+        if func is torch.ops.c10d.broadcast_.default:
+            return _broadcast(func, args, kwargs)
+        raise NotImplementedError(f"{_ADVICE} It does not support {func}. {_REMEDY}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BoxTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes={list(self.boxes)})"
@@ -166,12 +185,18 @@ class BoxTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"{_ADVICE} It cannot be pickled, as torch.save would: save full_state_dict(), or the BoxTensors through "
-            "lion_dist.checkpoint or torch.distributed.checkpoint"
+            f"{_ADVICE} It cannot be pickled, as torch.save would: save full_state_dict(rank0_only=True), called on "
+            "every rank; or call consolidate_state_dict() on every rank before the first one saves its state_dict(); "
+            "or save the BoxTensors through lion_dist.checkpoint or torch.distributed.checkpoint. A file that "
+            "torch.save has begun is no checkpoint: remove it"
         )
 
 
-_ADVICE = "This is a BoxTensor, one rank's part of a sharded tensor, from ShardedLion.state_dict()."
+_ADVICE = "This is a BoxTensor, one rank's part of a sharded tensor, from ShardedLion's state or its state_dict()."
+_REMEDY = (
+    "The plain tensors that this rank holds are in its attribute parts; full_state_dict(), called on every rank, has "
+    "whole tensors"
+)
 _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     _aten.clone.default: torch.clone,
     ATEN_TO_COPY: lambda part, *_, **kw: part.to(**{k: v for k, v in kw.items() if v is not None}, copy=True),
@@ -184,3 +209,82 @@ _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
 
 def _empty_of(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=t.dtype, device=t.device)
+
+
+# Elementwise operators that torch does not tag as such.
+_IN_PLACE = {_aten.zero_.default, _aten.fill_.Scalar, _aten.fill_.Tensor, _aten.abs_.default}
+
+# Reductions of all elements, and for those that can reduce some dimensions only the argument that names them, counted
+# after the tensor.
+_REDUCTIONS: dict[Any, int | None] = {
+    _aten.sum.default: None, _aten.sum.dim_IntList: 0, _aten.mean.default: None, _aten.mean.dim: 0,
+    _aten.prod.default: None, _aten.nansum.default: 0, _aten.std.correction: 0, _aten.var.correction: 0,
+    _aten.norm.Scalar: None, _aten.linalg_vector_norm.default: 1, _aten.any.default: None, _aten.all.default: None,
+    _aten.count_nonzero.default: 0, _aten.max.default: None, _aten.min.default: None, _aten.amax.default: 0,
+    _aten.amin.default: 0,
+}  # fmt: skip
+_OF_NOTHING = {_aten.max.default: -inf, _aten.amax.default: -inf, _aten.min.default: inf, _aten.amin.default: inf}
+
+
+def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> BoxTensor:
+    """Applies an elementwise operator to the parts. Plain tensors beside them are whole, or have no dimensions."""
+    first = next(t for t in (*args, *kwargs.values()) if isinstance(t, BoxTensor))
+    for t in (*args, *kwargs.values()):
+        if isinstance(t, BoxTensor):
+            t.check_cut(first)
+        elif isinstance(t, Tensor) and t.dim() and t.shape != first.shape:
+            raise ValueError(
+                f"{_ADVICE} {func} takes numbers, BoxTensors of the same boxes and whole tensors of shape "
+                f"{tuple(first.shape)} beside it, got shape {tuple(t.shape)}. {_REMEDY}"
+            )
+
+    def computed(part_of: Callable[[Tensor], Tensor]) -> Tensor:
+        def own(value: Any) -> Any:
+            cut = isinstance(value, BoxTensor) or (isinstance(value, Tensor) and value.dim())
+            return part_of(value) if cut else value
+
+        found: Tensor = func(*map(own, args), **{key: own(value) for key, value in kwargs.items()})
+        return found
+
+    def part_of(t: Tensor, i: int) -> Tensor:
+        return t.parts[i] if isinstance(t, BoxTensor) else t[first.boxes[i].slices()]
+
+    changed = func in _IN_PLACE or func.overloadpacket.__name__.endswith("_")
+    if changed and not isinstance(args[0], BoxTensor):
+        raise TypeError(f"{_ADVICE} {func} cannot change a whole tensor by it. {_REMEDY}")
+    parts = [computed(lambda t, i=i: part_of(t, i)) for i in range(len(first.boxes))]  # type: ignore[misc]
+    if changed:
+        found: BoxTensor = args[0]
+        return found
+    like = computed(_empty_of)
+    return BoxTensor(first.shape, first.boxes, parts, like.dtype, like.device)
+
+
+def _reduced(func: Any, t: BoxTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Reduces this rank's part to one number: shape ()."""
+    at = _REDUCTIONS[func]
+    dims = kwargs.get("dim") if at is None or len(args) <= at else args[at]
+    if dims or isinstance(dims, int) or kwargs.get("keepdim") or (at is not None and any(args[at + 1 : at + 2])):
+        raise NotImplementedError(
+            f"{_ADVICE} {func} can only reduce it over all dimensions, without keepdim. {_REMEDY}"
+        )
+    elements: Tensor = torch.cat([_empty_of(t), *(part.reshape(-1) for part in t.parts)])
+    if not elements.numel() and func in _OF_NOTHING and t.is_floating_point():
+        return elements.new_full((), _OF_NOTHING[func])
+    reduced: Tensor = func(elements, *args, **kwargs)
+    return reduced
+
+
+def _broadcast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Takes part in a broadcast with whole tensors of NaN, or of 0 where there is none.
+
+    set_optimizer_state_dict(broadcast_from_rank0=True) makes it on the first rank for every tensor that it was given,
+    and then loads. An error here would leave the other ranks in their broadcast, where the load raises on every rank:
+    the first has BoxTensors and the others have not.
+    """
+
+    def whole(t: Tensor) -> Tensor:
+        fill = nan if t.is_floating_point() else 0
+        return torch.full(t.shape, fill, dtype=t.dtype, device=t.device) if isinstance(t, BoxTensor) else t
+
+    return func([whole(t) for t in args[0]], *args[1:], **kwargs)

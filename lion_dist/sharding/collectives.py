@@ -1,6 +1,7 @@
 """Collectives on tensors, and what an optimizer does when one of them fails.
 
-All ranks of a group must make the same calls in the same order.
+All ranks of a group must make the same calls in the same order. In a group of one rank those that would leave every
+tensor as it is do nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ from .._torch_compat_distributed import (
 
 # Backends that can average. For the others, the sum is divided in one more pass over the result.
 AVERAGING_BACKENDS = {"nccl", "gloo"}
+
+
+class _Nothing:
+    """A collective that had nothing to do."""
+
+    def wait(self) -> None:
+        pass
 
 
 class _Works:
@@ -65,7 +73,9 @@ def start_all_gather(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> Any
     Returns:
         The work to `wait` for before anything reads the buffers.
     """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rank, world_size = group.rank(), group.size()
+    if world_size == 1:
+        return _Nothing()
     lengths = [buffer.numel() // world_size for buffer in buffers]
     parts = [buffer.narrow(0, rank * n, n) for buffer, n in zip(buffers, lengths, strict=True)]
     options = AllgatherOptions()
@@ -126,6 +136,8 @@ def start_all_to_all(output: Tensor, source: Tensor, group: dist.ProcessGroup) -
 
 def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Overwrites dense tensors with those of the group's first rank."""
+    if group.size() == 1:
+        return
     source = dist.get_global_rank(group, 0)
     works = [dist.broadcast(t, src=source, group=group, async_op=True) for t in tensors]
     for work in works:
@@ -134,6 +146,8 @@ def broadcast_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) ->
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     """Sums a tensor over the group, in place."""
+    if group.size() == 1:
+        return
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
@@ -143,6 +157,8 @@ def start_all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Any:
     Returns:
         The work to `wait` for before anything reads the tensor.
     """
+    if group.size() == 1:
+        return _Nothing()
     return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
 
@@ -161,7 +177,11 @@ def explaining(group: dist.ProcessGroup, cause: Callable[[], str] = lambda: _UNK
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(f"a collective of ShardedLion failed: {cause()}. ({error})") from error
+        raise _explained(error, cause) from error
+
+
+def _explained(error: RuntimeError, cause: Callable[[], str]) -> RuntimeError:
+    return RuntimeError(f"a collective of ShardedLion failed: {cause()}. ({error})")
 
 
 class Membership:
@@ -195,10 +215,24 @@ class Membership:
     def collective(self) -> Iterator[dist.ProcessGroup]:
         """Context manager around collectives on the group. After one has failed, this rank no longer takes part."""
         try:
-            with explaining(self.group, self._cause):
-                yield self.group
+            yield self.group
         except RuntimeError as error:
-            self.leave(str(error))
+            explained = _explained(error, self._cause)
+            self.leave(str(explained))
+            raise explained from error
+
+    @contextlib.contextmanager
+    def completing(self, what: str) -> Iterator[None]:
+        """Context manager around work that cannot be left half done, as other ranks count on its collectives. After an
+        exception of any kind this rank no longer takes part; see `fail`.
+
+        Args:
+            what: names the work in the messages.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.fail(f"{what} raised {type(error).__name__}: {error}")
             raise
 
     def _cause(self) -> str:

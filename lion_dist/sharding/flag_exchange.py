@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..upload import upload
+from ..upload import upload_bytes
 from .collectives import Membership, start_all_reduce_max
 
 # Types of devices whose collectives the host waits for in any case, so that it costs nothing to read their outcome.
@@ -122,7 +122,7 @@ class FlagExchange:
         reads = device.type in WAITING_DEVICES or late or unfrozen or dropped or suspects or self.expects_late
         own = RankFlags(late, unfrozen, self.expects_late, dropped, not dropped, not reads)
         self._own = bytes(had_gradient)
-        self._flags = upload([*self._own, *own], torch.uint8, device)
+        self._flags = upload_bytes(self._own + bytes(own), device)
         with self._membership.collective() as group:
             self._work = start_all_reduce_max(self._flags, group)
         if not reads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,29 +19,28 @@ from .._torch_compat import (
     current_autograd_node,
     disable_dynamo,
     in_compiled_autograd,
+    never_compiled,
     post_accumulate_grad_hooks,
     queue_backward_callback,
 )
 
 
 class _Hook:
-    """A hook on one parameter, called when autograd has added to ``p.grad``."""
+    """A hook on one parameter, called when autograd has added to ``p.grad``: a hot path of the host.
 
-    def __init__(self, hooks: GradHooks, index: int) -> None:
+    On a CPU, hooks run in the thread that calls backward(), which may lie in a function that torch.compile compiles.
+    """
+
+    def __init__(self, hooks: GradHooks, arrived: MethodType, index: int) -> None:
         self.hooks = weakref.ref(hooks)
+        self._owner, self._arrived = weakref.ref(arrived.__self__), arrived.__func__
         self._index = index
 
+    @never_compiled
     def __call__(self, _: Tensor) -> None:
-        hooks = self.hooks()
-        if hooks is not None:
-            hooks.arrived(self._index)
-
-
-class _CPUHook(_Hook):
-    """A hook that torch.compile does not trace. On a CPU, hooks run in the thread that calls backward(), which may lie
-    in a compiled function."""
-
-    __call__ = disable_dynamo(_Hook.__call__)
+        owner = self._owner()
+        if owner is not None:
+            self._arrived(owner, self._index)
 
 
 class GradHooks:
@@ -73,8 +73,8 @@ class GradHooks:
                 lost = other._lost() if other is not None else None
                 if lost is not None:
                     lost()
-            hook_type = _CPUHook if p.device.type == "cpu" else _Hook
-            self._handles[i] = p.register_post_accumulate_grad_hook(hook_type(self, i))
+            if (arrived := self._arrived()) is not None:
+                self._handles[i] = p.register_post_accumulate_grad_hook(_Hook(self, arrived, i))
 
     def lacks_some(self) -> bool:
         """Whether a parameter has become trainable since the last `add`."""
@@ -86,15 +86,10 @@ class GradHooks:
         """Whether the parameter has a hook."""
         return i in self._handles
 
-    def reports(self, i: int) -> bool:
-        """Whether a backward that reaches the parameter will call ``arrived``."""
-        return i in self._handles and self._params[i].requires_grad
-
-    def arrived(self, i: int) -> None:
-        """Called by the hook of a parameter."""
-        method = self._arrived()
-        if method is not None:
-            method(i)
+    def reporting(self) -> set[int]:
+        """The parameters for which a backward that reaches them will call ``arrived``."""
+        params = self._params
+        return {i for i in self._handles if params[i].requires_grad}
 
     def remove(self) -> None:
         """Removes all hooks."""

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import current_graph_task_id, disable_dynamo
+from ..upload import refuse_capture
 from .bucket_average import BucketAverage
 from .collectives import Membership
 from .flag_exchange import UNLIKE_ZEROING, FlagExchange, fail
@@ -151,6 +152,7 @@ class GradReducer:
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients that arrive in this context stay in ``p.grad``, at full size."""
+        refuse_capture("no_sync() of ShardedLion")
         before, self._in_no_sync = self._in_no_sync, True
         try:
             yield
@@ -159,7 +161,8 @@ class GradReducer:
 
     def _arrived(self, i: int) -> None:
         """Runs for each parameter in each pass: this is a hot path of the host."""
-        self._membership.check()
+        if self._membership.failure:
+            self._membership.check()
         self.generation += 1
         current = current_graph_task_id()
         local, rounds = self._local, self._rounds
@@ -177,9 +180,10 @@ class GradReducer:
                 self._passes.add(current)
             return
         if current not in self._passes:
+            refuse_capture("a backward whose gradients ShardedLion(stage=2) reduces")
             self._watch_pass(current)
         if rounds.state is RoundState.IDLE:
-            rounds.begin(self._hooks.reports)
+            rounds.begin(self._hooks.reporting())
         rounds.arrived(i)
 
     def _watch_pass(self, number: int) -> None:
@@ -260,7 +264,7 @@ class GradReducer:
 
     def _end_round(self) -> None:
         if not self._rounds.is_open:
-            self._rounds.begin(self._hooks.reports)
+            self._rounds.begin(self._hooks.reporting())
         self._rounds.end()
         self._sentinel.watch()
 

@@ -24,12 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum, auto
+from operator import attrgetter
 
 from torch import Tensor
 
 from ..dtensors import changes_of, is_dtensor, local, local_gradients, place_gradient
 from ..memory_order import flat, laid_out_like
 from .placeholder import placeholder_of
+
+_GRAD = attrgetter("grad")  # for loops in C, because they run over every parameter in every step
 
 
 class GradState(Enum):
@@ -81,13 +84,14 @@ class ParamGrads:
         """Whether a tensor is the placeholder, to which nothing has been added."""
         return grad is self._placeholder and changes_of(grad) == 0
 
+    def _present(self) -> list[tuple[int, Tensor]]:
+        """Every ``p.grad`` that is not None and not the placeholder, with its index: few, once gradients have left."""
+        found = [(i, grad) for i, grad in enumerate(map(_GRAD, self.params)) if grad is not None]
+        return [(i, grad) for i, grad in found if not self._is_placeholder(grad)]
+
     def any_gradient(self) -> bool:
         """Whether any ``p.grad`` holds a gradient."""
-        for p in self.params:
-            grad = p.grad
-            if grad is not None and not self._is_placeholder(grad):
-                return True
-        return False
+        return bool(self._present())
 
     def have_left(self) -> list[bool]:
         """For each parameter, whether its gradient, or a part of it, has left ``p.grad``."""
@@ -130,6 +134,8 @@ class ParamGrads:
             else:
                 p.grad = None
                 self._records.pop(i, None)
+            if grad.requires_grad:  # after create_graph=True; whoever keeps the gradient shall not keep its graph
+                grad = grad.detach()
             if self.sharded:
                 (grad,), p = local_gradients([p], [grad]), local(p)
             if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:
@@ -149,9 +155,8 @@ class ParamGrads:
             is_hooked: whether `arrived` is called for a parameter; others are not compared.
         """
         local, split = GradState.LOCAL, GradState.SPLIT
-        for i, p in enumerate(self.params):
-            grad = p.grad
-            if grad is None or i == except_for or self.states[i] is local or self._is_placeholder(grad):
+        for i, _ in self._present():
+            if i == except_for or self.states[i] is local:
                 continue
             if not (self.states[i] is split and self.is_as_recorded(i)) and is_hooked(i):
                 return i

@@ -24,7 +24,7 @@ been launched. FSDP2's stream waits for the backward's before each reduction any
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NoReturn
@@ -203,17 +203,17 @@ class Rounds:
         """Whether a round is going on."""
         return self.state is RoundState.OPEN or self.state is RoundState.LAUNCHED
 
-    def begin(self, expected: Callable[[int], bool]) -> None:
+    def begin(self, expected: Set[int]) -> None:
         """Opens a round.
 
         Args:
-            expected: says for a parameter whether its bucket waits for its gradient.
+            expected: the parameters for whose gradients their buckets wait.
         """
         self.finish()
         self._streams.clear()
         self.state = RoundState.OPEN
         self._launched = 0
-        self._awaited = [set(filter(expected, bucket)) for bucket in self._buckets]
+        self._awaited = [set(bucket).intersection(expected) for bucket in self._buckets]
 
     def arrived(self, i: int) -> None:
         """Takes note that the gradient of a parameter lies in ``p.grad``, and launches buckets that are complete. A
@@ -269,10 +269,14 @@ class Rounds:
 
     @torch.no_grad()  # a backward with create_graph=True enables gradients
     def _launch(self, takes: bool = True) -> None:
-        number = self._launched
-        bucket = self._buckets[number]
+        bucket = self._buckets[self._launched]
         if takes:
             self._check(bucket)
+        with self._membership.completing("sending gradients"):
+            self._send(bucket, takes)
+
+    def _send(self, bucket: Sequence[int], takes: bool) -> None:
+        number = self._launched
         self._join_streams()
         self._launched += 1
         if self._launched == len(self._buckets):
@@ -305,13 +309,10 @@ class Rounds:
 
     def _check(self, bucket: Sequence[int]) -> None:
         """Raises TypeError for gradients that cannot be reduced into their shards."""
-        for i in bucket:
-            grad = self._local.peek(i)
-            if grad is None:
-                continue
-            found = grad.layout, grad.dtype, grad.device
-            if found != (torch.strided, self._dtypes[i], self._device):
-                self._refuse(i, *found)
+        dtypes, device, strided = self._dtypes, self._device, torch.strided
+        for i, grad in zip(bucket, map(self._local.peek, bucket), strict=True):
+            if grad is not None and (grad.dtype is not dtypes[i] or grad.device != device or grad.layout != strided):
+                self._refuse(i, grad.layout, grad.dtype, grad.device)
 
     def _refuse(self, i: int, layout: torch.layout, dtype: torch.dtype, device: torch.device) -> NoReturn:
         gradient = f"the gradient of parameter {self._numbers[i]} (shape {tuple(self._params[i].shape)})"
@@ -320,15 +321,19 @@ class Rounds:
                 f"{gradient} has the layout {layout}, but stage 2 needs dense gradients: give the module sparse=False, "
                 "or convert the gradient with .to_dense()"
             )
+        p = self._params[i]
+        remedy = "convert and move the model before you make the optimizer"
+        if (p.dtype, p.device) == (self._dtypes[i], self._device):
+            remedy = "leave its grad_dtype, and what writes p.grad, at the dtype of the parameter"
         raise TypeError(
             f"{gradient} is {dtype} on {device}, but {self._dtypes[i]} on {self._device} was expected, as the "
-            "parameter was when the optimizer was made: convert and move the model before you make the optimizer"
+            f"parameter was when the optimizer was made: {remedy}"
         )
 
     def _finish_oldest(self) -> None:
         # The current stream waits, on which the memory of the tensors that this frees will be used again.
         _, oldest = self._under_way.popleft()
-        with self._membership.collective():
+        with self._membership.completing("averaging gradients"):
             oldest.wait()
         if self._several_streams:  # some of them may belong to another stream, which has not waited
             current = torch.cuda.current_stream(self._device)

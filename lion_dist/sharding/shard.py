@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_compat import foreach_copy_
+from .._torch_compat import foreach_copy_, tensors_alike
 from ..dtensors import local, locals_of, placed_like
 from ..frozen import takes_part
 from ..memory_order import flat, flat_bytes, is_dense, laid_out_like
@@ -32,7 +32,7 @@ SHARD_NUMEL = 1 << 29
 
 _BITS = {2: torch.int16, 4: torch.int32}  # by element size
 
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")  # called in C loops, for every parameter of every step
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 class Column(Protocol):
@@ -56,6 +56,13 @@ class Column(Protocol):
 
     def shape(self, of: Sequence[int]) -> tuple[int, ...]:
         """Shape of the state of a parameter of shape ``of``: the same where ``block`` is 1, else 1-D."""
+
+
+class State(NamedTuple):
+    """The tensors of a shard's state; see `Shard`."""
+
+    buffers: dict[str, Tensor]
+    whole: dict[str, list[Tensor]]
 
 
 def check_shardable(params: Sequence[Tensor], others: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -114,6 +121,7 @@ class Shard:
         layout: how the parameters are cut; its parameter numbers are indices into ``params``.
         buffers: for each column that is not whole, by its name, the flat state, shape (layout.shard_numel / block,).
         whole: for each whole column, by its name, the state of each parameter.
+        offloaded: whether all of this state lies on the CPU for now, wherever the parameters are.
         tail_buffer: staging memory for the tails of the parameters, shape (layout.tail_buffer_numel,), in their dtype.
     """
 
@@ -137,9 +145,11 @@ class Shard:
                 raise ValueError(f"the block of {column.name} must divide {ALIGN}, got {column.block}")
             numel = column.numel(self.layout.shard_numel)
             self.buffers[column.name] = torch.zeros(numel, dtype=column.dtype, device=device)
+        self.offloaded = False
         self.tail_buffer = torch.zeros(self.layout.tail_buffer_numel, dtype=params[0].dtype, device=device)
         self._slices: dict[int, list[list[Run]]] = {}
         self._described = self._describe()
+        self._alike = tensors_alike(self.locals)  # a comparison in one call, which says no to more than must be refused
         self._addresses: list[int] = []
         self._gathered: list[Tensor] = []  # completed by the all-gather: heads in place, and the tail buffer
         self._tails: list[Tensor] = []  # the tails in the parameters ...
@@ -147,7 +157,7 @@ class Shard:
 
     @property
     def device(self) -> torch.device:
-        """The device of the buffers."""
+        """The device of the buffers, when they are not offloaded."""
         return self.tail_buffer.device
 
     def _describe(self) -> list[list[Any]]:
@@ -157,6 +167,14 @@ class Shard:
         """Follows parameters that have moved. Raises ValueError where a dtype, a shape or strides have changed."""
         if self.placing.mesh is not None:
             self.locals = locals_of(self.params)
+        if not self._alike(*self.locals):
+            self._check_unchanged()
+            self._alike = tensors_alike(self.locals)
+        addresses = list(map(Tensor.data_ptr, self.locals))
+        if addresses != self._addresses:
+            self._take_addresses(addresses)
+
+    def _check_unchanged(self) -> None:
         described = self._describe()
         if described != self._described:
             pairs = zip(zip(*self._described, strict=True), zip(*described, strict=True), strict=True)
@@ -165,9 +183,8 @@ class Shard:
                 f"parameter {self.numbers[i]} changed from (dtype, shape, strides) {before} to {now} after ShardedLion "
                 "was made: convert the model before making the optimizer"
             )
-        addresses = list(map(Tensor.data_ptr, self.locals))
-        if addresses == self._addresses:
-            return
+
+    def _take_addresses(self, addresses: list[int]) -> None:
         layout = self.layout
         heads = [flat(p, 0, head) for p, head in zip(self.locals, layout.heads, strict=True) if head]
         self._gathered = [*heads, self.tail_buffer] if layout.tail_buffer_numel else heads
@@ -210,7 +227,7 @@ class Shard:
 
         def gathered(column: Column, length: int, offset: int) -> Tensor:
             """The parts of all ranks, given how many elements of parameters a part belongs to, and where it lies."""
-            part = self._state_of(column, length, offset)
+            part = self._state_of(column, length, offset).to(self.device)
             whole = part.new_empty(part.numel() * layout.world_size)
             whole.narrow(0, rank * part.numel(), part.numel()).copy_(part)
             # As bytes: backends do not know every dtype.
@@ -278,6 +295,20 @@ class Shard:
             self.boxes(param, column, dist.get_rank(group)).copy_(given)
             all_reduce_sum(flat_bytes(own), group)  # of each byte that is not 0, one rank has the value
 
+    def state_on(self, device: torch.device | str) -> State:
+        """The state on a device: copies, of what does not lie there."""
+        whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
+        return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
+
+    def put_state(self, state: State, offloaded: bool) -> None:
+        """Takes the tensors of `state_on` in place of the present ones, and drops views of the parameters, so that the
+        memory of parameters that move too is free; `refresh` makes new views."""
+        self.buffers.update(state.buffers)
+        for name, of_params in state.whole.items():
+            self.whole[name][:] = of_params  # in place, as others refer to the list
+        self.offloaded = offloaded
+        self._addresses, self._gathered, self._tails, self._staged_tails = [], [], [], []
+
     def slices(self, param: int, rank: int) -> list[Run]:
         """The runs of a parameter that a rank owns."""
         if rank not in self._slices:
@@ -322,8 +353,24 @@ class Shard:
         return self.buffers[column.name].narrow(0, offset // column.block, column.numel(length))
 
 
+def number_params(shards: Sequence[Shard], params: Sequence[Tensor]) -> None:
+    """Numbers the parameters of shards as they lie in all parameters of the optimizer."""
+    number_of = {id(p): i for i, p in enumerate(params)}
+    for shard in shards:
+        shard.numbers = [number_of[id(p)] for p in shard.params]
+
+
 def whole_state(shards: Sequence[Shard]) -> list[tuple[str, Tensor]]:
-    """The tensors of all whole columns, which must be the same on every rank, each with a name for messages."""
+    """The tensors of all whole columns, which must be the same on every rank, each with a name for messages.
+
+    Raises:
+        RuntimeError: they are offloaded, and a backend for the device could not send them.
+    """
+    if any(shard.whole and shard.offloaded for shard in shards):
+        raise RuntimeError(
+            "the parameters' state, which every rank keeps whole, is on the CPU after offload_state(): call "
+            "reload_state() on every rank first"
+        )
     return [
         (f"{name} of parameter {number}", t)
         for shard in shards

@@ -58,6 +58,10 @@ class LionUpdate:
         """
         return self._preparer.prepare(tensors)
 
+    def forget(self) -> None:
+        """Drops tables and views: they may keep memory that other code wants to free."""
+        self._preparer = Preparer(self.use_triton)
+
     @property
     def absent(self) -> list[bool]:
         """For each entry of the last prepared tensors, whether it had no gradient; empty if all had one."""

@@ -4,9 +4,10 @@ Other code may move tensors at any time (`.to()`, `p.data = ...`, a load, FSDP).
 dtypes, shapes and strides of all tensors with those of the last step.
 
 [Note: Usual step] In most steps nothing is new but the addresses of gradients. Such a step is recognised by one call
-that compares dtypes, devices, shapes and strides, and a loop in C over addresses. Any other step is examined, which
-takes twice as long. Batches are made anew only where that finds a difference. No tensor is kept for the comparison, so
-that memory which other code gives back is free.
+that compares dtypes, devices, shapes and strides, and a loop in C over addresses. A flat buffer, which is the state or
+the gradient of every entry, is compared once. Any other step is examined, which takes twice as long. Batches are made
+anew only where that finds a difference. No tensor is kept for the comparison, so that memory which other code gives
+back is free.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +72,15 @@ class _Usual:
 
     Attributes:
         alike: whether parameters, tensors of the state and gradients, in this order, are like those of that step.
-        count: number of those tensors.
+        counts: how many tensors are compared: of the parameters and each state column, of these together without
+            those that are lacking, and of the gradients.
         addresses: of parameters and state.
         absent: for each entry whether it has no gradient; empty if every entry has one.
         lacking: whether some entries lack a state column that others have.
     """
 
     alike: Callable[..., bool]
-    count: int
+    counts: list[int]
     addresses: list[int]
     absent: list[bool]
     lacking: bool
@@ -110,6 +112,7 @@ class Preparer:
             grads = self._examine(tensors)
         addresses = _map(_ADDRESS, grads, repeat(0) if self.absent else None)
         if addresses != self._grad_addresses:
+            self._grad_addresses = []  # some batches have others if one of them raises
             for batch in self._batches:
                 batch.set_gradients(addresses)
             self._grad_addresses = addresses
@@ -123,16 +126,11 @@ class Preparer:
         key, usual = self._key, self._usual
         if key is None or usual is None or tensors.state.keys() != key.state.keys():
             return False
-        grads = tensors.grads
-        kept: list[Any] = [*tensors.params, *chain.from_iterable(tensors.state.values())]
-        if usual.lacking:
-            kept = [t for t in kept if t is not None]
-        if usual.absent:
-            if [g is None for g in grads] != usual.absent:
-                return False
-            grads = [g for g in grads if g is not None]
+        if usual.absent and [g is None for g in tensors.grads] != usual.absent:
+            return False
+        kept, grads, counts = _compared(tensors, usual.lacking, bool(usual.absent))
         return (
-            len(kept) + len(grads) == usual.count
+            counts == usual.counts
             and usual.alike(*kept, *grads)
             and list(map(_ADDRESS, kept)) == usual.addresses
             and tensors.groups == key.groups
@@ -193,12 +191,25 @@ class Preparer:
 
 
 def _usual(tensors: StepTensors, absent: list[bool]) -> _Usual:
-    kept: list[Tensor | None] = [*tensors.params, *chain.from_iterable(tensors.state.values())]
-    present = [t for t in kept if t is not None]
-    everything = [*present, *(g for g in tensors.grads if g is not None)]
-    return _Usual(
-        tensors_alike(everything), len(everything), list(map(_ADDRESS, present)), absent, len(present) < len(kept)
-    )
+    lacking = any(_NONE in map(type, column) for column in tensors.state.values())
+    kept, grads, counts = _compared(tensors, lacking, bool(absent))
+    return _Usual(tensors_alike([*kept, *grads]), counts, list(map(_ADDRESS, kept)), absent, lacking)
+
+
+def _compared(tensors: StepTensors, lacking: bool, some_absent: bool) -> tuple[list[Any], Sequence[Any], list[int]]:
+    """Parameters and state, gradients, and `_Usual.counts`; without a None where one is expected."""
+    columns = [tensors.params, *map(_once, tensors.state.values())]
+    kept, grads = list(chain.from_iterable(columns)), _once(tensors.grads)
+    if lacking:
+        kept = [t for t in kept if t is not None]
+    if some_absent:
+        grads = [g for g in grads if g is not None]
+    return kept, grads, [*map(len, columns), len(kept), len(grads)]
+
+
+def _once(column: Sequence[Any]) -> Sequence[Any]:
+    """A column without its repetitions, if all entries are one object."""
+    return column[:1] if column and all(map(is_, column, repeat(column[0]))) else column
 
 
 def _describe(tensors: StepTensors) -> dict[str, tuple[list[Any], ...]]:

@@ -11,7 +11,9 @@ Starts and lengths count elements of the parameter in memory order (memory_order
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -171,6 +173,7 @@ class SegmentTable:
         tiles: number of tiles of all segments.
         tile_segments: int32, shape (tiles,): the segment that a tile belongs to.
         grad_addresses: int64, shape (segments,); 0 marks an inactive segment, which no kernel touches.
+        grads_odd: whether one of these addresses is no multiple of 16.
     """
 
     def __init__(
@@ -201,6 +204,7 @@ class SegmentTable:
         offsets = [s.grad_start * grad_dtype.itemsize for s in segments]
         self._grad_offsets = offsets if any(offsets) else None  # in bytes
         self.grad_addresses: Tensor
+        self.grads_odd = False
         self._for_captures = CapturedUploads(len(rows))
         self._captured: list[Tensor] = []
         self._made_on = self._grads_made_on = current_stream_number(device)
@@ -227,6 +231,7 @@ class SegmentTable:
         of_segments = list(map(addresses.__getitem__, self._entries))
         if self._grad_offsets is not None:
             of_segments = [a and a + offset for a, offset in zip(of_segments, self._grad_offsets, strict=True)]
+        self.grads_odd = functools.reduce(operator.or_, of_segments) % 16 != 0
         self._grads_made_on = current_stream_number(self.device)
         if is_capturing():
             self.grad_addresses = self._for_captures.upload(of_segments, self.device)

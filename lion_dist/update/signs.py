@@ -78,6 +78,10 @@ class SignUpdate:
             batch.apply_signs(tensors.active, self._table, agree)
         mark_changed([p for p, g in zip(tensors.params, tensors.grads, strict=True) if g is not None])
 
+    def forget(self) -> None:
+        """Drops what the second half keeps between steps, as `LionUpdate.forget` does."""
+        self._key, self._batches = None, []
+
     def _build(self, tensors: StepTensors) -> None:
         """Makes the batches, in which the packed signs are the first state of the runs."""
         params = tensors.params

@@ -11,6 +11,7 @@ import torch
 
 import lion_dist
 from lion_dist.deepspeed_config import arguments
+from tests.examples.runs import DATA
 from tests.harness import run_ranks
 from tests.marks import skip_module_without
 
@@ -33,7 +34,7 @@ def body_hugging_face(rank: int, world_size: int, out: Path) -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = []
     for name in ("zero2", "zero3"):
-        options = {"device": device, "steps": 10, "width": 32, "seq-len": 32, "data": ROOT / "lion_dist", "out": out}
+        options = {"device": device, "steps": 10, "width": 32, "seq-len": 32, "data": DATA, "out": out}
         argv = [str(ROOT / "launch/deepspeed" / f"{name}.json"), *(f"--{k}={v}" for k, v in options.items())]
         lines.append(hf_trainer.train(hf_trainer.parse(argv)))
         AcceleratorState._reset_state(reset_partial_state=True)

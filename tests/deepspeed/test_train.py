@@ -23,7 +23,7 @@ skip_module_without("deepspeed")
 
 
 def argv(out: Path, *options: str) -> list[str]:
-    small = {**TINY, "data": ROOT / "lion_dist", "steps": 12, "checkpoint-every": 4, "out": out}
+    small = {**TINY, "steps": 12, "checkpoint-every": 4, "out": out}
     strategy = [] if any(option.startswith("--strategy") for option in options) else ["--strategy=deepspeed"]
     return [*(f"--{name}={value}" for name, value in small.items()), *strategy, *options]
 

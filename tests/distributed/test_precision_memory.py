@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.precision_memory import PRECISIONS, SIGNS, STRATEGIES, Precision, arithmetic, count
+from benchmarks.precision_memory import WAYS, arithmetic, count
+from lion_dist.plan.precision import PRECISIONS, SIGNS, Precision
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 def body_counted(rank: int, world_size: int, precisions: Sequence[Precision]) -> None:
     warnings.simplefilter("ignore")  # lr is too small for bfloat16 weights
-    for name, strategy in STRATEGIES.items():
+    for name, way in WAYS.items():
         for precision in precisions:
-            counted, expected = count(strategy, precision), strategy.bytes(precision)
+            counted, expected = count(way, precision), way.bytes(precision)
             signs = SIGNS if "signs" in name else 0
             held = counted.weights + counted.gradients + counted.state
             assert held == pytest.approx(expected.on(world_size) - signs, rel=1e-9), (name, precision.name, counted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.algorithms.join import Join
 
 from lion_dist import ShardedLion
 from lion_dist.sharding import flag_exchange
+from lion_dist.sharding.all_to_all import TorchRows
 from tests.asserts import assert_unmoved
 from tests.harness import device_of, run_ranks, spawn_only
 from tests.scenarios.pair import LR, SHORT, Exit, OwnError, Pair, fail_in_backward
@@ -93,6 +95,40 @@ def body_refused_and_zeroed(rank: int, world_size: int) -> None:
 def test_a_refused_gradient_can_be_zeroed(tmp_path: Path) -> None:
     """On a single rank, where no other rank must hear of the failure."""
     run_ranks(body_refused_and_zeroed, 1, tmp_path, on_cpu=True)
+
+
+def body_out_of_memory(rank: int, world_size: int, method: str) -> None:
+    """In step(), where scripts may catch it and go on: a bucket would be left out, or be taken for the next one."""
+    params = [nn.Parameter(torch.zeros(128 * world_size)) for _ in range(4)]
+    optimizer = ShardedLion(params, lr=1.0, reduce_dtype=torch.bfloat16, bucket_mb=TINY)
+    with optimizer.no_sync():
+        torch.stack([p.sum() for p in params]).sum().backward()
+    run, calls = getattr(TorchRows, method), 0
+
+    def fail(self: TorchRows, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and rank == world_size - 1:
+            raise torch.OutOfMemoryError("no memory left")
+        run(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchRows, method, fail)
+        if rank == world_size - 1:
+            with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+                optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match=r"rank 1 of the group: .* raised OutOfMemoryError: no memory"):
+                optimizer.step()
+    with pytest.raises(RuntimeError, match=r"can no longer be used: .* no memory left"):
+        optimizer.step()
+    assert not any(p.any() for p in params)
+
+
+@spawn_only
+@pytest.mark.parametrize(("world_size", "method"), [(1, "round"), (1, "average"), (2, "round"), (2, "average")])
+def test_a_bucket_that_fails_is_the_end(world_size: int, method: str, tmp_path: Path) -> None:
+    run_ranks(body_out_of_memory, world_size, tmp_path, (method,), timeout=SHORT, on_cpu=True)
 
 
 def body_one_dies(rank: int, world_size: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lion_dist import Lion, ShardedLion
@@ -124,6 +125,25 @@ def test_gradients_set_by_hand(body: Callable[[int, int], None], tmp_path: Path)
     run_ranks(body, 3, tmp_path)
 
 
+def body_other_dtypes(rank: int, world_size: int) -> None:
+    """The error says what to do: a gradient was given another dtype than its parameter, or both were converted."""
+    for converted, match in ((False, "leave its grad_dtype"), (True, "convert and move the model before")):
+        for reduce_dtype in (None, torch.bfloat16):
+            p = nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+            optimizer = ShardedLion([p], lr=LR, reduce_dtype=reduce_dtype)
+            if converted:
+                p.data = p.data.float()
+            p.grad_dtype = torch.float32
+            with pytest.raises(TypeError, match=f"parameter 0 .* is torch.float32 on cpu, .* {match}"):
+                (p * 2).sum().backward()
+            optimizer.zero_grad()
+            assert (p == 1).all()
+
+
+def test_gradients_of_another_dtype(tmp_path: Path) -> None:
+    run_ranks(body_other_dtypes, 1, tmp_path, on_cpu=True)
+
+
 def body_never_zeroed(rank: int, world_size: int) -> None:
     """Gradients add up over steps, and a step without a backward uses those that are there, as with p.grad."""
     pair = Pair(rank, world_size)
@@ -174,3 +194,17 @@ def test_create_graph(tmp_path: Path) -> None:
 def test_on_other_ranks_and_in_bfloat16(world_size: int, dtype: torch.dtype, tmp_path: Path) -> None:
     bodies = [body_never_zeroed, body_by_hand, body_create_graph]
     run_ranks(run_bodies, world_size, tmp_path, (bodies, dtype))
+
+
+def body_one_rank(rank: int, world_size: int) -> None:
+    """Nothing is sent, and gradients come and go as on several ranks."""
+    run_bodies(rank, world_size, [body_released, body_never_zeroed, body_by_hand, body_create_graph])
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("allreduce", "broadcast", "reduce_scatter", "allgather"):
+            for method in [m for m in dir(dist.ProcessGroup) if m.startswith(name)]:
+                patched.setattr(dist.ProcessGroup, method, None)
+        Pair(rank, world_size).train(0, 1)
+
+
+def test_on_one_rank(tmp_path: Path) -> None:
+    run_ranks(body_one_rank, 1, tmp_path)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.examples.runs import ROOT, environment
+from tests.examples.runs import DATA, ROOT, environment
 from tests.harness import DEADLINE_S, spawn_only
 
-SIZES = {"data": "lion_dist", "steps": 5, "layers": 2, "width": 32, "seq-len": 32}
+SIZES = {"data": DATA, "steps": 5, "layers": 2, "width": 32, "seq-len": 32}
 
 
 @spawn_only

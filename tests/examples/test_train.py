@@ -1,7 +1,7 @@
 """The main job as a user starts it: every strategy, a killed run resumed, and what it says to bad options.
 
-The data is the project's own sources and the model is tiny: these runs are about the machinery. Under
-torchrun they are skipped, since they start processes themselves.
+The data and the model are small: these runs are about the machinery. Under torchrun they are skipped, since they start
+processes themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lion_dist import checkpoint
+from lion_dist import checkpoint, decay_groups
 from tests.asserts import momentum_parts
 from tests.examples.runs import (
     LAST_LINE,
@@ -99,7 +99,6 @@ def body_meshes(rank: int, world_size: int, out: Path) -> None:
     from config import Config, make_parser
     from model import GPT
     from strategies import STRATEGIES
-    from train import parameter_groups
 
     def made(name: str, *more: str) -> tuple[Any, dict[str, int]]:
         """A strategy, and the number of elements of each parameter."""
@@ -109,7 +108,7 @@ def body_meshes(rank: int, world_size: int, out: Path) -> None:
         config = Config(**options)
         model = GPT(config.model()).to(device_of(rank, world_size))
         whole = {name: p.numel() for name, p in model.named_parameters()}
-        return STRATEGIES[name](model, parameter_groups(model, 0.1), config), whole
+        return STRATEGIES[name](model, decay_groups(model, 0.1), config), whole
 
     strategy, whole = made("hsdp")
     for name, p in strategy.model.named_parameters():

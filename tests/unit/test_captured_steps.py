@@ -60,8 +60,12 @@ def add_group(params: list[nn.Parameter], opt: Lion) -> None:
         ({}, lambda params, opt: opt.load_state_dict(opt.state_dict()), RuntimeError, "make a step before the capture"),
         ({}, add_group, RuntimeError, "make a step before the capture"),
         ({}, lambda params, opt: opt.state.clear(), RuntimeError, "make a step before the capture"),
+        ({}, lambda params, opt: (opt.zero_grad(), opt.init_state()), RuntimeError, "make a step before the capture"),
     ],
-    ids=["CPU", "lr a number", "lr became a number", "lr elsewhere", "int8", "gradient", "load", "group", "state"],
+    ids=[
+        "CPU", "lr a number", "lr became a number", "lr elsewhere", "int8", "gradient", "load", "group", "state",
+        "none since zero_grad",
+    ],
 )  # fmt: skip
 def test_what_cannot_be_captured(
     capture: Callable[[], None], options: dict[str, Any], change: Callable[..., Any], error: type[Exception],
@@ -113,7 +117,32 @@ def test_sharded_lion_is_refused(capture: Callable[[], None], tmp_path: Path, st
         capture()
         with pytest.raises(RuntimeError, match=r"ShardedLion\.step\(\) cannot be captured in a CUDA graph"):
             opt.step(lambda: pytest.fail("the closure was called"))
+        with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) of ShardedLion cannot be captured"):
+            opt.clip_grad_norm_(1.0)
         assert (p == 1).all()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_backwards_of_stage_2_are_refused(
+    capture: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Replays call no hooks, so that nothing would reduce their gradients, and the steps after them would do nothing.
+    The optimizer can be used afterwards."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        p = nn.Parameter(torch.ones(300))
+        opt = ShardedLion([p], lr=0.25, reduce_dtype=torch.bfloat16)
+        capture()
+        with pytest.raises(RuntimeError, match=r"gradients ShardedLion\(stage=2\) reduces cannot be captured"):
+            (p * 2).sum().backward()
+        with pytest.raises(RuntimeError, match=r"no_sync\(\) of ShardedLion cannot be captured"), opt.no_sync():
+            pytest.fail("entered")
+        monkeypatch.undo()
+        opt.zero_grad()
+        (p * 2).sum().backward()
+        opt.step()
+        assert (p == 0.75).all()
     finally:
         dist.destroy_process_group()
 

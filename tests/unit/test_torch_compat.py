@@ -148,6 +148,11 @@ def test_dynamo() -> None:
     compiled = torch.compile(compat.disable_dynamo(breaks), backend="eager")
     assert compiled(torch.zeros(1)) == 1
     assert not compat.in_compiled_autograd()
+    for decorate in (lambda f: f, compat.never_compiled):
+        p, seen = torch.ones(1, requires_grad=True), list[bool]()
+        p.register_post_accumulate_grad_hook(decorate(lambda p, seen=seen: seen.append(torch.compiler.is_compiling())))
+        torch.compile(lambda p: p.sum().backward(), backend="eager")(p)
+        assert seen == [decorate is not compat.never_compiled]
 
 
 def test_compiled_autograd_is_noticed() -> None:
@@ -266,6 +271,18 @@ def test_wrapper_subclass() -> None:
 class WithExtraState(nn.Linear):
     def get_extra_state(self) -> str:
         return "extra"
+
+
+class Box:
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+
+
+def test_pytree() -> None:
+    from torch.utils._pytree import tree_map
+
+    compat.register_pytree_node(Box, lambda box: ([box.inside], None), lambda values, _: Box(*values))
+    assert tree_map(str, {"a": Box((1, 2))})["a"].inside == ("1", "2")
 
 
 def test_modules() -> None:

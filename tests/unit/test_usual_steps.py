@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lion_dist import Lion
+from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.prepare import Preparer
+from lion_dist.update.reference import HyperParameters
+from lion_dist.update.segments import Segment, SegmentTable, StepTensors
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 
@@ -200,6 +203,31 @@ def test_usual_steps_keep_no_memory() -> None:
     assert momentum() is None
 
 
+def test_flat_buffers_are_usual(examined: list[int]) -> None:
+    """ShardedLion gives one buffer as the state, and in stage 2 as the gradient, of every parameter."""
+    params = [torch.zeros(4, 4) for _ in range(3)]
+    momenta, grads = torch.zeros(48), torch.ones(48)
+    update = LionUpdate(use_triton=False)
+
+    def step(momenta: list[Tensor], grads: list[Tensor | None]) -> None:
+        segments = [Segment(i, 0, 16 * i, 16 * i, 16) for i in range(3)]
+        tensors = StepTensors(params, grads, {"exp_avg": momenta}, [0, 0, 0], segments)
+        update.step(update.prepare(tensors), [HyperParameters(1.0, 0.0, 0.5, 0.5, False)])
+
+    for number in range(3):
+        step([momenta] * 3, [grads] * 3)
+        assert len(examined) == 1, number
+    moved, other = momenta.clone(), torch.full((48,), -1.0)
+    step([moved] * 3, [grads] * 3)
+    assert len(examined) == 2
+    step([moved, moved, momenta], [grads] * 3)  # one parameter has a buffer of its own
+    assert len(examined) == 3
+    step([moved] * 3, [grads, other, other])
+    assert len(examined) == 4
+    assert [p.unique().tolist() for p in params] == [[-6.0], [-4.0], [-4.0]]
+    assert [momenta[0].item(), momenta[-1].item()] == [0.875, 0.9375]
+
+
 # -- Hyper-parameters
 
 
@@ -280,6 +308,35 @@ def test_hooks_may_change_the_arguments_and_see_a_step_that_was_not_watched_befo
     assert seen == ["all", (True, 2, {})]
 
 
+@needs_interpreter
+def test_gradients_of_which_a_kernel_has_only_some_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ran out between two tables. The step after it is given the gradients of the step before."""
+    params, twins = model(), model()
+    opt, twin = make(params, True), make(twins, True)
+    opt.step()
+    twin.step()
+    old = [p.grad for p in params]
+    for p in params:
+        p.grad = -torch.ones_like(p)
+    set_gradients, calls = SegmentTable.set_gradients, []
+
+    def fail_once(self: SegmentTable, addresses: Sequence[int]) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        set_gradients(self, addresses)
+
+    monkeypatch.setattr(SegmentTable, "set_gradients", fail_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    for p, g in zip(params, old, strict=True):
+        p.grad = g
+    opt.step()
+    twin.step()
+    for p, q in zip(params, twins, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+
+
 def test_a_subclass_with_a_step_of_its_own() -> None:
     """torch wraps it as it wraps every optimizer's; hooks run around both, as for a subclass of torch's optimizers."""
 
@@ -302,3 +359,27 @@ def test_a_subclass_with_a_step_of_its_own() -> None:
     assert p.item() == -1.5
     assert opt.steps == 2
     assert set(seen) == {1, 2}
+
+
+def test_steps_of_nothing() -> None:
+    opt = Lion([nn.Parameter(torch.zeros(1), requires_grad=False)], lr=1.0, use_triton=False)
+    for _ in range(2):
+        opt.step()
+    assert not opt.state
+
+
+@both
+def test_gradients_that_change_their_alignment(use_triton: bool) -> None:
+    """Beside aligned parameters, in one table with gradients that are aligned."""
+    params, twins = model(), model()
+    opt, twin = make(params, use_triton), make(twins, use_triton)
+    for shift in (0, 1, 0, 3):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            q.grad = -numbers(len(q), q.dtype) - shift
+            memory = torch.empty(shift + q.numel(), dtype=q.dtype)
+            p.grad = q.grad if i == 0 else memory[shift:].view_as(q).copy_(q.grad)
+        opt.step()
+        twin.step()
+        for p, q in zip(params, twins, strict=True):
+            assert_same_bits(p.detach(), q.detach(), f"shift {shift}")
+            assert_same_bits(opt.state[p]["exp_avg"], twin.state[q]["exp_avg"], f"shift {shift}")

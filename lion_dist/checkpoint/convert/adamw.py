@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from ...adamw import FACTORS
+from ...adamw import from_adamw as advise
 from .groups import StateDict
 
 
@@ -36,10 +38,12 @@ def from_adamw(state_dict: StateDict, optimizer: Optimizer, *, tell: Callable[[s
     for i, (adam, lion) in enumerate(zip(state_dict["param_groups"], optimizer.param_groups, strict=True)):
         groups.append({**{k: v for k, v in lion.items() if k != "param_names"}, "params": adam["params"]})
         if tell is not None:
-            lr, decay = float(adam["lr"]), float(adam["weight_decay"])
+            given = {key: float(adam[key]) for key in ("lr", "weight_decay")}
+            large, small = (advise(**given, factor=factor) for factor in FACTORS)
             tell(
-                f"group {i}: AdamW had lr {lr:g} and weight_decay {decay:g}. For Lion take an lr of {lr / 10:.2g} to "
-                f"{lr / 3:.2g} (start, peak and end of the schedule alike) and a weight_decay of {3 * decay:.2g} to "
-                f"{10 * decay:.2g}; here they are {float(lion['lr']):g} and {lion['weight_decay']:g}"
+                f"group {i}: AdamW had lr {given['lr']:g} and weight_decay {given['weight_decay']:g}. For Lion take an "
+                f"lr of {small['lr']:.2g} to {large['lr']:.2g} (start, peak and end of the schedule alike) and a "
+                f"weight_decay of {large['weight_decay']:.2g} to {small['weight_decay']:.2g}; here they are "
+                f"{float(lion['lr']):g} and {lion['weight_decay']:g}"
             )
     return {"state": state, "param_groups": groups}
