@@ -259,6 +259,10 @@ def body_arguments(rank: int, world_size: int) -> None:
             pair.sharded.statistics("layer" if rank == 1 else "group")
         with pytest.raises(ValueError, match="which the norm includes by itself"):
             pair.sharded.statistics(process_groups=[everyone()])
+        pair.sharded.offload_state()
+        with pytest.raises(RuntimeError, match="after offload_state"):
+            pair.sharded.statistics()
+        pair.sharded.reload_state()
         assert pair.sharded.statistics()["l2_norm/param/global"] > 0
     # Stages of a pipeline, each with a Lion of its own.
     p = nn.Parameter(torch.full((rank + 1,), 2.0))
