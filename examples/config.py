@@ -63,6 +63,7 @@ class Config:
     clip: Annotated[float, Option("largest norm of the gradients; 0: no clipping", least=0)] = 1.0
     seed: Annotated[int, Option("seed of the initial weights, the batches and the sample", least=0)] = 0
 
+    statistics: Annotated[bool, Option("write statistics.jsonl and .png, a line every --log-every steps")] = False
     log_every: Annotated[int, Option("steps between two points of the training curve", least=1)] = 10
     eval_every: Annotated[int, Option("steps between two validations", least=1)] = 100
     eval_windows: Annotated[int, Option("windows of one validation", least=1)] = 256
@@ -90,6 +91,8 @@ class Config:
             )
         if self.deepspeed_config is not None and not self.deepspeed_config.is_file():
             raise ValueError(f"--deepspeed_config: there is no file {self.deepspeed_config}")
+        if self.statistics and self.strategy == "deepspeed":
+            raise ValueError("--statistics is not for --strategy deepspeed, whose engine clips and steps by itself")
         self.model()
 
     @property

@@ -1,5 +1,6 @@
-"""Reports the result of a run: the loss curve, a sample of text, and the memory that it took."""
+"""Reports on a run: the loss curve, statistics of the steps, a sample of text, and the memory that it took."""
 
+import json
 import resource
 from pathlib import Path
 
@@ -23,6 +24,32 @@ def save_curve(path: Path, history: History, unigram: float, bigram: float, titl
     axes.axhline(bigram, color="black", linestyle="--", label=f"bigram entropy {bigram:.3f}")
     axes.set(xlabel="step", ylabel="loss, nats per byte", title=title)
     axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_line(path: Path, values: dict[str, float]) -> None:
+    """Appends a line of JSON; numbers that are not finite are NaN and Infinity."""
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def save_statistics(path: Path, lines: Path) -> None:
+    """Draws the numbers of all parameters that `write_line` has written: norms, and fractions of signs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A run that was resumed has made some steps twice: the later line counts.
+    rows = {row["step"]: row for row in map(json.loads, lines.read_text().splitlines())}
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    norms, signs = figure.subplots(2, sharex=True)
+    for axes, kind in ((norms, "l2_norm"), (signs, "sign")):
+        for name in next(iter(rows.values()), {}):
+            if name.startswith(kind) and name.endswith("/global"):
+                axes.plot(sorted(rows), [rows[step][name] for step in sorted(rows)], label=name.split("/")[1])
+        axes.legend()
+    norms.set(yscale="log", ylabel="2-norm")
+    signs.set(xlabel="step", ylabel="fraction of elements")
     figure.savefig(path, dpi=120)
 
 

@@ -40,7 +40,7 @@ from checkpoint import KEPT, check_unused, find_checkpoint, path_of
 from config import DTYPES, Config, make_parser
 from data import Corpus, bigram_entropy, load_corpus, training_batch, unigram_entropy, validation_batches
 from model import GPT
-from report import History, peak_mib, printable, save_curve
+from report import History, peak_mib, printable, save_curve, save_statistics, write_line
 from stopping import Stopping
 from strategies import STRATEGIES
 from strategies.single import Single
@@ -199,6 +199,9 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
         first_step, history = extra["step"], extra["history"]
 
     writes = world.rank == 0  # this rank prints and draws for all
+    statistics = config.folder / "statistics.jsonl"
+    if writes and not resumed:
+        statistics.unlink(missing_ok=True)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not writes, mininterval=1.0)
     unigram, bigram = unigram_entropy(corpus.validation), bigram_entropy(corpus.validation)
     read_per_step = world.size * config.accumulation * config.batch_size * config.seq_len
@@ -215,13 +218,16 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
 
     seconds, clock = 0.0, time.perf_counter()  # of training, without validation and checkpoints
     for step in range(first_step, config.steps):
+        done = step + 1
+        strategy.measures = config.statistics and done % config.log_every == 0
         loss = train_step(strategy, corpus, config, world, step)
         scheduler.step()
-        done = step + 1
         bar.update()
         if writes and done % config.log_every == 0:
             history["train"].append((done, loss.item()))
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if strategy.measures:
+                write_line(statistics, {"step": done, **strategy.numbers})
         evaluates, saves = (done % n == 0 or done == config.steps for n in (config.eval_every, config.checkpoint_every))
         a_step = (seconds + time.perf_counter() - clock) / (done - first_step)
         stops = done < config.steps and stopping.agreed(done, a_step, world.device)
@@ -251,6 +257,8 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     if writes:
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
+        if config.statistics:
+            save_statistics(config.folder / "statistics.png", statistics)
         prompt = bytes(corpus.validation[:64].tolist())
         writer = GPT(config.model()).to(world.device)  # a whole model, since the trained one may be sharded
         writer.load_state_dict(weights)

@@ -122,8 +122,8 @@ class GradSource(Protocol):
     def snapshot(self) -> Callable[[], bool]:
         """Returns a function that says whether this rank's gradients are still what they are now."""
 
-    def hold(self, clipped: bool) -> None:
-        """Says whether the gradients have been clipped and not been stepped with yet."""
+    def hold(self, measured: bool) -> None:
+        """Says whether the gradients have been measured, to be clipped or shown, and not been stepped with yet."""
 
     def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Context manager around the zeroing of ``p.grad``."""
@@ -211,7 +211,7 @@ class LocalGrads:
         same = same_gradients([p for shard in shards for p in shard.params])
         return lambda: self._shards is shards and same()
 
-    def hold(self, clipped: bool) -> None:
+    def hold(self, measured: bool) -> None:
         pass
 
     def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -235,6 +235,7 @@ class ReducedGrads:
         self._reducer = GradReducer(membership, average, bucket_bytes)
         self._plain = PlainGradients(membership)
         self._shards: list[Shard] = []
+        self._are_held: Callable[[], bool] | None = None  # whether these gradients were reduced and measured
 
     def set_shards(self, shards: Sequence[Shard]) -> None:
         self._reducer.set_shards(shards)
@@ -248,6 +249,9 @@ class ReducedGrads:
         self._reducer.settle()
 
     def reduce(self, frozen: Sequence[Tensor]) -> list[int]:
+        held = self._are_held
+        if held is not None and not any(self._membership.any_rank(not held() or any(map(takes_part, frozen)))):
+            return []  # the owners have them, and no rank has others
         if not self._reducer.reduce(unfrozen=any(map(takes_part, frozen))):
             return []
         # A pass may have reached a parameter on some ranks only, and it may be frozen again.
@@ -277,10 +281,11 @@ class ReducedGrads:
         reducer, generation = self._reducer, self._reducer.generation
         return lambda: not reducer.has_local() and reducer.generation == generation
 
-    def hold(self, clipped: bool) -> None:
-        # Gradients that arrive after clipping stay in p.grad: ranks that their pass misses could not know of a
-        # collective, and make the step.
-        self._reducer.holds = clipped
+    def hold(self, measured: bool) -> None:
+        # Gradients that arrive after that stay in p.grad: ranks that their pass misses could not know of a collective,
+        # and make the step.
+        self._reducer.holds = measured
+        self._are_held = self.snapshot() if measured else None
 
     def zeroing(self, set_to_none: bool, frozen: Sequence[Tensor]) -> AbstractContextManager[None]:
         # A pass may have reached ranks by unfrozen parameters alone, of which the reducer does not know yet. Where it

@@ -1,4 +1,4 @@
-"""Lion: the local optimizer. It never communicates, and steps all its tensors in one launch."""
+"""Lion: the local optimizer. Its step communicates nothing, and is one launch for all its tensors."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from .state_dicts import (
     unwrap,
     with_named_dtypes,
 )
+from .statistics import Groups, KeptSigns, check_arguments, local_statistics
 from .update.backends.batch import Prepared
 from .update.lion_update import LionUpdate, check_use_triton
 from .update.state import REMAINDER
@@ -140,6 +141,7 @@ class Lion(Optimizer):
         self._kept: dict[tuple[int, ...], _Kept] = {}
         self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
+        self._kept_signs = KeptSigns()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -253,6 +255,39 @@ class Lion(Optimizer):
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
         kept, _, _ = self._prepare()
         kept.members = None  # those of the last step, as `_check_capturable` relies on
+
+    @disable_dynamo
+    @torch.no_grad()
+    def statistics(self, by: str = "group", *, flips: bool = False, process_groups: Groups = ()) -> dict[str, float]:
+        """Numbers that describe the next step(). It changes nothing; the host waits.
+
+        Call it just before step(), when the gradients are complete and clipped. For each name, and ``global`` for all:
+
+        - ``l2_norm/param/<name>``, ``l2_norm/moment/<name>``: weights (master weights, if kept) and momenta, before.
+        - ``l2_norm/grad/<name>``: gradients as step() uses them, after clipping.
+        - ``l2_norm/update/<name>``: what step() adds to the weights, with decay and rounding.
+        - ``sign/zero/<name>``: fraction of elements whose update has the sign 0.
+        - ``sign/agree/<name>``: fraction of elements that move against their gradient (with it under ``maximize``).
+        - ``sign/flipped/<name>``: fraction of elements with the opposite sign of the last call, both with ``flips``.
+
+        A parameter without a gradient is not stepped: its gradient, update and signs count as 0. Frozen ones that were
+        never stepped are left out. Each element counts once: DTensors are summed over their meshes by collective calls,
+        plain tensors count as they are here. Norms are of sums in float64, without units.
+
+        Args:
+            by: "group", by ``name`` where each group has one of its own, else ``group0``, ``group1``, ...; or
+                "parameter", by its name, or its number if the optimizer has no names.
+            flips: keeps the signs, 2 bits an element, until a call without it. For adjacent steps, call it before both.
+            process_groups: as for `lion_dist.clip_grad_norm_`; the ranks must give the same names.
+
+        Raises:
+            ValueError, TypeError: an argument or gradient cannot be used, or names differ within ``process_groups``.
+            RuntimeError: a CUDA graph is being captured.
+        """
+        check_arguments(by, flips)
+        groups, hypers = self.param_groups, self._hypers.read(self.param_groups)
+        _, members, prepared = self._prepare()
+        return local_statistics(members, prepared, groups, hypers, self._kept_signs, by, flips, process_groups)
 
     def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:
         if members is not None and members.hold(self.param_groups, self.state):

@@ -268,11 +268,11 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
     """The sum over all ranks of all meshes, each element counting once; a collective call for the ranks of the meshes.
 
     Args:
-        of_placings: at least one placing, with the sum over what this rank holds of parameters that are placed so,
-            shape (). All ranks of a mesh give the same placings in the same order.
+        of_placings: at least one placing, with the sum over what this rank holds of parameters that are placed so: of
+            any shape, the same for all. All ranks of a mesh give the same placings in the same order.
 
     Returns:
-        The sum, shape ().
+        The sum, in that shape.
     """
     by_mesh: dict[Any, Tensor] = {}
     for placing, own in of_placings:
@@ -283,4 +283,4 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
             by_mesh[mesh] = of_mesh = of_mesh.clone()
             for dimension in range(mesh.ndim):
                 dist.all_reduce(of_mesh, group=mesh.get_group(dimension))
-    return torch.stack(list(by_mesh.values())).sum()
+    return torch.stack(list(by_mesh.values())).sum(0)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from .intake import describe_new
 from .meshes import mesh_groups
+from .param_groups import Group
 from .sharding.agreement import Agreement, agree
 from .state_entries import check_state
 from .stepper import clip_together
@@ -47,6 +49,20 @@ def agreeing(
 def params_of(optimizer: ShardedLion) -> list[Tensor]:
     """All parameters of the optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def add_group(optimizer: ShardedLion, param_group: Group) -> None:
+    """See `ShardedLion.add_param_group`."""
+    groups = optimizer.param_groups
+    before = len(groups)
+    try:
+        with agreeing(optimizer, ".add_param_group()") as agreement:
+            optimizer._append_group(param_group)
+            agreement.says(describe_new(groups, before, optimizer.process_group))
+        optimizer._take_in(groups[-1]["params"])
+    except Exception:
+        del groups[before:]
+        raise
 
 
 def check_last_steps(optimizer: ShardedLion) -> None:

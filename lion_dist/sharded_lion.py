@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import sharded_replicas
+from . import sharded_access, sharded_replicas
 from .grad_source import check_reduction, make_grad_source
 from .hyper_reader import HyperReader
 from .intake import FrozenParams, complete_new_group, describe_new, listed, make_equal, new_shards, own_rank
@@ -23,15 +23,17 @@ from .master_weights import NamedTensors
 from .param_groups import complete_loaded_groups, count_step, make_defaults
 from .param_sync import check_param_sync, make_param_sync
 from .rounding import RoundingWarnings
-from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, begin_step, clip_optimizers, takes_loss_scale
+from .sharded_access import REFUSED_JOIN, REFUSED_PICKLE, agreeing, begin_step, clip_optimizers, params_of
 from .sharded_masters import take_on_all_ranks
 from .sharded_state import load
+from .sharded_statistics import sharded_statistics
 from .sharding.collectives import Membership
 from .sharding.replicas import DeferredCheck
 from .sharding.shard import Shard, number_params
 from .state_dicts import unwrap
 from .state_entries import with_entries
 from .state_offload import move_state
+from .statistics import Groups
 from .stepper import Stepper
 from .uncompiled import uncompiled
 from .update.lion_update import check_use_triton
@@ -45,9 +47,9 @@ class ShardedLion(Optimizer):
 
     It gives the same bits as `Lion` on the same averaged gradients. Each rank holds a world_size-th of the momentum and
     steps a world_size-th of the elements. All ranks make these collective calls in the same order: the constructor,
-    step, clip_grad_norm_, add_param_group, init_state, broadcast_buffers, check_replicas, resync, full_state_dict,
-    consolidate_state_dict, load_state_dict, offload_state, reload_state and, while there are unused gradients,
-    zero_grad. torch.compile runs all of them as they are.
+    step, clip_grad_norm_, statistics, add_param_group, init_state, broadcast_buffers, check_replicas, resync,
+    full_state_dict, consolidate_state_dict, load_state_dict, offload_state, reload_state and, while there are unused
+    gradients, zero_grad. torch.compile runs all of them as they are.
 
     The constructor compares the arguments of the ranks and broadcasts the parameters of the group's first rank. Where a
     rank has them in another order it raises, by their names or, without names, by their values (equal values cannot be
@@ -86,7 +88,7 @@ class ShardedLion(Optimizer):
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 
-    _step_supports_amp_scaling = property(takes_loss_scale)
+    _step_supports_amp_scaling = property(sharded_access.takes_loss_scale)
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, betas: Iterable[float] = (0.9, 0.99),
@@ -118,7 +120,7 @@ class ShardedLion(Optimizer):
         self._stepper = Stepper(self._membership, self._grads, self._sync, self._deferred, self._frozen, use_triton)
         self._hypers = HyperReader()
         self._rounding = RoundingWarnings()
-        self._take_in(self._params())
+        self._take_in(params_of(self))
         self._constructed = True
 
     @property
@@ -132,22 +134,11 @@ class ShardedLion(Optimizer):
         """Adds a group; a collective call, with the same group on every rank."""
         if not self._constructed:  # by torch's constructor, within the constructor's own agreement
             return self._append_group(param_group)
-        before = len(self.param_groups)
-        try:
-            with agreeing(self, ".add_param_group()") as agreement:
-                self._append_group(param_group)
-                agreement.says(describe_new(self.param_groups, before, self._group))
-            self._take_in(self.param_groups[-1]["params"])
-        except Exception:
-            del self.param_groups[before:]
-            raise
+        sharded_access.add_group(self, param_group)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         complete_new_group(self.param_groups, self.defaults, self._group, self._averaged)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def _take_in(self, params: Sequence[Tensor]) -> None:
@@ -167,7 +158,7 @@ class ShardedLion(Optimizer):
 
     def _set_shards(self, shards: list[Shard]) -> None:
         """Shards the parameters in this way; a collective call. The parameters of no shard count as frozen."""
-        number_params(shards, self._params())
+        number_params(shards, params_of(self))
         self._consolidated: Gathered | None = None
         self._stepper.set_shards(shards)
         self._frozen.leave_out(shards)
@@ -269,6 +260,14 @@ class ShardedLion(Optimizer):
             The norm before clipping: float32, shape (), on the parameters' device. The host does not wait for it.
         """
         return clip_optimizers([self], max_norm, process_groups)
+
+    @torch.no_grad()
+    def statistics(self, by: str = "group", *, flips: bool = False, process_groups: Groups = ()) -> dict[str, float]:
+        """Numbers that describe the next step(), over all ranks; a collective call. `Lion.statistics` explains them.
+
+        Every rank gets the same numbers. In stage 2 it averages the gradients, which clipping and step() then do not.
+        """
+        return sharded_statistics(self, by, flips, process_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and clipping that no step() has used.

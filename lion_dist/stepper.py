@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from .param_sync import ParamSync, Part, Step
 from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_first
 from .sharding.replicas import DeferredCheck
 from .sharding.shard import Shard
+from .statistics import KeptSigns
 from .update.lion_update import LionUpdate
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
@@ -58,6 +59,7 @@ class Stepper:
 
     Attributes:
         shards: the shards that are stepped.
+        kept_signs: those of the last ``statistics(flips=True)``.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Stepper:
         self.shards: list[Shard] = []
         self._parts: list[Part] = []
         self._clipping: Clipping | None = None
+        self.kept_signs = KeptSigns()
         self._warned_of_no_gradient = False
         self._ids: list[list[int]] = []  # ids of the parameters, by group, when _groups was made
         self._forms: list[tuple[bool, bool]] = []  # `kept_form` of each group then
@@ -204,6 +207,38 @@ class Stepper:
         while unfrozen := self._grads.reduce(self._frozen.params):
             adopt(unfrozen)
 
+    def _reduce_unless_clipped(self, adopt: Adopt) -> Clipping | None:
+        """Starts bringing every gradient to its owner, unless these were clipped and no rank has others since.
+
+        Returns:
+            The clipping of these gradients.
+        """
+        clipping = self._clipping
+        if clipping is not None and not any(self._membership.any_rank(self._changed_since(clipping))):
+            return clipping
+        self._reduce(adopt)
+        return None
+
+    def look(self, groups: Sequence[Group], adopt: Adopt) -> tuple[list[StepTensors], Tensor | None]:
+        """What `step` would step, and changes nothing of it; see there for the arguments. The host waits.
+
+        Returns:
+            The tensors of each shard, with all of its state, and without the gradients of parameters that are not
+            stepped; and the factor of every gradient: float32, shape (), None is 1.
+        """
+        self._membership.check()
+        clipping = self._reduce_unless_clipped(adopt)
+        tensors, _ = self._tensors(groups)
+        seen = []
+        for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
+            own.active = self._grads.ready(i)
+            grads = part.update.prepare(own).present()
+            whole = part.shard.whole
+            seen.append(replace(own, grads=grads, state={**own.state, **whole}, whole=frozenset(whole)))
+        self._grads.finish()
+        self._grads.hold(True)
+        return seen, None if clipping is None else clipping.scale
+
     def _warn_of_no_gradient(self) -> None:
         if self._warned_of_no_gradient or not self._parts or not self._grads.none_active():
             return
@@ -225,18 +260,14 @@ class Stepper:
     def measure(self, groups: Sequence[Group], adopt: Adopt, widest: dist.ProcessGroup) -> Measured:
         """The gradients' sum of squares over all ranks; see `clip_together`, and `step` for the other arguments."""
         self._membership.check()
-        before = self._clipping
-        if before is not None and any(self._membership.any_rank(self._changed_since(before))):
-            before = None
-        if before is None:
-            self._reduce(adopt)
+        before = self._reduce_unless_clipped(adopt)
         tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them, on every rank
         sums = self._sums_of_squares(tensors)
         if before is None:
             self._grads.check(tensors)
         else:  # what counts is the gradient as it would be stepped
             sums = {placing: total * before.scale.double().square() for placing, total in sums.items()}
-        return Measured(self._total(sums, widest), None if before is None else before.scale)
+        return Measured(self.total(sums, widest), None if before is None else before.scale)
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
         """The sum of squares of this rank's part of the gradients, by the placing of the parameters: float64, shape
@@ -251,7 +282,7 @@ class Stepper:
         self._grads.finish()
         return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 
-    def _total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
+    def total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
         """The sum over all ranks, of the parameters' meshes too; None if there are no shards."""
         if not sums:
             return None
@@ -283,7 +314,7 @@ class Stepper:
     def set_clipping(self, clipping: Clipping | None) -> None:
         """Takes clipping, on every rank, or drops it."""
         self._clipping = clipping
-        self._grads.hold(clipping is not None)  # nothing else calls it, so the two always agree
+        self._grads.hold(clipping is not None)
 
     def _changed_since(self, clipping: Clipping) -> bool:
         """Whether this rank has other gradients than those that were clipped."""

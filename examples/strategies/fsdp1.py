@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from lion_dist import Lion
 from model import Block
 from strategies.fsdp import FSDP
 
@@ -24,6 +25,11 @@ class FSDP1(FSDP):
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self.wrapped.no_sync()
+
+    def statistics(self) -> dict[str, float]:
+        assert isinstance(self.optimizer, Lion)
+        assert self.wrapped.process_group is not None
+        return self.optimizer.statistics(process_groups=[self.wrapped.process_group])
 
     def clip(self, max_norm: float) -> Tensor:
         return self.wrapped.clip_grad_norm_(max_norm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import lion_dist
-from lion_dist import Lion
+from lion_dist import Lion, ShardedLion
 
 if TYPE_CHECKING:
     from config import Config  # which lists the strategies
@@ -28,9 +28,13 @@ class Single:
         optimizer: made from the parameter groups `groups`, in their order.
         replicated: whether every rank holds the whole model.
         config: the run's options.
+        measures: whether `step` measures what it does.
+        numbers: what it measured last.
     """
 
     replicated = True
+    measures = False
+    numbers: dict[str, float]
 
     def __init__(self, model: nn.Module, groups: Groups, config: Config) -> None:
         self.model, self.config = model, config
@@ -54,6 +58,8 @@ class Single:
         """Makes one optimizer step, after clipping to `max_norm` if that is not 0."""
         if max_norm:
             self.clip(max_norm)
+        if self.measures:
+            self.numbers = self.statistics()
         self.optimizer.step()
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -63,6 +69,11 @@ class Single:
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradients so that their norm over all parameters is at most `max_norm`. Returns the old norm."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers that describe the next step, over all ranks. Every rank must call it."""
+        assert isinstance(self.optimizer, (Lion, ShardedLion))
+        return self.optimizer.statistics()
 
     def model_state(self) -> dict[str, Tensor]:
         """Returns the whole model's state on rank 0, under plain names. Every rank must call it."""

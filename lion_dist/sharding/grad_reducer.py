@@ -64,7 +64,7 @@ class GradReducer:
     Attributes:
         generation: a number that changes whenever gradients do.
         holds: whether gradients that arrive stay in ``p.grad`` until the next `reduce`, as they do in `no_sync`. It is
-            set from outside, while gradients are clipped that no step has used.
+            set from outside, while gradients are clipped or measured that no step has used.
     """
 
     def __init__(self, membership: Membership, average: BucketAverage, bucket_bytes: int) -> None:

@@ -6,6 +6,7 @@ processes themselves.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -38,28 +39,40 @@ from tests.examples.runs import (
 from tests.harness import DEADLINE_S, device_of, run_ranks, spawn_only
 
 
+def statistics_of(out: Path) -> dict[str, float]:
+    """The numbers of the last step."""
+    last: dict[str, float] = json.loads((out / "statistics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 24
+    return last
+
+
 @spawn_only
 def test_strategies_train_alike(tmp_path: Path) -> None:
     """Two ranks average the same gradients whatever the strategy; their norm for clipping is not the same
     to the last bit (torch's is float32), so the losses agree and the bits need not."""
-    losses = {}
+    losses, numbers = {}, {}
     for strategy, ranks in (("single", 0), ("ddp", 2), ("zero1", 2), ("zero2", 2)):
         out = tmp_path / strategy
-        val_loss, unigram, bigram, tokens_per_s, peak_mib = run_well(ranks, out, "--strategy", strategy)
+        options = "--strategy", strategy, "--statistics"
+        val_loss, unigram, bigram, tokens_per_s, peak_mib = run_well(ranks, out, *options)
         assert 0 < bigram < unigram < 5.55  # ln 256
         assert val_loss < 5.55
         assert tokens_per_s > 0
         assert peak_mib > 0
         assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-        losses[strategy] = val_loss
+        assert (out / "statistics.png").read_bytes().startswith(b"\x89PNG")
+        losses[strategy], numbers[strategy] = val_loss, statistics_of(out)
     assert losses["ddp"] == pytest.approx(losses["zero1"], abs=2e-3)
     # The slices, and so the norm that the coefficient comes from, are those of stage 1: the same bits.
     assert losses["zero2"] == losses["zero1"]
+    assert numbers["zero2"] == pytest.approx(numbers["zero1"], rel=1e-12)
+    assert numbers["ddp"] == pytest.approx(numbers["zero1"], rel=1e-2)
     assert losses["single"] == pytest.approx(losses["ddp"], abs=0.5)  # half the data a step
 
     # FSDP: from the beginning, and then each strategy goes on from the last but one checkpoint of the one before it.
     out = tmp_path / "fsdp1"
-    assert run_well(2, out, "--strategy", "fsdp1")[0] == pytest.approx(losses["ddp"], abs=2e-3)
+    assert run_well(2, out, "--strategy", "fsdp1", "--statistics")[0] == pytest.approx(losses["ddp"], abs=2e-3)
+    assert statistics_of(out) == pytest.approx(numbers["ddp"], rel=1e-2)
     resumed = {}
     for strategy, ranks, step, every in (
         ("fsdp2", 2, 18, 3), ("zero2", 2, 21, 2), ("hsdp", 4, 22, 6), ("hybrid", 4, 22, 6), ("ddp", 3, 22, 6),
@@ -67,9 +80,12 @@ def test_strategies_train_alike(tmp_path: Path) -> None:
     ):  # fmt: skip
         shutil.rmtree(checkpoint.latest(out))
         assert step_of(out) == step
-        loss = run_well(ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every))[0]
+        loss = run_well(
+            ranks, out, "--resume", "--strategy", strategy, "--checkpoint-every", str(every), "--statistics"
+        )[0]
         resumed[strategy] = loss
         if ranks == 2:  # else a step's data are others
+            assert statistics_of(out) == pytest.approx(numbers["ddp"], rel=1e-2), strategy
             assert loss == pytest.approx(losses["ddp"], abs=2e-3), strategy
         assert step_of(out) == 24
     assert resumed["hybrid"] == pytest.approx(resumed["hsdp"], abs=2e-3)  # of the same data
@@ -227,6 +243,7 @@ def test_bad_options_say_what_to_do(
         assert error.value.code == 2
         return capsys.readouterr().err
 
+    config = ["--deepspeed_config", str(ROOT / "launch/deepspeed/zero2.json")]
     for options, message in (
         (["--resume"], "nothing to resume"),
         (["--strategy", "zero9"], "--strategy must be one of"),
@@ -238,6 +255,7 @@ def test_bad_options_say_what_to_do(
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--beta2", "1"], "--beta2 must be less than 1"),
         (["--replicas", "-1"], "--replicas must be at least 0"),
+        (["--strategy", "deepspeed", *config, "--statistics"], "--statistics is not for --strategy deepspeed"),
         (["--replicas", "2"], "--replicas 2 does not divide the 1 processes"),
     ):
         assert message in refused(*options)

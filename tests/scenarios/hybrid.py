@@ -279,8 +279,12 @@ class Twins:
                 assert_same_bits(norm, clip_grad_norm_(self.hsdp.parameters(), case.clip), "norm of HSDP")
         for optimizer in (self.optimizer, self.single_lion, self.hsdp_lion):
             if optimizer is not None:
-                optimizer.step()
+                self.make_step(optimizer)
                 optimizer.zero_grad()
+
+    def make_step(self, optimizer: Any) -> None:
+        """Makes one step: of ShardedLion, of Lion on one process, or of Lion under FSDP2's HSDP, in this order."""
+        optimizer.step()
 
     def check(self, what: str) -> None:
         """All weights on this rank."""

@@ -130,7 +130,7 @@ class Modes:
                     p.grad = g.clone() if p.requires_grad else None
             if max_norm is not None:
                 mode.optimizer.clip_grad_norm_(max_norm)
-            mode.optimizer.step()
+            self.make_step(mode.optimizer)
             mode.optimizer.zero_grad()
 
     def step_lion(self, averages: Sequence[Tensor], max_norm: float | None) -> None:
@@ -145,8 +145,12 @@ class Modes:
             for g in grads:
                 assert g.dtype == torch.float32
                 g.mul_(scale)
-        self.lion.step()
+        self.make_step(self.lion)
         self.lion.zero_grad()
+
+    def make_step(self, optimizer: Optimizer) -> None:
+        """Makes one step of `Lion`, which is the first, or of a mode."""
+        optimizer.step()
 
     def check(self, what: str, modes: Sequence[Mode] | None = None) -> None:
         """All weights, all state as state_dict() shows it and the counts of steps are those of `Lion`."""

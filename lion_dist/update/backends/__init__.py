@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ...memory_order import is_dense, same_layout
 from ..segments import Segment, StepTensors
 from ..state import EXP_AVG
 from .batch import SIGNS, Batch, Mix
 from .cpu import CpuBatch
 from .cpu_codes import CodesBatch
-from .plain import PlainBatch
+from .plain import PlainBatch, is_linear
 
 try:
     from .triton import TritonBatch
@@ -77,10 +76,7 @@ def make_batches(
             continue
         p, state = tensors.params[s.entry], tensors.state_of(s.entry)
         mix = Mix(p.dtype, grad_dtypes[s.entry], tuple(t.dtype for t in state.values()), tuple(state))
-        # Segments that are given lie in dense tensors.
-        linear = tensors.segments is not None or (
-            is_dense(p) and all(same_layout(p, t) for t in state.values() if t.shape == p.shape)
-        )
+        linear = is_linear(tensors, s.entry)
         divided.setdefault((p.device, mix, linear), []).append(s)
     batches: list[Batch] = []
     for (device, mix, linear), of_mix in divided.items():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...memory_order import flat, laid_out_like
+from ...memory_order import flat, is_dense, laid_out_like, same_layout
 from .. import reference
 from ..codecs import BLOCK
 from ..hypers import StepHypers
@@ -64,13 +64,16 @@ class PlainBatch:
     def gradients(self, grads: Sequence[Tensor | None], runs: Sequence[Run]) -> Iterator[tuple[Run, Tensor]]:
         """The runs that have a gradient, each with its part of it. ``grads``: those of all entries."""
         for run in runs:
-            s = run.segment
-            g = grads[s.entry]
-            if g is None:
-                continue
-            if self._linear and (g.dim() != 1 or g.numel() != s.length):
-                g = g.as_strided((s.length,), (1,), g.storage_offset() + s.grad_start)
-            yield run, g
+            if (g := self.gradient(grads, run)) is not None:
+                yield run, g
+
+    def gradient(self, grads: Sequence[Tensor | None], run: Run) -> Tensor | None:
+        """A run's part of its entry's gradient, or None. ``grads``: those of all entries."""
+        s = run.segment
+        g = grads[s.entry]
+        if g is not None and self._linear and (g.dim() != 1 or g.numel() != s.length):
+            g = g.as_strided((s.length,), (1,), g.storage_offset() + s.grad_start)
+        return g
 
     def step(self, prepared: Prepared, hypers: StepHypers) -> None:
         for run, g in self.gradients(prepared.present(), self.runs):
@@ -126,6 +129,14 @@ class PlainBatch:
             for _, g in self.gradients(prepared.present(), self.runs)
         ]
         return torch.stack(sums).sum() if sums else None
+
+
+def is_linear(tensors: StepTensors, entry: int) -> bool:
+    """Whether an entry's segments are runs of 1-D memory in its parameter and its state alike."""
+    p = tensors.params[entry]
+    if tensors.segments is not None:  # which are given for dense tensors alone
+        return True
+    return is_dense(p) and all(same_layout(p, t) for t in tensors.state_of(entry).values() if t.shape == p.shape)
 
 
 def _pieces(*runs: Tensor) -> Iterator[tuple[Any, ...]]:

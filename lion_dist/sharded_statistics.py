@@ -1,0 +1,39 @@
+"""`ShardedLion.statistics`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .dtensors import local
+from .meshes import Placing, refuse_counted
+from .param_groups import hyper_parameters
+from .sharded_access import agreeing, check_last_steps, params_of, refuse_offloaded
+from .statistics import Groups, Rows, check_arguments, check_same_names, name_numbers
+
+if TYPE_CHECKING:
+    from .sharded_lion import ShardedLion
+
+
+def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_groups: Groups) -> dict[str, float]:
+    """Measures what the next step of a ShardedLion would do, over all ranks; see `ShardedLion.statistics`."""
+    groups, stepper = optimizer.param_groups, optimizer._stepper
+    with agreeing(optimizer, ".statistics()") as agreement:
+        check_arguments(by, flips)
+        check_last_steps(optimizer)
+        refuse_offloaded(optimizer, "statistics()")
+        hypers = [hyper_parameters(group) for group in groups]
+        refuse_counted(process_groups, [shard.placing for shard in stepper.shards], [stepper.group])
+        agreement.says([f"by={by!r}, flips={flips}, {len(process_groups)} process_groups"])
+    tensors, scale = stepper.look(groups, optimizer._adopt)
+    measured = [(shard.params, own) for shard, own in zip(stepper.shards, tensors, strict=True)]
+    rows = Rows.find(groups, [p for params, _ in measured for p in params], by)
+    sums = stepper.kept_signs.add_up(measured, groups, hypers, scale, rows, flips) or {Placing(): rows.zeros()}
+    params = measured[0][0] if measured else params_of(optimizer)
+    device = local(params[0]).device if params else torch.device("cpu")
+    check_same_names(rows.names, process_groups, device)
+    total = stepper.total({placing: of_placing.to(device) for placing, of_placing in sums.items()}, stepper.group)
+    assert total is not None  # there is a placing
+    stepper.agree_on(total, process_groups)
+    return name_numbers(rows.names, total.cpu())
