@@ -6,8 +6,8 @@ the addresses of parameters, gradients and state, and the other hyper-parameters
 
 [Note: Captured memory] What a graph reads must stay where it is, unchanged, for as long as the graph. So tables are
 made before the capture, and those that a capture has read are kept until the optimizer loads a state, which replaces
-the momenta that the graph writes. Only the addresses of
-gradients may be new, since a backward in the same graph makes the gradients: replays copy them from pinned memory.
+the momenta that the graph writes. Only the addresses of gradients may be new, since a backward in the same graph makes
+the gradients: replays copy them from pinned memory.
 """
 
 from __future__ import annotations

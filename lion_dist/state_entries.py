@@ -147,6 +147,14 @@ class ShardedState(defaultdict[Any, Any]):
         else:
             super().__setitem__(key, value)
 
+    def update(self, *args: Any, **kwargs: Any) -> None:  # dict's own would not call __setitem__
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> ShardedState:  # type: ignore[misc]
+        self.update(other)
+        return self
+
     def __delitem__(self, key: Any) -> None:
         self._keep([key])
         super().__delitem__(key)

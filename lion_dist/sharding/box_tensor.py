@@ -164,7 +164,8 @@ class BoxTensor(Tensor):
             function = _ELEMENTWISE[func]
             return self.map(lambda part: function(part, *rest, **known), function(_empty_of(self), *rest, **known))
         if func is _aten.equal.default:  # of this rank's part
-            return all(_elementwise(_aten.eq.Tensor, args, {}).parts[i].all() for i in range(len(self.boxes)))
+            same_shape = self.shape == args[1].shape
+            return same_shape and all(part.all() for part in _elementwise(_aten.eq.Tensor, args, {}).parts)
         if torch.Tag.pointwise in func.tags or func in _IN_PLACE:
             return _elementwise(func, args, kwargs)
         if func in _REDUCTIONS and isinstance(self, BoxTensor):
@@ -249,7 +250,8 @@ def _elementwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> BoxT
     def part_of(t: Tensor, i: int) -> Tensor:
         return t.parts[i] if isinstance(t, BoxTensor) else t[first.boxes[i].slices()]
 
-    changed = func in _IN_PLACE or func.overloadpacket.__name__.endswith("_")
+    name = func.overloadpacket.__name__
+    changed = func in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))  # __lshift__ is not in place
     if changed and not isinstance(args[0], BoxTensor):
         raise TypeError(f"{_ADVICE} {func} cannot change a whole tensor by it. {_REMEDY}")
     parts = [computed(lambda t, i=i: part_of(t, i)) for i in range(len(first.boxes))]  # type: ignore[misc]

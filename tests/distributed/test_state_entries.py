@@ -87,6 +87,11 @@ def measured(mode: Mode, numbers: list[dict[str, Tensor]]) -> None:
             assert isinstance(found, BoxTensor)
             assert found.boxes == m.boxes
             assert_same_bits(torch.cat([*(t.reshape(-1) for t in found.parts), f(own)[:0]]), f(own), str(found))
+        same = whole[EXP_AVG].to(m.device)
+        assert all(torch.equal(*pair) for pair in ((m, m.clone()), (m, same), (same, m)))
+        other = same + 1
+        assert torch.equal(m, other) == torch.equal(other, m) == (own.numel() == 0)
+        assert not torch.equal(m, other.reshape(1, *other.shape))
 
 
 REDUCTIONS: list[Callable[[Tensor], Tensor]] = [
@@ -110,6 +115,7 @@ ELEMENTWISE: list[Callable[[Tensor], Tensor]] = [
     lambda t: torch.where(t > 0, t, -t),
     lambda t: t.clone().mul_(0.5).add_(t, alpha=2),
     lambda t: t * torch.tensor(3.0, device=t.device),
+    lambda t: (t > 0).to(torch.int32) << 1,  # aten.__lshift__, which is not in place
 ]
 
 
@@ -118,13 +124,20 @@ def written(mode: Mode) -> None:
     before = mode.whole_state()
     state = mode.optimizer.state
     for i, p in enumerate(mode.params):
-        if i % 3 == 0:
+        if i % 5 == 0:
             state[p][EXP_AVG] = state[p][EXP_AVG] * 0.5
-        elif i % 3 == 1:
+            continue
+        if i % 5 == 1:
             state[p][EXP_AVG].mul_(0.5)
+            continue
+        new = {**state[p], EXP_AVG: (before[i][EXP_AVG] * 0.5).to(p.device), "seen": i}
+        if i % 5 == 2:
+            state[p] = new
+        elif i % 5 == 3:
+            state.update([(p, new)])
         else:
-            state[p] = {**state[p], EXP_AVG: (before[i][EXP_AVG] * 0.5).to(p.device), "seen": i}
-            assert state[p].pop("seen") == i
+            state |= {p: new}
+        assert state[p].pop("seen") == i
     for got, old in zip(mode.whole_state(), before, strict=True):
         assert_same_bits(got[EXP_AVG], old[EXP_AVG] * 0.5, "halved")
     for p, old in zip(mode.params, before, strict=True):
@@ -183,6 +196,7 @@ def body_refusals(rank: int, world_size: int) -> None:
         (lambda: state.__setitem__(p, {**entry, EXP_AVG: first}), ValueError, "another cut"),
         (lambda: state.__setitem__(p, {EXP_AVG: own * 0, REMAINDER: second}), TypeError, "remainder is kept in"),
         (lambda: state.__setitem__(p, {EXP_AVG: own * 0}), ValueError, "must be a mapping with remainder, got one"),
+        (lambda: state.update({p: {}}), ValueError, "must be a mapping with exp_avg, remainder"),
         (lambda: state.__setitem__(p, 3), ValueError, "must be a mapping with .*, got int"),
         # What would be lost in silence.
         (lambda: entry.pop(EXP_AVG), TypeError, "cannot be deleted"),
