@@ -71,7 +71,7 @@ def average_by_hand(model: nn.Module, group: dist.ProcessGroup) -> None:
         dist.all_reduce(local(p.grad), dist.ReduceOp.AVG, group)
 
 
-def check_nets(mesh: DeviceMesh, stage: int, sync: str, sharded: bool, accumulate: bool) -> None:
+def check_nets(mesh: DeviceMesh, stage: int, sync: str, sharded: bool, accumulate: bool, steps: int = 4) -> None:
     """Two replicas, since the sum of two numbers has one order only; ``sharded``: by FSDP2 too."""
     device, group, tp = device_of(dist.get_rank(), dist.get_world_size()), mesh["replicate"].get_group(), mesh["tp"]
     net, other = (Net(seed, device, tp) for seed in (mesh.get_local_rank("replicate"), 0))
@@ -84,7 +84,7 @@ def check_nets(mesh: DeviceMesh, stage: int, sync: str, sharded: bool, accumulat
     lion = Lion(other.named_parameters(), lr=OPTIONS["lr"], weight_decay=OPTIONS["weight_decay"])
     what = f"{tuple(mesh.shape)}, stage {stage}, {sync}, sharded {sharded}"
     data = mesh.get_local_rank("replicate") + 10 * (mesh.get_local_rank("shard") if sharded else 0)
-    for step in range(4):
+    for step in range(steps):
         micro_steps = [step, step + 100] if accumulate else [step]
         for micro_step in micro_steps:
             x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(100 * micro_step + data)).to(device)
@@ -134,7 +134,7 @@ def tensor_parallel(model: HybridToy, tp: DeviceMesh, row: Shard) -> None:
         distribute_module(unit, tp, partial(cut, name))
 
 
-def check_toy(mesh: DeviceMesh, sync: str, sharded: bool) -> None:
+def check_toy(mesh: DeviceMesh, sync: str, sharded: bool, steps: int = 4) -> None:
     """Exact gradients, beside one process. The ranks of a tp mesh have the same part of the batch."""
     device = device_of(dist.get_rank(), dist.get_world_size())
     replicas, shards = mesh["replicate"].size(), mesh["shard"].size() if sharded else 1
@@ -149,7 +149,7 @@ def check_toy(mesh: DeviceMesh, sync: str, sharded: bool) -> None:
     options = {"lr": OPTIONS["lr"], "weight_decay": OPTIONS["weight_decay"]}
     optimizer = ShardedLion(groups_of(model), **OPTIONS, process_group=mesh["replicate"].get_group(), param_sync=sync)
     lion = Lion(groups_of(single), **options)
-    for step in range(4):
+    for step in range(steps):
         model(step, rank, size).backward()
         for name, p in single.named_parameters():
             p.grad = single.average_gradient(name, step, size)
@@ -183,20 +183,21 @@ def check_scalar(mesh: DeviceMesh) -> None:
             assert local(p).item() == 1.5 - 0.25 * (step + 1)
 
 
-def body(rank: int, world_size: int) -> None:
+def body(rank: int, world_size: int, steps: int) -> None:
     device = device_of(rank, world_size)
     two = init_device_mesh(device.type, (2, 2), mesh_dim_names=("replicate", "tp"))
-    check_nets(two, 2, "signs", sharded=False, accumulate=True)
-    check_nets(two, 1, "params", sharded=False, accumulate=False)
-    check_toy(two, "params", sharded=False)
+    check_nets(two, 2, "signs", sharded=False, accumulate=True, steps=steps)
+    check_nets(two, 1, "params", sharded=False, accumulate=False, steps=steps)
+    check_toy(two, "params", sharded=False, steps=steps)
     check_scalar(two)
     three = init_device_mesh(device.type, (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp"))
-    check_nets(three, 2, "params", sharded=True, accumulate=False)
-    check_toy(three, "signs", sharded=True)
+    check_nets(three, 2, "params", sharded=True, accumulate=False, steps=steps)
+    check_toy(three, "signs", sharded=True, steps=steps)
 
 
-def test_tensor_parallelism(tmp_path: Path) -> None:
-    run_ranks(body, 4, tmp_path)
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_tensor_parallelism(steps: int, tmp_path: Path) -> None:
+    run_ranks(body, 4, tmp_path, (steps,))
 
 
 def body_three_dimensions(rank: int, world_size: int) -> None:
