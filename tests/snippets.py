@@ -186,14 +186,15 @@ def without_gpus() -> Iterator[None]:
         yield
 
 
-def run_page(page: Page, fences: list[Fence], folder: Path, device: str = "cpu") -> None:
-    """Runs snippets of one page in a folder, which becomes the current one.
+def run_page(page: Page, fences: list[Fence], folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Runs snippets of one page in a folder, which becomes the current one, and returns the names of the last.
 
     Raises:
         AssertionError: a snippet raised. The lines of its traceback are those of the page.
     """
     os.chdir(folder)
     imported: dict[str, Any] = {}
+    space: dict[str, Any] = {}
     for fence in fences:
         torch.manual_seed(0)  # the same on every rank
         names = Names(device)
@@ -207,3 +208,4 @@ def run_page(page: Page, fences: list[Fence], folder: Path, device: str = "cpu")
         except Exception:
             raise AssertionError(f"{page.name}:{fence.line}: this snippet raised\n{traceback.format_exc()}") from None
         imported |= {name: space[name] for name in imports_of(fence.code)}
+    return space

@@ -61,7 +61,10 @@ def body_snippets(rank: int, world_size: int, page: Page, packages: frozenset[st
     else:
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(world_size))  # nodes with one GPU
     with contextlib.nullcontext() if packages else without_gpus():
-        run_page(page, fences, folder)
+        names = run_page(page, fences, folder)
+    if packages == {"transformers"}:  # what the page says of the Trainer's groups
+        groups = names["trainer"].optimizer.param_groups
+        assert [(group["weight_decay"], group["initial_lr"]) for group in groups] == [(1.0, 1e-4), (0.0, 1e-4)]
 
 
 @pytest.mark.parametrize(
