@@ -14,7 +14,7 @@ import contextlib
 import os
 import traceback
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import device_mesh, fsdp
+from torch.distributed import device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import lion_dist
@@ -173,14 +174,14 @@ def without_gpus() -> Iterator[None]:
     def on_cpu(device: str, *args: Any, **kwargs: Any) -> Any:
         return make_mesh("cpu", *args, **kwargs)
 
-    make_mesh = device_mesh.init_device_mesh
+    make_mesh, wrap = device_mesh.init_device_mesh, FullyShardedDataParallel.__init__
     with contextlib.ExitStack() as stack:
         for target, name, put in (
             (device_mesh, "init_device_mesh", on_cpu),
             (torch.cuda, "set_device", lambda device: None),
             (nn.Module, "cuda", lambda module: module),
             (dist, "init_process_group", lambda backend: None),
-            (fsdp, "FullyShardedDataParallel", partial(fsdp.FullyShardedDataParallel, device_id=torch.device("cpu"))),
+            (FullyShardedDataParallel, "__init__", partialmethod(wrap, device_id=torch.device("cpu"))),
         ):
             stack.enter_context(mock.patch.object(target, name, put))
         yield
