@@ -43,7 +43,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         for block in self.blocks:
-            batch = torch.tanh(block(batch.to(block.weight.dtype)))
+            batch = torch.tanh(block(batch.to(next(block.parameters()).dtype)))
         return batch.square().mean()
 
 
@@ -84,14 +84,16 @@ class Names:
 
     @cached_property
     def loader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(torch.randn(24, WIDTH), batch_size=4)
+        samples: Any = torch.randn(24, WIDTH)
+        return torch.utils.data.DataLoader(samples, batch_size=4)
 
     @cached_property
     def language_model(self) -> Any:
         """A Llama of Hugging Face's, with 256 tokens."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
+        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
         return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=WIDTH, **sizes))
 
     @property
