@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import pytest
 
 import lion_dist
 from lion_dist import checkpoint, deepspeed
+from tests.documents import FENCE, ROOT, Page
 
-ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/RESULTS.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 # Paths of the repository, such as lion_dist/update/reference.py, where a document names them.
 PATH = re.compile(r"(?<![\w./<>{}-])(?:lion_dist|examples|launch|benchmarks|tests|docs)/[\w./-]*\w")
@@ -59,9 +57,8 @@ def test_paths_that_the_documents_name_exist(page: Path) -> None:
 
 @each_page
 def test_python_code_compiles(page: Path) -> None:
-    for _, language, code in FENCE.findall(page.read_text()):
-        if language == "python":
-            ast.parse(textwrap.dedent(code))
+    for fence in Page.read(page).fences("python"):
+        ast.parse(fence.code)
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
