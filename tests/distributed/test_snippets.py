@@ -1,7 +1,8 @@
 """Every snippet of README.md and docs/, as it is written. Python runs on two ranks, or on one where it needs a package
 of others; shell commands run, or their options are read by the program that they start; JSON is read.
 
-`NOT_RUN` and `RUN_ELSEWHERE` have the exceptions. A page's snippets run in one process of each rank (tests/snippets.py)."""
+`NOT_RUN` and `RUN_ELSEWHERE` have the exceptions. A page's snippets run in one process of each rank
+(tests/snippets.py)."""
 
 from __future__ import annotations
 
