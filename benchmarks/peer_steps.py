@@ -6,6 +6,8 @@ where a peer's rule or its state differs from the paper's rule with p, g and m o
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -87,8 +89,15 @@ def compiled(groups: list[Group]) -> Step:
     return foreach(groups, torch.compile(foreach_lion_, fullgraph=True, dynamic=False))
 
 
+def name_plain_architectures() -> None:
+    """Takes the letter from architectures such as 9.0a in TORCH_CUDA_ARCH_LIST, which DeepSpeed 0.19.8 cannot read."""
+    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(?<=\d)[af]\b", "", given)
+
+
 def deepspeed(groups: list[Group]) -> Step:
     """nvcc compiles it when it is first made, for half a minute or more; TORCH_EXTENSIONS_DIR caches the result."""
+    name_plain_architectures()
     from deepspeed.ops.lion import FusedLion
 
     step: Step = FusedLion(groups, lr=LR, betas=BETAS).step

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import lion_dist
 
 from .llama import LanguageModel
-from .peer_steps import BETAS, DECAY, LR
+from .peer_steps import BETAS, DECAY, LR, name_plain_architectures
 from .trainer import MAX_NORM, Mode, Trainer, on_gpu
 
 
@@ -38,6 +38,7 @@ def deepspeed_zero(
     os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # required but not used, since the process group exists
+    name_plain_architectures()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
