@@ -11,6 +11,7 @@ The ranks have no GPU. There "cuda" means the CPU, and the process group that a 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import traceback
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ class Names:
     Model = Model
     nodes, gpus_per_node = 2, 1
     replicas, tp = 2, 1
-    steps = 2
+    steps, step = 2, 0
+    rank = property(lambda self: dist.get_rank())
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -108,9 +110,9 @@ class Names:
     def loss_of(self, output: Tensor) -> Tensor:
         return output
 
-    def log(self, what: dict[str, Tensor]) -> None:
+    def log(self, what: dict[str, Any]) -> None:
         assert what
-        assert all(norm > 0 for norm in what.values())
+        assert all(math.isfinite(number) for number in what.values())
 
     def generate(self, model: nn.Module) -> None:
         with torch.no_grad():
