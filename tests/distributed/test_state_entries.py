@@ -7,11 +7,13 @@ import io
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -217,6 +219,9 @@ def body_refusals(rank: int, world_size: int) -> None:
     for call, kind, message in bad:
         with pytest.raises(kind, match=message):
             call()
+    # Another rank's momentum. The first rank cannot know, and goes on.
+    with pytest.raises(TypeError, match="broadcast cannot be received") if rank else nullcontext():
+        dist.broadcast(own, 0)
     for mode, expected in zip((params, signs), before, strict=True):
         for got, old in zip(mode.whole_state(), expected, strict=True):
             for name, t in old.items():
