@@ -167,7 +167,7 @@ class BoxTensor(Tensor):
         if func is _aten.equal.default:  # of this rank's part
             same_shape = self.shape == args[1].shape
             return same_shape and all(part.all() for part in _elementwise(_aten.eq.Tensor, args, {}).parts)
-        if torch.Tag.pointwise in func.tags or func in _IN_PLACE:
+        if (torch.Tag.pointwise in func.tags and "out" not in kwargs) or func in _IN_PLACE:
             return _elementwise(func, args, kwargs)
         if func in _REDUCTIONS and isinstance(self, BoxTensor):
             return _reduced(func, self, args[1:], kwargs)

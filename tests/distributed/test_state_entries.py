@@ -212,6 +212,7 @@ def body_refusals(rank: int, world_size: int) -> None:
         (lambda: own + other, ValueError, "another cut"),
         (lambda: own * whole[0], ValueError, r"whole tensors of shape .*, got shape \(3,\)"),
         (lambda: whole.mul_(own), TypeError, "cannot change a whole tensor"),
+        (lambda: torch.mul(own, 2, out=whole), NotImplementedError, r"does not support aten\.mul\.out"),
         # Saves of one rank.
         (lambda: pickle.dumps(entry), TypeError, "consolidate_state_dict"),
         (lambda: torch.save(params.optimizer.state_dict(), io.BytesIO()), TypeError, "full_state_dict"),
