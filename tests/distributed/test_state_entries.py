@@ -227,11 +227,13 @@ def body_refusals(rank: int, world_size: int) -> None:
         for got, old in zip(mode.whole_state(), expected, strict=True):
             for name, t in old.items():
                 assert_same_bits(got[name], t, name)
-    for call in (params.optimizer.step, params.optimizer.state_dict, params.optimizer.full_state_dict):
-        params.optimizer.state = defaultdict(dict)  # as one resets other optimizers
-        with pytest.raises(ValueError, match=r"optimizer\.state of a ShardedLion was replaced by a defaultdict"):
-            call()
-        params.optimizer.state = state
+    replacements: list[Any] = [defaultdict(dict), copy.deepcopy(state)]  # as one resets other optimizers, or rolls back
+    for other_state in replacements:
+        for call in (params.optimizer.step, params.optimizer.state_dict, params.optimizer.full_state_dict):
+            params.optimizer.state = other_state
+            with pytest.raises(ValueError, match=rf"was replaced by a {type(other_state).__name__}, which the shard"):
+                call()
+            params.optimizer.state = state
     state["rounds"] = 3
     assert state.pop("rounds") == 3
     modes.step(1)
