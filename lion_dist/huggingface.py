@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .sharded_access import clip_optimizers, params_of
 from .sharded_lion import ShardedLion
@@ -25,8 +26,9 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
     either stage and with `Lion`.
 
     Raises:
-        ValueError: on every rank, at stage 2, by ``prepare`` where the mixed precision is fp16; by ``clip_grad_norm_``
-            where the norm is not the 2-norm, or the parameters are not all of the optimizer's; by ``clip_grad_value_``.
+        ValueError: on every rank, at stage 2, by ``prepare`` where the mixed precision is fp16 or another optimizer is
+            given with it; by ``clip_grad_norm_`` where the norm is not the 2-norm, or the parameters are not all of the
+            optimizer's; by ``clip_grad_value_``.
     """
 
     _optimizers: list[Any]  # of Accelerator: what it has prepared
@@ -39,6 +41,13 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
             raise ValueError(
                 "ShardedLion(stage=2) does not support mixed_precision='fp16', whose GradScaler checks p.grad: use "
                 "'bf16', or stage=1"
+            )
+        others = [o for o in args if isinstance(o, Optimizer) and not _sharded([o], stage_2=True)] if stage_2 else []
+        if others:
+            raise ValueError(
+                f"prepare() got ShardedLion(stage=2) and {type(others[0]).__name__}, for which nothing would average "
+                "gradients, since stage 2 leaves all models of the call unwrapped: give the other optimizer and its "
+                "model to a call of their own"
             )
         self._leaves_models = bool(stage_2)
         try:

@@ -50,7 +50,7 @@ class _Kept:
 
     Attributes:
         update: steps them.
-        members: those of the last step, which hold the parameters; None after `Lion.init_state`.
+        members: those of the last step, which hold the parameters; None after `init_state` and `statistics`.
     """
 
     update: LionUpdate
@@ -253,8 +253,7 @@ class Lion(Optimizer):
 
     def init_state(self) -> None:
         """Makes the state that the first step() would make: zeros for every parameter that requires a gradient."""
-        kept, _, _ = self._prepare()
-        kept.members = None  # those of the last step, as `_check_capturable` relies on
+        self._prepare()[0].members = None  # those of the last step, as `_check_capturable` relies on
 
     @disable_dynamo
     @torch.no_grad()
@@ -286,7 +285,8 @@ class Lion(Optimizer):
         """
         check_arguments(by, flips)
         groups, hypers = self.param_groups, self._hypers.read(self.param_groups)
-        _, members, prepared = self._prepare()
+        kept, members, prepared = self._prepare()
+        kept.members = None  # as in `init_state`
         return local_statistics(members, prepared, groups, hypers, self._kept_signs, by, flips, process_groups)
 
     def _current_members(self, members: Members | None) -> tuple[Members, dict[Tensor, dict[str, Tensor]]]:

@@ -68,7 +68,7 @@ def add_group(optimizer: ShardedLion, param_group: Group) -> None:
 def check_last_steps(optimizer: ShardedLion) -> None:
     """Raises ValueError where hyper-parameters differed in one of the last steps, or param_groups or the state were
     replaced."""
-    check_state(optimizer.state)
+    check_state(optimizer.state, optimizer._shards)
     optimizer._deferred.check(all=True)
     optimizer._stepper.check_groups(optimizer.param_groups)
 
@@ -117,7 +117,7 @@ def begin_step(optimizer: ShardedLion) -> None:
         RuntimeError: step() was called in the capture of a CUDA graph, or the state is offloaded.
         ValueError: ``optimizer.state`` was replaced.
     """
-    check_state(optimizer.state)
+    check_state(optimizer.state, optimizer._shards)
     refuse_capture("ShardedLion.step()")
     refuse_offloaded(optimizer, "step()")
     optimizer._consolidated = None

@@ -309,7 +309,7 @@ class ShardedLion(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, as `BoxTensor`s: views of the shard, in the parameters' logical shapes. After
-        `consolidate_state_dict`, and until the next step or load, that rank's is the whole state, on the CPU.
+        `consolidate_state_dict`, until the next step, load or resync, that rank's is the whole state, on the CPU.
 
         Local and cheap. torch.distributed.checkpoint saves and loads it under any other cut, as do
         torch.distributed.checkpoint.state_dict.get_optimizer_state_dict and set_optimizer_state_dict;
@@ -322,8 +322,8 @@ class ShardedLion(Optimizer):
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gathers the whole state on one rank, whose `state_dict` returns it until the next step or load; a collective
-        call, as that of torch's ZeroRedundancyOptimizer, for code that saves ``state_dict()`` on one rank.
+        """Gathers the whole state on one rank, whose `state_dict` returns it, as it is now, until the next step, load
+        or resync; a collective call, as that of torch's ZeroRedundancyOptimizer, for code that saves on one rank.
 
         With ``register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)`` every `state_dict` is a collective
         call that makes it.

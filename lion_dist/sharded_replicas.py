@@ -29,6 +29,7 @@ def resync(optimizer: ShardedLion) -> None:
     meet(group, "ShardedLion.resync()")
     optimizer._grads.settle()
     broadcast([*params_of(optimizer), *(t for _, t in whole_state(optimizer._shards))], group)
+    optimizer._consolidated = None
     optimizer._deferred.check(all=True)
 
 

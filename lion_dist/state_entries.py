@@ -179,9 +179,10 @@ class ShardedState(defaultdict[Any, Any]):
             )
 
 
-def check_state(state: Any) -> None:
-    """Raises ValueError where something else has taken the place of an optimizer's `ShardedState`."""
-    if not isinstance(state, ShardedState):
+def check_state(state: Any, shards: Sequence[Shard]) -> None:
+    """Raises ValueError where something else, such as a copy, has taken the place of an optimizer's `ShardedState`."""
+    own = isinstance(state, ShardedState) and all(isinstance(state.get(s.params[0]), ShardEntry) for s in shards)
+    if not own:
         raise ValueError(
             f"optimizer.state of a ShardedLion was replaced by a {type(state).__name__}, which the shard does not "
             "follow: put the old one back, and assign zeros to its tensors to begin with new momenta"

@@ -156,7 +156,7 @@ class Names:
 
 def flash_file(names: Names, page: Page) -> None:
     """FlashLion's state_dict of the model in bfloat16."""
-    from tests.unit.test_checkpoint_convert_flashoptim import flash, in_8_bits
+    from tests.scenarios.flash import flash, in_8_bits
 
     torch.save(flash(names.model, in_8_bits, 24), "flash.pt")
 

@@ -14,6 +14,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._torch_compat import ATEN_TO_COPY, make_wrapper_subclass
@@ -166,7 +167,7 @@ class BoxTensor(Tensor):
         if func is _aten.equal.default:  # of this rank's part
             same_shape = self.shape == args[1].shape
             return same_shape and all(part.all() for part in _elementwise(_aten.eq.Tensor, args, {}).parts)
-        if torch.Tag.pointwise in func.tags or func in _IN_PLACE:
+        if (torch.Tag.pointwise in func.tags and "out" not in kwargs) or func in _IN_PLACE:
             return _elementwise(func, args, kwargs)
         if func in _REDUCTIONS and isinstance(self, BoxTensor):
             return _reduced(func, self, args[1:], kwargs)
@@ -283,10 +284,18 @@ def _broadcast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     set_optimizer_state_dict(broadcast_from_rank0=True) makes it on the first rank for every tensor that it was given,
     and then loads. An error here would leave the other ranks in their broadcast, where the load raises on every rank:
     the first has BoxTensors and the others have not.
+
+    Raises:
+        TypeError: after it, on a rank that would have to receive into a BoxTensor.
     """
 
     def whole(t: Tensor) -> Tensor:
         fill = nan if t.is_floating_point() else 0
         return torch.full(t.shape, fill, dtype=t.dtype, device=t.device) if isinstance(t, BoxTensor) else t
 
-    return func([whole(t) for t in args[0]], *args[1:], **kwargs)
+    tensors, group, root = args[:3]
+    sent = func([whole(t) for t in tensors], *args[1:], **kwargs)
+    if dist.ProcessGroup.unbox(group).rank() != root and any(isinstance(t, BoxTensor) for t in tensors):
+        dist.Work.unbox(sent[1]).wait()
+        raise TypeError(f"{_ADVICE} A broadcast cannot be received into it, since ranks hold other parts. {_REMEDY}")
+    return sent

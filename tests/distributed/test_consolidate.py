@@ -68,8 +68,11 @@ def body_save(rank: int, world_size: int, folder: Path) -> None:
                                folder / f"{form}-{number}-{to}")  # fmt: skip
                 else:
                     assert is_sharded(state)
-            # A step, a load and a load of a checkpoint end it.
+            # A step, a load, a load of a checkpoint and a resync, which may change remainders, end it.
             optimizer.load_state_dict(expected)
+            assert is_sharded(optimizer.state_dict())
+            optimizer.consolidate_state_dict()
+            optimizer.resync()
             assert is_sharded(optimizer.state_dict())
             optimizer.offload_state()
             optimizer.consolidate_state_dict()

@@ -7,11 +7,13 @@ import io
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -210,6 +212,7 @@ def body_refusals(rank: int, world_size: int) -> None:
         (lambda: own + other, ValueError, "another cut"),
         (lambda: own * whole[0], ValueError, r"whole tensors of shape .*, got shape \(3,\)"),
         (lambda: whole.mul_(own), TypeError, "cannot change a whole tensor"),
+        (lambda: torch.mul(own, 2, out=whole), NotImplementedError, r"does not support aten\.mul\.out"),
         # Saves of one rank.
         (lambda: pickle.dumps(entry), TypeError, "consolidate_state_dict"),
         (lambda: torch.save(params.optimizer.state_dict(), io.BytesIO()), TypeError, "full_state_dict"),
@@ -217,15 +220,20 @@ def body_refusals(rank: int, world_size: int) -> None:
     for call, kind, message in bad:
         with pytest.raises(kind, match=message):
             call()
+    # Another rank's momentum. The first rank cannot know, and goes on.
+    with pytest.raises(TypeError, match="broadcast cannot be received") if rank else nullcontext():
+        dist.broadcast(own, 0)
     for mode, expected in zip((params, signs), before, strict=True):
         for got, old in zip(mode.whole_state(), expected, strict=True):
             for name, t in old.items():
                 assert_same_bits(got[name], t, name)
-    for call in (params.optimizer.step, params.optimizer.state_dict, params.optimizer.full_state_dict):
-        params.optimizer.state = defaultdict(dict)  # as one resets other optimizers
-        with pytest.raises(ValueError, match=r"optimizer\.state of a ShardedLion was replaced by a defaultdict"):
-            call()
-        params.optimizer.state = state
+    replacements: list[Any] = [defaultdict(dict), copy.deepcopy(state)]  # as one resets other optimizers, or rolls back
+    for other_state in replacements:
+        for call in (params.optimizer.step, params.optimizer.state_dict, params.optimizer.full_state_dict):
+            params.optimizer.state = other_state
+            with pytest.raises(ValueError, match=rf"was replaced by a {type(other_state).__name__}, which the shard"):
+                call()
+            params.optimizer.state = state
     state["rounds"] = 3
     assert state.pop("rounds") == 3
     modes.step(1)

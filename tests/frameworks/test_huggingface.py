@@ -126,6 +126,10 @@ def refused(rank: int) -> None:
     with pytest.raises(ValueError, match="does not support mixed_precision='fp16'"):
         accelerator.prepare(net, optimizer)
     accelerator.scaler = None
+    other = nn.Linear(2, 2)
+    for stranger in (torch.optim.SGD(other.parameters()), ShardedLion(other.parameters(), stage=1)):
+        with pytest.raises(ValueError, match=rf"got ShardedLion\(stage=2\) and {type(stranger).__name__}, for which"):
+            accelerator.prepare(net, other, optimizer, stranger)
     model, optimizer = accelerator.prepare(net, optimizer)
     accelerator.backward(model(torch.ones(2, WIDTH))["loss"])
     with pytest.raises(ValueError, match=r"got norm_type=1 and 5 parameters, where the optimizer has 4"):

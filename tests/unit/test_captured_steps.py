@@ -61,10 +61,11 @@ def add_group(params: list[nn.Parameter], opt: Lion) -> None:
         ({}, add_group, RuntimeError, "make a step before the capture"),
         ({}, lambda params, opt: opt.state.clear(), RuntimeError, "make a step before the capture"),
         ({}, lambda params, opt: (opt.zero_grad(), opt.init_state()), RuntimeError, "make a step before the capture"),
+        ({}, lambda params, opt: (opt.zero_grad(), opt.statistics()), RuntimeError, "make a step before the capture"),
     ],
     ids=[
         "CPU", "lr a number", "lr became a number", "lr elsewhere", "int8", "gradient", "load", "group", "state",
-        "none since zero_grad",
+        "none since zero_grad", "measured without gradients",
     ],
 )  # fmt: skip
 def test_what_cannot_be_captured(
