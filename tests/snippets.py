@@ -111,8 +111,9 @@ class Names:
         return output
 
     def log(self, what: dict[str, Any]) -> None:
+        """Takes norms of gradients as tensors, and statistics as numbers."""
         assert what
-        assert all(math.isfinite(number) for number in what.values())
+        assert all(n > 0 if isinstance(n, Tensor) else math.isfinite(n) for n in what.values())
 
     def generate(self, model: nn.Module) -> None:
         with torch.no_grad():

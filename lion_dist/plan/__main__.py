@@ -16,11 +16,11 @@ from .strategies import STRATEGIES, Policy, Shards
 from .timing import Model
 
 GIB, GB = 2**30, 1e9
-# What forward and backward of the model of benchmarks/RESULTS.md reached on an H200, as 6 * P operations a token.
+# Measured rate of a forward and backward on an H200 (the model of benchmarks/RESULTS.md), at 6 * P operations a token.
 TFLOPS = 387.0
 DESCRIPTION = """\
-What does each strategy cost a model: memory of a rank, bytes on the wire, and the time of an iteration. It is
-arithmetic, for choosing; nothing is run. Bandwidths are those of H200s."""
+Prints what each strategy costs a model: memory of a rank, bytes on the wire, and time of an iteration. These are
+predictions by arithmetic, and nothing is run. Bandwidths are those of H200s."""
 EPILOG = """\
 strategies:
   DDP              Lion under DistributedDataParallel
@@ -37,7 +37,7 @@ columns:
   a rank sends     in a step of one micro-batch, to the GPUs of its own node too
   a node sends     of that, to other nodes, all its GPUs together
   ms               a predicted iteration. Between nodes it has not been compared with measurements.
-  of it compute    forward and backward alone, as a part of it
+  of it compute    the share of forward and backward alone in that time
 
 The documentation, "Which one do I need", says how to choose; lion_dist/plan/timing.py says what is assumed."""
 

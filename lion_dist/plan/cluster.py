@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .strategies import Shards
 
-# Of an H200, measured: a copy in its memory, and collectives over NVLink. Bytes a second.
+# Measured bandwidths of an H200, in bytes a second: copies in its memory, and collectives over NVLink.
 H200_MEMORY = 4.26e12
 NVLINK = 3.0e11
 

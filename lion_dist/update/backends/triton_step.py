@@ -7,7 +7,7 @@ segment. An 8-bit momentum has a kernel of its own.
 
 Gradients may lie at any address, as FSDP2's do. Where one of a table is not aligned, the kernel is compiled anew with
 GRADS_ODD: it reads gradients element by element, and does not ask for their alignment. A fourth path in one kernel
-would take 4 % of the time of aligned blocks in bfloat16, by the registers that it needs.
+would need more registers, and slow down aligned blocks in bfloat16 (benchmarks/RESULTS.md).
 
 No autotuning: every trial of an in-place kernel would step the weights once more. Block and warps are chosen by
 measurement (benchmarks/RESULTS.md).
