@@ -155,17 +155,17 @@ class Names:
         return "saved-by-torch"
 
 
-def flash_file(names: Names, page: Page) -> None:
+def flash_file(names: Names, page: Page, path: Path) -> None:
     """FlashLion's state_dict of the model in bfloat16."""
     from tests.scenarios.flash import flash, in_8_bits
 
-    torch.save(flash(names.model, in_8_bits, 24), "flash.pt")
+    torch.save(flash(names.model, in_8_bits, 24), path)
 
 
-def json_file(names: Names, page: Page) -> None:
+def json_file(names: Names, page: Page, path: Path) -> None:
     """The JSON of the page."""
     (config,) = page.fences("json")
-    Path("zero2.json").write_text(config.code)
+    path.write_text(config.code)
 
 
 # Files that snippets read.
@@ -206,7 +206,9 @@ def run_page(page: Page, fences: list[Fence], folder: Path, device: str = "cpu")
         names = Names(device)
         for file, make in FILES.items():
             if f'"{file}"' in fence.code:
-                make(names, page)
+                own = Path(f"{file}.{os.getpid()}")  # every rank makes it, while another may read it: so it comes whole
+                make(names, page, own)
+                own.replace(file)
         given = {name: getattr(names, name) for name in sorted(names_read(fence.code)) if hasattr(Names, name)}
         space = {**EVERYBODY, **imported, **given, "__name__": "__main__"}
         try:
