@@ -31,8 +31,8 @@ __all__ = [
     "foreach_mul_", "foreach_norm", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "never_compiled", "non_persistent_buffers", "post_accumulate_grad_hooks", "profiler_enabled",
-    "queue_backward_callback", "recompile_limit", "register_pytree_node", "set_grad_enabled", "step_is_watched",
-    "tensors_alike", "value_like_param", "version_of",
+    "queue_backward_callback", "recompile_limit", "register_pytree_node", "set_grad_enabled", "state_dict_pre_hooks",
+    "step_is_watched", "tensors_alike", "value_like_param", "version_of",
 ]  # fmt: skip
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -169,6 +169,11 @@ WRAPPER_PREFIXES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_
 
 # The entry of a scheduler's state_dict that holds the current lr of each parameter group.
 LAST_LR = "_last_lr"
+
+# The hooks that run before state_dict, which may make it whole.
+state_dict_pre_hooks: Callable[[Optimizer], dict[int, Callable[..., Any]]] = attrgetter(
+    "_optimizer_state_dict_pre_hooks"
+)
 
 # The hooks that run before and after load_state_dict, by handle number. ShardedLion runs the post hooks itself, since
 # torch would run them before the momenta are loaded; a load of a checkpoint asks whether there are any.

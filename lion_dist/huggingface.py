@@ -6,13 +6,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .frameworks import settled
 from .sharded_access import clip_optimizers, params_of
 from .sharded_lion import ShardedLion
 from .sharded_replicas import share_unheld
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lion_dist.huggingface needs Accelerate: pip install accelerate") from error
 
 
 class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
@@ -26,9 +31,9 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
     either stage and with `Lion`.
 
     Raises:
-        ValueError: on every rank, at stage 2, by ``prepare`` where the mixed precision is fp16 or another optimizer is
-            given with it; by ``clip_grad_norm_`` where the norm is not the 2-norm, or the parameters are not all of the
-            optimizer's; by ``clip_grad_value_``.
+        ValueError: on every rank, by ``prepare`` where ``save_on_each_node`` is set. At stage 2 also by ``prepare``
+            where the mixed precision is fp16 or another optimizer is given with it; by ``clip_grad_norm_`` where the
+            norm is not the 2-norm, or the parameters are not all of the optimizer's; by ``clip_grad_value_``.
     """
 
     _optimizers: list[Any]  # of Accelerator: what it has prepared
@@ -56,6 +61,14 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
             self._leaves_models = False
         if stage_2:
             share_unheld(stage_2, [module for module in args if isinstance(module, nn.Module)])
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        """As Accelerator's."""
+        if sharded := _sharded([optimizer]):
+            _refuse_saves_on_each_node(self.project_configuration)
+        prepared = super().prepare_optimizer(optimizer, device_placement)
+        settled.update(sharded)
         return prepared
 
     def prepare_model(
@@ -117,9 +130,18 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
 
 
 def _sharded(prepared: Iterable[Any], stage_2: bool = False) -> list[ShardedLion]:
-    """The ShardedLions among optimizers, which Accelerate may have wrapped; only those of stage 2 if ``stage_2``."""
-    inner = [getattr(o, "optimizer", o) for o in prepared]
+    """The ShardedLions among these, which Accelerate may have wrapped; only those of stage 2 if ``stage_2``."""
+    inner = [getattr(o, "optimizer", o) for o in prepared if isinstance(o, Optimizer)]
     return [o for o in inner if isinstance(o, ShardedLion) and not (stage_2 and o._averaged)]
+
+
+def _refuse_saves_on_each_node(options: Any) -> None:
+    """Raises ValueError where these options of Accelerate or the Trainer say so."""
+    if options.save_on_each_node:
+        raise ValueError(
+            "save_on_each_node=True is not supported with ShardedLion, whose whole state is gathered on the first rank "
+            "alone: leave it out, and give all nodes one output directory that they share"
+        )
 
 
 class ShardedLionTrainerMixin:
@@ -133,13 +155,24 @@ class ShardedLionTrainerMixin:
 
     Its ``accelerator`` is a `ShardedLionAccelerator`, which behaves and raises as described there. Checkpoints hold the
     whole optimizer state, as those of `Lion` do.
+
+    Raises:
+        ValueError: when the Trainer is made, where ``save_on_each_node`` is set.
+        RuntimeError: when the Trainer is made, where this version of transformers saves in another way.
     """
 
     accelerator: Any
+    args: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's."""
         base: Any = super()
+        if not hasattr(base, "_save_optimizer_and_scheduler"):
+            raise RuntimeError(
+                "this version of transformers has no Trainer._save_optimizer_and_scheduler, before which "
+                "ShardedLionTrainerMixin makes the state whole: use transformers 5.23, with which it was tested"
+            )
+        _refuse_saves_on_each_node(self.args)
         base.create_accelerator_and_postprocess()
         self.accelerator.__class__ = ShardedLionAccelerator  # the Trainer calls the constructor itself
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[import-not-found, unused-ignore]
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy  # type: ignore[import-not-found, unused-ignore]
-
 from .sharded_lion import ShardedLion
 from .sharded_replicas import share_unheld
+
+try:
+    from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[import-not-found, unused-ignore]
+    from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy  # type: ignore[import-not-found, unused-ignore]
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lion_dist.lightning needs Lightning: pip install lightning") from error
 
 
 class ShardedLionStrategy(DDPStrategy):  # type: ignore[misc, unused-ignore]

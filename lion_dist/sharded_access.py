@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from .frameworks import check_saves
 from .intake import describe_new
 from .meshes import mesh_groups
 from .param_groups import Group
@@ -114,10 +115,12 @@ def begin_step(optimizer: ShardedLion) -> None:
     """Drops the consolidated state, which is no longer that of this step.
 
     Raises:
-        RuntimeError: step() was called in the capture of a CUDA graph, or the state is offloaded.
+        RuntimeError: step() was called in the capture of a CUDA graph, the state is offloaded, or a framework could not
+            save it.
         ValueError: ``optimizer.state`` was replaced.
     """
     check_state(optimizer.state, optimizer._shards)
     refuse_capture("ShardedLion.step()")
     refuse_offloaded(optimizer, "step()")
+    check_saves(optimizer)
     optimizer._consolidated = None

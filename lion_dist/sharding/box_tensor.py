@@ -108,6 +108,21 @@ class BoxTensor(Tensor):
                 "is another cut of the tensor: go through a checkpoint"
             )
 
+    @property
+    def data(self) -> BoxTensor:
+        """Another view of the same memory. What is assigned to it is copied into that memory: a BoxTensor of the same
+        cut, or a whole tensor, of the same shape and dtype, on any device."""
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise ValueError(
+                f"{_ADVICE} Its data must have shape {tuple(self.shape)} and dtype {self.dtype}, got "
+                f"{tuple(value.shape)} and {value.dtype}. {_REMEDY}"
+            )
+        self.data.copy_(value)
+
     # Methods that torch.distributed.checkpoint calls.
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:

@@ -126,16 +126,20 @@ def written(mode: Mode) -> None:
     before = mode.whole_state()
     state = mode.optimizer.state
     for i, p in enumerate(mode.params):
-        if i % 5 == 0:
+        if i % 6 == 0:
             state[p][EXP_AVG] = state[p][EXP_AVG] * 0.5
             continue
-        if i % 5 == 1:
+        if i % 6 == 1:
             state[p][EXP_AVG].mul_(0.5)
             continue
+        if i == LARGE:
+            state[p][EXP_AVG].data = before[i][EXP_AVG] * 0.5
+            state[p][EXP_AVG].data = state[p][EXP_AVG].data.cpu()
+            continue
         new = {**state[p], EXP_AVG: (before[i][EXP_AVG] * 0.5).to(p.device), "seen": i}
-        if i % 5 == 2:
+        if i % 6 == 2:
             state[p] = new
-        elif i % 5 == 3:
+        elif i % 6 == 3:
             state.update([(p, new)])
         else:
             state |= {p: new}
@@ -188,6 +192,7 @@ def body_refusals(rank: int, world_size: int) -> None:
         (assign(EXP_AVG, whole[1:]), ValueError, r"exp_avg must be a tensor of shape"),
         (assign(EXP_AVG, whole.to("meta")), ValueError, "meta"),
         (assign(EXP_AVG, 0.0), ValueError, "got float"),
+        (lambda: setattr(own, "data", whole.double()), ValueError, r"must have .* got \(.*\) and torch.float64"),
         (assign(REMAINDER, whole), TypeError, "remainder is kept in torch.int16"),
         (
             assign(REMAINDER, entry[REMAINDER], signs.optimizer.state[signs.params[LARGE]]),

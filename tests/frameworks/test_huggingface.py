@@ -140,6 +140,61 @@ def refused(rank: int) -> None:
         accelerator.clip_grad_value_(net.parameters(), 1.0)
 
 
+def refused_saves(rank: int, folder: Path) -> None:
+    """What could not be saved is refused before the first step has changed anything."""
+    accelerate: Any = import_module("accelerate")
+    transformers: Any = import_module("transformers")
+    from lion_dist.huggingface import ShardedLionAccelerator, ShardedLionTrainerMixin
+
+    class Trainer(ShardedLionTrainerMixin, transformers.Trainer):  # type: ignore[misc]
+        pass
+
+    def arguments(**options: Any) -> Any:
+        options |= {"max_steps": 1, "report_to": "none", "dataloader_pin_memory": False}
+        return transformers.TrainingArguments(str(folder / "refused"), use_cpu=True, **options)
+
+    net = Net(rank)
+    optimizer = ShardedLion(net.net.parameters(), lr=0.01, stage=1)
+    each_node = accelerate.utils.ProjectConfiguration(save_on_each_node=True)
+    with pytest.raises(ValueError, match="save_on_each_node=True is not supported with ShardedLion"):
+        ShardedLionAccelerator(cpu=True, project_config=each_node).prepare(net, optimizer)
+    with pytest.raises(ValueError, match="save_on_each_node=True is not supported with ShardedLion"):
+        Trainer(model=net, args=arguments(save_on_each_node=True))
+
+    model, wrapped = accelerate.Accelerator(cpu=True).prepare(net, optimizer)
+    model(torch.ones(2, WIDTH))["loss"].backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="Accelerate's own Accelerator cannot save a ShardedLion"):
+        wrapped.step()
+    assert all(map(torch.equal, net.parameters(), before))
+    optimizer.register_state_dict_pre_hook(lambda _: optimizer.consolidate_state_dict())
+    wrapped.step()
+    assert not all(map(torch.equal, net.parameters(), before))
+
+    data: Any = [{"x": torch.ones(WIDTH)}] * 16
+    with pytest.raises(RuntimeError, match="ShardedLionTrainerMixin with the Trainer"):
+        transformers.Trainer(
+            model=Net(rank), args=arguments(), train_dataset=data, optimizer_cls_and_kwargs=OPTIMIZERS["stage1"]
+        ).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(transformers.Trainer, "_save_optimizer_and_scheduler")
+        with pytest.raises(RuntimeError, match=r"no Trainer\._save_optimizer_and_scheduler"):
+            Trainer(model=net, args=arguments())
+
+
+def wraps_other_models(rank: int) -> None:
+    """A scheduler of the optimizer of stage 2 leaves no other model of a call of `prepare` unwrapped."""
+    from lion_dist.huggingface import ShardedLionAccelerator
+
+    accelerator = ShardedLionAccelerator(cpu=True)
+    net, other = Net(rank), nn.Linear(2, 2)
+    optimizer = ShardedLion(net.net.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert accelerator.prepare(net, optimizer)[0] is net
+    prepared = accelerator.prepare(other, scheduler)[0]
+    assert type(prepared) is nn.parallel.DistributedDataParallel
+
+
 def body_trains(rank: int, world_size: int, folder: Path) -> None:
     start(rank)
     for mixed in ("no", "bf16"):
@@ -151,6 +206,8 @@ def body_trains(rank: int, world_size: int, folder: Path) -> None:
         assert len(expected) == 2 * STEPS
         assert others == [expected, expected]
     refused(rank)
+    wraps_other_models(rank)
+    refused_saves(rank, folder)
 
 
 def test_trains_as_lion_under_ddp(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ metadata that a package index can show. Both are built once, without isolation a
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -120,6 +121,14 @@ def test_the_tools_of_the_index_accept_both(built: Built) -> None:
     for command in (["twine", "check", "--strict", *both], ["check_wheel_contents", both[1]]):
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("module", "package"), [("huggingface", "accelerate"), ("lightning", "lightning")])
+def test_what_an_integration_lacks_is_named(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, f"lion_dist.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=f"lion_dist.{module} needs .*: pip install {package}"):
+        importlib.import_module(f"lion_dist.{module}")
 
 
 def test_extras_that_errors_name_exist(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

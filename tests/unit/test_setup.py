@@ -55,7 +55,7 @@ def test_pins_reach_pip_and_what_it_builds(has_torch: bool, tmp_path: Path) -> N
     setuptools = next(line for line in constraints if line.startswith("setuptools=="))
     torch = next(line for line in constraints if line.startswith("torch=="))
     found = pins(tmp_path, has_torch=has_torch)
-    assert {package for package, _ in found} == {".[docs,examples,test]"} | (set() if has_torch else {torch})
+    assert {package for package, _ in found} == {".[docs,examples,frameworks,test]"} | (set() if has_torch else {torch})
     for (package, variable), lines in found.items():
         assert {setuptools, "ruff==" + version_of("ruff", constraints)} <= lines, (package, variable)
         # An image's own torch and triton stay, and so do the versions that it demands.
