@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                  # the table of RESULTS.md, some minutes; peers: pip install -e '.[bench]'
     python -m benchmarks.step --check          # holds the numbers against limits.json; exits 1 if one is worse
+    python -m benchmarks.step --check gpu      # only those of the GPU; the CPU's (--check cpu) take some minutes more
     (from the repository's root; --json PATH keeps every reading, --quick gives a rough table sooner)
 
 Model: Llama-shaped, 1,235,814,400 parameters in 146 tensors; matrices decay, norms do not: two groups.
@@ -144,12 +145,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every reading here")
     parser.add_argument("--quick", action="store_true", help="fewer readings, no torch.compile, no 2^31 elements")
-    parser.add_argument("--check", action="store_true", help="only compare with limits.json; exits 1 if worse")
+    parser.add_argument(
+        "--check", nargs="?", const="all", choices=["all", "gpu", "cpu"],
+        help="only compare with limits.json; exits 1 if worse",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     # In bf16 the decay of this model rounds to nothing, which is what is measured.
     warnings.filterwarnings("ignore", message="lion_dist: lr \\* weight_decay")
     if args.check:
-        sys.exit(step_check.check())
+        sys.exit(step_check.check(args.check))
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     import triton  # --check works without it

@@ -74,22 +74,27 @@ def on_cpu() -> dict[str, float]:
     return found
 
 
-def check() -> int:
+def check(device: str = "all") -> int:
     """Prints a line for each limit.
+
+    Args:
+        device: "gpu" or "cpu": only what is measured there; "all": both.
 
     Returns:
         0: every limit that can be measured here holds; 1: one does not; 2: none can be measured here.
     """
     every = limits.read()
     parts: list[tuple[Callable[[], dict[str, float]], list[limits.Limit]]] = []
-    if torch.cuda.is_available():
-        parts.append((on_gpu, [limit for limit in every if not limit.name.startswith("CPU, ")]))
-    else:
-        print("not checked: kernels, the floor and host time, which need a CUDA device")
-    if reason := missing("lion-pytorch"):
-        print(f"not checked: time on the CPU beside lion-pytorch, which is {reason}")
-    else:
-        parts.append((on_cpu, [limit for limit in every if limit.name.startswith("CPU, ")]))
+    if device != "cpu":
+        if torch.cuda.is_available():
+            parts.append((on_gpu, [limit for limit in every if not limit.name.startswith("CPU, ")]))
+        else:
+            print("not checked: kernels, the floor and host time, which need a CUDA device")
+    if device != "gpu":
+        if reason := missing("lion-pytorch"):
+            print(f"not checked: time on the CPU beside lion-pytorch, which is {reason}")
+        else:
+            parts.append((on_cpu, [limit for limit in every if limit.name.startswith("CPU, ")]))
     if not parts:
         return 2
     lines: list[str] = []

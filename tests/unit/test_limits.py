@@ -79,7 +79,7 @@ import sys
 sys.modules["triton"] = None
 from benchmarks import step, step_check
 
-step_check.check = lambda: 3
+step_check.check = lambda device: {"all": 3}[device]
 step.main(["--check"])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -99,6 +99,9 @@ def test_the_exit_code(
     shown = capsys.readouterr().out
     assert "not checked: kernels" in shown
     assert ("are worse than limits.json allows" in shown) == bool(code)
+    assert step_check.check("cpu") == code
+    assert "not checked" not in capsys.readouterr().out
+    assert step_check.check("gpu") == 2
 
 
 def test_a_machine_that_can_measure_nothing(
