@@ -285,6 +285,19 @@ def restarted(world: World) -> bool:
     return count.item() > 0
 
 
+def check_same_data(corpus: Corpus, world: World) -> None:
+    """Raises ValueError, on every rank, where one has other bytes than rank 0: nodes with other Pythons have."""
+    if world.size == 1:
+        return
+    own = torch.frombuffer(bytearray.fromhex(corpus.digest), dtype=torch.uint8).to(world.device)
+    digests = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(digests, own)
+    if others := [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]:
+        raise ValueError(
+            f"{corpus.name} has other bytes on ranks {others} than on rank 0: give all nodes the same files with --data"
+        )
+
+
 def where_to_start(config: Config, corpus: Corpus, is_restart: bool) -> Path | None:
     """Returns the checkpoint to continue from; None: the run begins from the start."""
     if config.resume or (is_restart and lion_dist.checkpoint.checkpoints(config.folder)):
@@ -311,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not alone:
         start_process_group(world)
     try:
+        check_same_data(corpus, world)
         resumed = where_to_start(config, corpus, restarted(world))
         config.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

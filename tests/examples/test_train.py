@@ -227,6 +227,21 @@ def test_a_restart_that_one_node_has_counted_is_one_for_all(tmp_path: Path) -> N
     assert "has checkpoints of an earlier run" in errors
 
 
+def body_other_data(rank: int, world_size: int) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from data import Corpus
+    from train import World, check_same_data
+
+    world, nothing = World(rank, world_size, device_of(rank, world_size)), torch.empty(0)
+    check_same_data(Corpus("text", nothing, nothing, "ab" * 32), world)
+    with pytest.raises(ValueError, match=r"text has other bytes on ranks \[1\] than on rank 0"):
+        check_same_data(Corpus("text", nothing, nothing, ("cd" if rank == 1 else "ab") * 32), world)
+
+
+def test_ranks_with_other_data_are_refused_everywhere(tmp_path: Path) -> None:
+    run_ranks(body_other_data, 3, tmp_path)
+
+
 @spawn_only
 def test_bad_options_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
