@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ._torch_compat import state_dict_pre_hooks
@@ -11,8 +12,7 @@ from ._torch_compat import state_dict_pre_hooks
 if TYPE_CHECKING:
     from .sharded_lion import ShardedLion
 
-# Optimizers that this file has nothing more to ask of: they have been asked, or lion_dist makes their state whole when
-# the framework saves.
+# Optimizers that have been asked, and those whose state lion_dist makes whole before the framework saves it.
 settled: WeakSet[ShardedLion] = WeakSet()
 
 
@@ -20,12 +20,12 @@ def check_saves(optimizer: ShardedLion) -> None:
     """Called by every step, and asks in the first.
 
     Raises:
-        RuntimeError: an Accelerator, which the Trainer has too, would save this rank's part: its first save would fail.
+        RuntimeError: Accelerate, or the Trainer on top of it, makes the step, and would save this rank's part of the
+            state, which fails.
     """
     if optimizer in settled:
         return
-    accelerate = sys.modules.get("accelerate.state")
-    if accelerate is not None and accelerate.is_initialized() and not state_dict_pre_hooks(optimizer):
+    if _accelerate_steps() and not state_dict_pre_hooks(optimizer):
         raise RuntimeError(
             "Accelerate's own Accelerator cannot save a ShardedLion, whose state_dict() is this rank's part: use "
             "ShardedLionAccelerator, or ShardedLionTrainerMixin with the Trainer (both in lion_dist.huggingface), or "
@@ -33,3 +33,12 @@ def check_saves(optimizer: ShardedLion) -> None:
             "ShardedLion, which makes each state_dict() a collective call for the whole state"
         )
     settled.add(optimizer)
+
+
+def _accelerate_steps() -> bool:
+    """Whether the caller's step is one of Accelerate's wrapper, which leaves no mark on the optimizer that it wraps."""
+    wrapper: Any = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    frame = None if wrapper is None else inspect.currentframe()
+    while frame is not None and frame.f_code is not wrapper.step.__code__:
+        frame = frame.f_back
+    return frame is not None

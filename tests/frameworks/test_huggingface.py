@@ -167,6 +167,9 @@ def refused_saves(rank: int, folder: Path) -> None:
     with pytest.raises(RuntimeError, match="Accelerate's own Accelerator cannot save a ShardedLion"):
         wrapped.step()
     assert all(map(torch.equal, net.parameters(), before))
+    other = Net(rank)
+    other(torch.ones(2, WIDTH))["loss"].backward()
+    ShardedLion(other.net.parameters(), lr=0.01).step()  # not by Accelerate
     optimizer.register_state_dict_pre_hook(lambda _: optimizer.consolidate_state_dict())
     wrapped.step()
     assert not all(map(torch.equal, net.parameters(), before))
