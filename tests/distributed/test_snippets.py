@@ -37,7 +37,12 @@ NOT_RUN = {
 }
 GPU = "torch.cuda.CUDAGraph()"  # what only a GPU has
 # Words of a snippet -> the package that it needs without an import of its own.
-NEEDED = {"deepspeed": "deepspeed", "lion_dist.huggingface": "accelerate", "lion_dist.lightning": "lightning"}
+NEEDED = {
+    "deepspeed": "deepspeed",
+    "lion_dist.huggingface": "accelerate",
+    "lion_dist.lightning": "lightning",
+    "BitsAndBytesConfig": "bitsandbytes",
+}
 
 
 def packages_of(fence: Fence) -> frozenset[str]:
@@ -76,6 +81,10 @@ def body_snippets(rank: int, world_size: int, page: Page, packages: frozenset[st
     if packages == {"transformers"}:  # what the page says of the Trainer's groups
         groups = space["trainer"].optimizer.param_groups
         assert [(group["weight_decay"], group["initial_lr"]) for group in groups] == [(1.0, 1e-4), (0.0, 1e-4)]
+    if "bitsandbytes" in packages:  # what it says of QLoRA's parameters
+        params = set(space["model"].parameters())
+        assert any(p.dtype == torch.uint8 for p in params)
+        assert set(space["optimizer"].state) == {p for p in params if p.requires_grad} < params
 
 
 @spawn_only  # a snippet's files are in the folder of all ranks, and packages of others leave their marks on a process
