@@ -98,6 +98,12 @@ class Names:
         sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
         return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=WIDTH, **sizes))
 
+    @cached_property
+    def base(self) -> str:
+        """The folder of a language model that is trained already."""
+        self.language_model.save_pretrained("base")
+        return "base"
+
     @property
     def tokens(self) -> list[dict[str, Tensor]]:
         """Data for it, as the Trainer takes them."""

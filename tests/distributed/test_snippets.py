@@ -1,8 +1,7 @@
-"""Every snippet of README.md and docs/, as it is written. Python runs on two ranks, or on one where it needs a package
-of others; shell commands run, or their options are read by the program that they start; JSON is read.
+"""Every snippet of README.md and docs/, as it is written. Python runs on two ranks, or on one where `Lion` is put
+into a package of others; shell commands run, or their options are read by the program that they start; JSON is read.
 
-`NOT_RUN` and `RUN_ELSEWHERE` have the exceptions. A page's snippets run in one process of each rank
-(tests/snippets.py)."""
+`NOT_RUN` has the exceptions. A page's snippets run in one process of each rank (tests/snippets.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from lion_dist.plan.__main__ import main as plan
 from tests.deepspeed.common import start_deepspeed
 from tests.documents import ROOT, Fence, Page, guides, imports_of
-from tests.harness import run_ranks
+from tests.harness import run_ranks, spawn_only
 from tests.snippets import run_page, without_gpus
 
 PAGES = guides()
@@ -36,41 +35,59 @@ NOT_RUN = {
     ("docs/hybrid.md", "#SBATCH --nodes=4"): "needs Slurm",
     ("docs/release.md", "launch/setup"): "builds a release; tests/unit/test_package.py builds and checks both files",
 }
-RUN_ELSEWHERE = {"docs/frameworks_sharded.md"}  # on two ranks, in tests/frameworks
 GPU = "torch.cuda.CUDAGraph()"  # what only a GPU has
+# Words of a snippet -> the package that it needs without an import of its own.
+NEEDED = {
+    "deepspeed": "deepspeed",
+    "lion_dist.huggingface": "accelerate",
+    "lion_dist.lightning": "lightning",
+    "BitsAndBytesConfig": "bitsandbytes",
+}
 
 
 def packages_of(fence: Fence) -> frozenset[str]:
     """The packages beside torch and lion_dist that a snippet needs."""
     own = {"torch", "lion_dist", *sys.stdlib_module_names}
     found = set(imports_of(fence.code).values()) - own
-    return frozenset(found | ({"deepspeed"} if "deepspeed" in fence.code else set()))
+    return frozenset(found | {package for words, package in NEEDED.items() if words in fence.code})
 
 
 def python_snippets() -> Iterator[tuple[Page, frozenset[str]]]:
     """Each page with each set of packages that some of its snippets need."""
     for page in PAGES:
-        if page.name in RUN_ELSEWHERE:
-            continue
         for packages in sorted({packages_of(fence) for fence in page.fences("python")}, key=sorted):
             yield page, packages
 
 
+def fences_with(page: Page, packages: frozenset[str]) -> list[Fence]:
+    """The snippets of a page that run on a CPU and need these packages and no others."""
+    return [fence for fence in page.fences("python") if packages_of(fence) == packages and GPU not in fence.code]
+
+
 def body_snippets(rank: int, world_size: int, page: Page, packages: frozenset[str], folder: Path) -> None:
-    fences = [fence for fence in page.fences("python") if packages_of(fence) == packages and GPU not in fence.code]
+    fences = fences_with(page, packages)
     if "deepspeed" in packages:
         start_deepspeed(rank, world_size)
-    elif packages:
+    elif packages and world_size == 1:
         dist.destroy_process_group()  # these begin on their own
+    elif packages:  # the variables of `accelerate launch --cpu`
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({name: str(value) for name, value in names.items()}, ACCELERATE_USE_CPU="true")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     else:
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(world_size))  # nodes with one GPU
     with contextlib.nullcontext() if packages else without_gpus():
-        names = run_page(page, fences, folder)
+        space = run_page(page, fences, folder)
     if packages == {"transformers"}:  # what the page says of the Trainer's groups
-        groups = names["trainer"].optimizer.param_groups
+        groups = space["trainer"].optimizer.param_groups
         assert [(group["weight_decay"], group["initial_lr"]) for group in groups] == [(1.0, 1e-4), (0.0, 1e-4)]
+    if "bitsandbytes" in packages:  # what it says of QLoRA's parameters
+        params = set(space["model"].parameters())
+        assert any(p.dtype == torch.uint8 for p in params)
+        assert set(space["optimizer"].state) == {p for p in params if p.requires_grad} < params
 
 
+@spawn_only  # a snippet's files are in the folder of all ranks, and packages of others leave their marks on a process
 @pytest.mark.parametrize(
     ("page", "packages"),
     [pytest.param(*case, id="-".join([case[0].name, *sorted(case[1])])) for case in python_snippets()],
@@ -79,7 +96,8 @@ def test_python_runs(page: Page, packages: frozenset[str], tmp_path: Path) -> No
     for package in packages:
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    run_ranks(body_snippets, 1 if packages else 2, tmp_path, (page, packages, tmp_path), on_cpu=True)
+    alone = packages and not any("ShardedLion" in fence.code for fence in fences_with(page, packages))
+    run_ranks(body_snippets, 1 if alone else 2, tmp_path, (page, packages, tmp_path), on_cpu=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
