@@ -64,8 +64,8 @@ class Rows(NamedTuple):
         return Rows([name for name, _ in named], {i: row for row, (_, i) in enumerate(named)})
 
     def zeros(self) -> Tensor:
-        """Sums of nothing, for each row: float64, shape (rows, sums.COLUMNS)."""
-        return torch.zeros(len(self.names), sums.COLUMNS, dtype=torch.float64)
+        """Sums of nothing, for each row: float64, shape (rows, sums.COLUMNS), on the CPU."""
+        return torch.zeros(len(self.names), sums.COLUMNS, dtype=torch.float64, device="cpu")
 
 
 def _distinct(names: Sequence[Any]) -> list[str] | None:
@@ -116,7 +116,7 @@ class KeptSigns:
                 p = of_params[entry]
                 found.setdefault((Placing.of(p), of_run.device), []).append((rows.of[id(p)], of_run))
         for (placing, _), of_runs in found.items():
-            index = torch.tensor([row for row, _ in of_runs])
+            index = torch.tensor([row for row, _ in of_runs], dtype=torch.int64, device="cpu")
             total[placing].index_add_(0, index, torch.stack([of_run for _, of_run in of_runs]).cpu())
         self._params, self._signs = (params, kept) if flips else ([], {})
         return total
@@ -162,7 +162,7 @@ def check_same_names(names: Sequence[str], process_groups: Groups, device: torch
     if not process_groups:
         return
     number = zlib.crc32("\n".join(names).encode())
-    largest = torch.tensor([number, -number], device=device)
+    largest = torch.tensor([number, -number], dtype=torch.int64, device=device)
     for group in process_groups:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     if largest[0] != -largest[1]:

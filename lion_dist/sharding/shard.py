@@ -246,7 +246,7 @@ class Shard:
                 if not keep:
                     continue
                 shape, strides = _shape_and_strides(column, p)
-                whole = torch.empty_strided(shape, strides, dtype=column.dtype)
+                whole = torch.empty_strided(shape, strides, dtype=column.dtype, device="cpu")
                 flat(whole, 0, head.numel()).copy_(head)
                 if i in tails:
                     t = tails[i]
@@ -385,7 +385,7 @@ def _zeros(column: Column, p: Tensor) -> Tensor:
 
 
 def _on_cpu(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu").copy_(t)
 
 
 def _shape_and_strides(column: Column, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
