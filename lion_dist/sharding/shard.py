@@ -297,8 +297,9 @@ class Shard:
 
     def state_on(self, device: torch.device | str) -> State:
         """The state on a device: copies, of what does not lie there."""
-        whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
-        return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
+        with torch.inference_mode(False):  # tensors that are made in it could never be stepped outside
+            whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
+            return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
 
     def put_state(self, state: State, offloaded: bool) -> None:
         """Takes the tensors of `state_on` in place of the present ones, and drops views of the parameters, so that the
