@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .members import Members
-from .meshes import Placing, refuse_counted, sum_over_meshes
+from .meshes import Placing, groups_to_sum, sum_over_meshes
 from .param_groups import Group, names_of
 from .update import sums
 from .update.backends.batch import Prepared
@@ -69,8 +69,8 @@ class Rows(NamedTuple):
 
 
 def _distinct(names: Sequence[Any]) -> list[str] | None:
-    """The names, if all are strings, not empty, and no two are the same."""
-    fit = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+    """The names, if all are strings, not empty, and no two are the same, nor one that of all rows."""
+    fit = all(isinstance(name, str) and name for name in names) and len({ALL, *names}) == len(names) + 1
     return list(names) if fit else None
 
 
@@ -192,7 +192,7 @@ def local_statistics(
     """
     params = members.params
     rows = Rows.find(groups, params, by)
-    refuse_counted(process_groups, map(Placing.of, params))
+    process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     tensors = replace(prepared.tensors, grads=prepared.present())
     of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, tensors)], groups, hypers, None, rows, flips)}
     devices = [torch.device(placing.mesh.device_type) for placing in of_placings if placing.mesh is not None]

@@ -202,8 +202,8 @@ def test_no_test_module_imports_another() -> None:
 
 # Functions that make tensors, and the arguments without which torch.set_default_device() and set_default_dtype(), which
 # are the user's, decide what they make. `arange` of integers is int64 whatever the default is.
-MAKERS = {f"torch.{name}": {"dtype", "device"} for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")}
-MAKERS |= {"torch.arange": {"device"}}
+NAMES = ("zeros", "ones", "empty", "full", "tensor", "empty_strided")
+MAKERS = {f"torch.{name}": {"dtype", "device"} for name in NAMES} | {"torch.arange": {"device"}}
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids(FILES))
