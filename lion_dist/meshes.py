@@ -267,7 +267,10 @@ def groups_to_sum(
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this rank is not in one of process_groups: give each rank the groups that it is in")
         if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"process_groups must be a list of process groups, got a {type(group).__name__} in it")
+            raise TypeError(
+                f"process_groups must be a list of process groups, got a {type(group).__name__} in it: of a mesh, give "
+                "mesh.get_group()"
+            )
         ranks = set(dist.get_process_group_ranks(group)) - {here}
         if shared := counted & ranks:
             raise ValueError(
