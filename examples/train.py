@@ -257,7 +257,7 @@ def train(config: Config, world: World, corpus: Corpus, resumed: Path | None) ->
     if writes:
         curve = config.folder / "curve.png"
         save_curve(curve, history, unigram, bigram, f"{config.strategy} on {world.size} x {world.device.type}")
-        if config.statistics:
+        if config.statistics and statistics.exists():  # no step was measured if --log-every is more than --steps
             save_statistics(config.folder / "statistics.png", statistics)
         prompt = bytes(corpus.validation[:64].tolist())
         writer = GPT(config.model()).to(world.device)  # a whole model, since the trained one may be sharded

@@ -106,7 +106,7 @@ def _like_adams(entry: Any) -> Any:
     if not isinstance(entry, dict) or EXP_AVG not in entry:
         return entry  # other code put it there
     momentum = entry[EXP_AVG]
-    placeholder = torch.zeros((), dtype=momentum.dtype).expand(momentum.shape)
+    placeholder = torch.zeros((), dtype=momentum.dtype, device=momentum.device).expand(momentum.shape)
     return {"step": 0, EXP_AVG: momentum, "exp_avg_sq": placeholder} | {
         key: value for key, value in entry.items() if key not in NOT_LIONS
     }

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ._torch_compat import foreach_mul_, foreach_norm
 from .dtensors import local, local_gradients
-from .meshes import Placing, refuse_counted, sum_over_meshes
+from .hyper_values import to_max_norm
+from .meshes import Placing, groups_to_sum, sum_over_meshes
 from .sharded_access import clip_optimizers
 from .sharded_lion import ShardedLion
 from .update.reference import clip_coefficient
@@ -51,11 +52,16 @@ def clip_grad_norm_(
         wait for it.
 
     Raises:
-        ValueError: ``max_norm`` is not > 0, the gradients are on several devices, a group of ``process_groups`` has
-            ranks of a mesh, or no ShardedLion's process group has the ranks of all others.
-        TypeError: parameters stand beside ShardedLions, there are other optimizers, or only one of a parameter and its
-            gradient is a DTensor.
+        ValueError: ``max_norm`` is not > 0, the gradients are on several devices, ranks of ``process_groups`` would
+            count twice, or no ShardedLion's process group has the ranks of all others.
+        TypeError: an argument is none of these, parameters stand beside ShardedLions, there are other optimizers, a
+            gradient is sparse or complex, or only one of a parameter and its gradient is a DTensor.
     """
+    if isinstance(parameters, nn.Module) or not isinstance(parameters, (Tensor, Optimizer, Iterable)):
+        raise TypeError(
+            f"clip_grad_norm_() takes parameters or ShardedLions, got a {type(parameters).__name__}: give parameters, "
+            "such as model.parameters()"
+        )
     given = [parameters] if isinstance(parameters, (Tensor, Optimizer)) else list(parameters)
     if any(isinstance(o, Optimizer) for o in given):
         return clip_optimizers(_sharded_lions(given), max_norm, process_groups)
@@ -78,6 +84,8 @@ def _sharded_lions(given: Sequence[Any]) -> list[ShardedLion]:
                 "ShardedLion. Give the other parameters to a ShardedLion too, whose process_group is the ranks that "
                 "hold replicas of them"
             )
+    if len(set(map(id, given))) < len(given):
+        raise ValueError("clip_grad_norm_() got a ShardedLion twice, whose gradients would count twice: give it once")
     return list(given)
 
 
@@ -85,9 +93,13 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Seq
     for p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be > 0, got {max_norm}")
-    refuse_counted(process_groups, map(Placing.of, params))
+        if p.grad is not None and (p.grad.layout != torch.strided or not p.grad.is_floating_point()):
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has a gradient of {p.grad.dtype} and {p.grad.layout}; expected "
+                "dense, real gradients: clip others by themselves"
+            )
+    max_norm = to_max_norm(max_norm)
+    process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     counted = local_gradients(params, [p.grad for p in params])
     devices = {g.device for g in counted if g is not None} or {local(p).device for p in params} or {torch.device("cpu")}
     if len(devices) > 1:

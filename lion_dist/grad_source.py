@@ -21,7 +21,7 @@ from .clipping import same_gradients
 from .dtensors import local_gradients
 from .dtypes import dtype_of
 from .frozen import takes_part
-from .hyper_values import shown
+from .hyper_values import shown, to_float
 from .plain_beside_sharded import PlainGradients
 from .sharding.all_to_all import AllToAllAverage
 from .sharding.averaged import AveragedGradients
@@ -45,7 +45,7 @@ def check_reduction(stage: int, bucket_mb: float, reduce_dtype: torch.dtype | st
     """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage!r}")
-    if not 0 < bucket_mb < math.inf:
+    if not 0 < to_float(bucket_mb, "bucket_mb") < math.inf:
         raise ValueError(f"bucket_mb must be > 0 and finite, got {bucket_mb!r}")
     if reduce_dtype is None:
         return None

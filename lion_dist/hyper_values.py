@@ -94,6 +94,14 @@ def to_weight_decay(value: Any) -> float:
     return number
 
 
+def to_max_norm(value: Any) -> float:
+    """Converts the largest norm that clipped gradients may have: > 0, and infinite where they are only measured."""
+    number = to_float(value, "max_norm")
+    if not number > 0:
+        raise ValueError(f"max_norm must be > 0, got {number}")
+    return number
+
+
 def to_flag(value: Any, name: str) -> bool:
     """Converts a bool of Python or NumPy; ``name`` is its name in messages."""
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's are called bool_ (1.x) and bool (2.x)

@@ -36,6 +36,7 @@ def own_rank(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
+        TypeError: the argument is no process group.
         ValueError: this rank is not in the group.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -43,8 +44,13 @@ def own_rank(process_group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup
             "ShardedLion needs an initialised process group: call torch.distributed.init_process_group() first "
             "(under torchrun), or use lion_dist.Lion on one process"
         )
-    group = dist.group.WORLD if process_group is None else process_group
-    assert group is not None  # the default group exists once initialised
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    outside = dist.GroupMember.NON_GROUP_MEMBER  # what torch gives to ranks that are not in a group
+    if group != outside and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a process group of torch.distributed, got a {type(group).__name__}: of a "
+            'DeviceMesh, give mesh["replicate"].get_group()'
+        )
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("this rank is not in process_group; make the optimizer on the group's ranks only")

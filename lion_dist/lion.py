@@ -77,8 +77,7 @@ class Lion(Optimizer):
     Args:
         params: parameters, named parameters or groups; strided float32, bfloat16 or float16. Frozen parameters without
             a gradient may have any layout and dtype (a quantised base under adapters), until they are unfrozen.
-        lr: learning rate >= 0, smaller than AdamW's (`from_adamw`); a number or a one-element tensor,
-            which is read on its device.
+        lr: learning rate >= 0, smaller than AdamW's (`from_adamw`); a number or one-element tensor, read on its device.
         betas: two numbers in [0, 1), as any iterable. (0.95, 0.98) for language models or unstable training.
         weight_decay: decoupled from the gradient and multiplied by lr; larger than AdamW's (`from_adamw`).
         use_triton: None: on GPUs where triton is installed. True: always, or an error. False: never.
@@ -256,6 +255,7 @@ class Lion(Optimizer):
         self._prepare()[0].members = None  # those of the last step, as `_check_capturable` relies on
 
     @disable_dynamo
+    @torch.inference_mode(False)  # tensors that are made in it could never be stepped outside
     @torch.no_grad()
     def statistics(self, by: str = "group", *, flips: bool = False, process_groups: Groups = ()) -> dict[str, float]:
         """Numbers that describe the next step(). It changes nothing; the host waits.
@@ -275,7 +275,7 @@ class Lion(Optimizer):
 
         Args:
             by: "group", by ``name`` where each group has one of its own, else ``group0``, ``group1``, ...; or
-                "parameter", by its name, or its number if the optimizer has no names.
+                "parameter", by its name, or its number if the optimizer has no names. None may be "global".
             flips: keeps the signs, 2 bits an element, until a call without it. For adjacent steps, call it before both.
             process_groups: as for `lion_dist.clip_grad_norm_`; the ranks must give the same names.
 

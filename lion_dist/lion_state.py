@@ -50,7 +50,7 @@ def _shown(entry: Mapping[str, Any], p: Tensor, float32: bool) -> dict[str, Any]
     shown = dict(entry)
     if _has_codes(entry, p):
         shown[EXP_AVG] = decoded(entry[EXP_AVG], entry[EXP_AVG_SCALE], p)
-        shown[EXP_AVG_SCALE] = torch.ones((), device=local(p).device)
+        shown[EXP_AVG_SCALE] = torch.ones((), dtype=torch.float32, device=local(p).device)
     for name in (EXP_AVG, REMAINDER) if float32 else (REMAINDER,):
         if name in shown:
             shown[name] = placed_like(local(shown[name]).float(), shown[name])
@@ -76,7 +76,8 @@ def order_free(entry: dict[str, Any], of_part: bool = False) -> dict[str, Any]:
         return entry
     if codes.is_contiguous() and not of_part:
         return entry
-    return {**entry, EXP_AVG: decoded(codes, scale, codes), EXP_AVG_SCALE: torch.ones((), device=codes.device)}
+    one = torch.ones((), dtype=torch.float32, device=codes.device)
+    return {**entry, EXP_AVG: decoded(codes, scale, codes), EXP_AVG_SCALE: one}
 
 
 def _has_codes(entry: Mapping[str, Any], p: Tensor) -> bool:

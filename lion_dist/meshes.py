@@ -239,29 +239,52 @@ def _overlap(placing: Placing, ranks: set[int], rank: int, averaged: bool) -> st
     )
 
 
-def refuse_counted(
-    groups: Iterable[dist.ProcessGroup], placings: Iterable[Placing], own: Iterable[dist.ProcessGroup] = ()
-) -> None:
-    """Checks that a norm does not count elements twice.
+def groups_to_sum(
+    groups: Any, placings: Iterable[Placing], own: Iterable[dist.ProcessGroup] = ()
+) -> list[dist.ProcessGroup]:
+    """Checks that a norm counts the elements on the ranks of further groups, and none of them twice.
 
     Args:
-        groups: further groups that the norm is to include.
+        groups: the argument ``process_groups``: the groups that the norm is to include.
         placings: the placings of the parameters, over whose meshes it sums.
         own: the optimizers' process groups, over which it sums too.
 
+    Returns:
+        The groups.
+
     Raises:
-        ValueError: one of ``groups`` has other ranks of these.
+        TypeError: ``groups`` are no process groups.
+        ValueError: this rank is not in one of ``groups``, or one has other ranks of a mesh, of ``own`` or of another.
     """
+    if not isinstance(groups, Iterable):
+        raise TypeError(f"process_groups must be a list of process groups, got a {type(groups).__name__}: give [group]")
+    found = list(groups)
     here = dist.get_rank() if dist.is_initialized() else 0
     counted = {r for mesh in {placing.mesh for placing in placings} if mesh for r in mesh.mesh.flatten().tolist()}
     counted = counted.union(*map(dist.get_process_group_ranks, own)) - {here}
-    for group in groups:
-        if shared := counted.intersection(dist.get_process_group_ranks(group)):
+    given: set[int] = set()
+    for group in found:
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this rank is not in one of process_groups: give each rank the groups that it is in")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_groups must be a list of process groups, got a {type(group).__name__} in it: of a mesh, give "
+                "mesh.get_group()"
+            )
+        ranks = set(dist.get_process_group_ranks(group)) - {here}
+        if shared := counted & ranks:
             raise ValueError(
                 f"process_groups has a group with ranks {sorted(shared)}, which the norm includes by itself: it sums "
                 "over a ShardedLion's process group and the meshes of DTensors. Give only groups whose ranks hold "
                 "other parameters, such as those of pipeline stages"
             )
+        if shared := given & ranks:
+            raise ValueError(
+                f"two of process_groups have ranks {sorted(shared)}, whose elements would count twice: give each rank "
+                "in one group"
+            )
+        given |= ranks
+    return found
 
 
 def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:

@@ -79,7 +79,7 @@ def cast(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 def decoded_run(codes: Tensor, scale: Tensor) -> Tensor:
     """`decoded` for elements in memory order: int8, shape (n,), and float32, shape (ceil(n / 128),); to float32."""
-    m = torch.empty(codes.shape, device=codes.device)
+    m = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for at in range(0, codes.numel(), PIECE):
         m[at : at + PIECE] = codecs.decode(codes[at : at + PIECE], scale[at // BLOCK : (at + PIECE) // BLOCK])
     return m
@@ -88,7 +88,7 @@ def decoded_run(codes: Tensor, scale: Tensor) -> Tensor:
 def encoded_run(m: Tensor) -> tuple[Tensor, Tensor]:
     """`encoded` for elements in memory order: a floating dtype, shape (n,); to codes and scales."""
     codes = torch.empty(m.shape, dtype=torch.int8, device=m.device)
-    scale = torch.empty(scales_of(m.numel()), device=m.device)
+    scale = torch.empty(scales_of(m.numel()), dtype=torch.float32, device=m.device)
     for at in range(0, m.numel(), PIECE):
         codes[at : at + PIECE], scale[at // BLOCK : (at + PIECE) // BLOCK] = codecs.encode(m[at : at + PIECE].float())
     return codes, scale

@@ -64,7 +64,7 @@ class PlainGradients:
                 numbers.append(of_shard.number(segment.entry))
         device = tensors[self._plain[0]].params[0].device
         # A rank that owns no element of them takes part with a zero.
-        compared = grads or [torch.zeros(1, device=device)]
+        compared = grads or [torch.zeros(1, dtype=torch.float32, device=device)]
         found, evidence = set(), False
         for group in self._groups:
             unlike, proof = compare(compared, device, group)

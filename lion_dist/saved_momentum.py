@@ -106,7 +106,7 @@ def own_entry(entry: Mapping[str, Any], p: Tensor, columns: Container[str]) -> d
     m, scale = found.get(EXP_AVG), found.get(EXP_AVG_SCALE)
     if type(m) is type(scale) is Tensor and m.dtype == torch.int8 and m.shape == p.shape and is_readable(m):
         found[EXP_AVG] = decoded(m, _checked_scales("of a whole parameter", m, scale, m), m)
-        found[EXP_AVG_SCALE] = torch.ones(())
+        found[EXP_AVG_SCALE] = torch.ones((), dtype=torch.float32, device=m.device)
     # A parameter may have no dimensions. Then other entries of this shape may be numbers that a wrapper keeps.
     return {key: own_part(t, p) if p.dim() or key in columns else t for key, t in found.items()}
 
@@ -264,7 +264,7 @@ def _encoded_boxes(who: str, m: BoxTensor, p: Tensor, own: Mapping[str, Any]) ->
     scales = [(start, s) for start, (_, s) in zip(starts, pairs, strict=True)]
     return (
         _boxes_of(p, runs, [c for c, _ in pairs], torch.int8, m.device),
-        BoxTensor.of_runs(scale.shape, (1,), scales, torch.empty(0, device=m.device)),
+        BoxTensor.of_runs(scale.shape, (1,), scales, torch.empty(0, dtype=torch.float32, device=m.device)),
     )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .frameworks import check_saves
+from .hyper_values import to_max_norm
 from .intake import describe_new
 from .meshes import mesh_groups
 from .param_groups import Group
@@ -94,8 +95,7 @@ def clip_optimizers(
 ) -> Tensor:
     """Clips the gradients of one or several optimizers together; see `clip_together`."""
     refuse_capture("clip_grad_norm_() of ShardedLion")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be > 0, got {max_norm}")
+    max_norm = to_max_norm(max_norm)
     for optimizer in optimizers:
         refuse_offloaded(optimizer, "clip_grad_norm_()")
     clipped = [(optimizer._stepper, optimizer.param_groups, optimizer._adopt) for optimizer in optimizers]

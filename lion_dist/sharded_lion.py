@@ -84,7 +84,7 @@ class ShardedLion(Optimizer):
 
     Raises:
         RuntimeError: there is no process group, or other ranks, which the error names, failed or are absent. (If one
-            rank fails alone in step() or clip_grad_norm_(), the others wait until the collective times out.)
+            rank fails alone in step(), statistics() or clip_grad_norm_(), the others wait until these time out.)
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 

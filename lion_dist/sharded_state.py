@@ -60,7 +60,8 @@ def order_free_boxes(state: Mapping[Any, Any], groups: Sequence[Group]) -> dict[
         if isinstance(codes, BoxTensor) and codes.dtype == torch.int8 and (sharded or not p.is_contiguous()):
             momentum = {name: entry[name] for name in (EXP_AVG, EXP_AVG_SCALE)}
             decoded = in_kept_form(i, momentum, p, numbers, {})
-            shown[i] = entry = {**entry, **decoded, EXP_AVG_SCALE: torch.ones((), device=codes.device)}
+            one = torch.ones((), dtype=torch.float32, device=codes.device)
+            shown[i] = entry = {**entry, **decoded, EXP_AVG_SCALE: one}
         if sharded and isinstance(remainder := entry.get(REMAINDER), Tensor):
             shown[i] = {**entry, REMAINDER: remainder.float()}
     return shown

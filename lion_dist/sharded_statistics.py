@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .dtensors import local
-from .meshes import Placing, refuse_counted
+from .meshes import Placing, groups_to_sum
 from .param_groups import hyper_parameters
 from .sharded_access import agreeing, check_last_steps, params_of, refuse_offloaded
 from .statistics import Groups, Rows, check_arguments, check_same_names, name_numbers
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .sharded_lion import ShardedLion
 
 
+@torch.inference_mode(False)  # tensors that are made in it could never be stepped outside
+@torch.no_grad()
 def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_groups: Groups) -> dict[str, float]:
     """Measures what the next step of a ShardedLion would do, over all ranks; see `ShardedLion.statistics`."""
     groups, stepper = optimizer.param_groups, optimizer._stepper
@@ -24,7 +26,8 @@ def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_gro
         check_last_steps(optimizer)
         refuse_offloaded(optimizer, "statistics()")
         hypers = [hyper_parameters(group) for group in groups]
-        refuse_counted(process_groups, [shard.placing for shard in stepper.shards], [stepper.group])
+        placings = [shard.placing for shard in stepper.shards]
+        process_groups = groups_to_sum(process_groups, placings, [stepper.group])
         agreement.says([f"by={by!r}, flips={flips}, {len(process_groups)} process_groups"])
     tensors, scale = stepper.look(groups, optimizer._adopt)
     measured = [(shard.params, own) for shard, own in zip(stepper.shards, tensors, strict=True)]

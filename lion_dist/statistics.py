@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .members import Members
-from .meshes import Placing, refuse_counted, sum_over_meshes
+from .meshes import Placing, groups_to_sum, sum_over_meshes
 from .param_groups import Group, names_of
 from .update import sums
 from .update.backends.batch import Prepared
@@ -64,13 +64,13 @@ class Rows(NamedTuple):
         return Rows([name for name, _ in named], {i: row for row, (_, i) in enumerate(named)})
 
     def zeros(self) -> Tensor:
-        """Sums of nothing, for each row: float64, shape (rows, sums.COLUMNS)."""
-        return torch.zeros(len(self.names), sums.COLUMNS, dtype=torch.float64)
+        """Sums of nothing, for each row: float64, shape (rows, sums.COLUMNS), on the CPU."""
+        return torch.zeros(len(self.names), sums.COLUMNS, dtype=torch.float64, device="cpu")
 
 
 def _distinct(names: Sequence[Any]) -> list[str] | None:
-    """The names, if all are strings, not empty, and no two are the same."""
-    fit = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+    """The names, if all are strings, not empty, and no two are the same, nor one that of all rows."""
+    fit = all(isinstance(name, str) and name for name in names) and len({ALL, *names}) == len(names) + 1
     return list(names) if fit else None
 
 
@@ -116,7 +116,7 @@ class KeptSigns:
                 p = of_params[entry]
                 found.setdefault((Placing.of(p), of_run.device), []).append((rows.of[id(p)], of_run))
         for (placing, _), of_runs in found.items():
-            index = torch.tensor([row for row, _ in of_runs])
+            index = torch.tensor([row for row, _ in of_runs], dtype=torch.int64, device="cpu")
             total[placing].index_add_(0, index, torch.stack([of_run for _, of_run in of_runs]).cpu())
         self._params, self._signs = (params, kept) if flips else ([], {})
         return total
@@ -162,7 +162,7 @@ def check_same_names(names: Sequence[str], process_groups: Groups, device: torch
     if not process_groups:
         return
     number = zlib.crc32("\n".join(names).encode())
-    largest = torch.tensor([number, -number], device=device)
+    largest = torch.tensor([number, -number], dtype=torch.int64, device=device)
     for group in process_groups:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     if largest[0] != -largest[1]:
@@ -192,7 +192,7 @@ def local_statistics(
     """
     params = members.params
     rows = Rows.find(groups, params, by)
-    refuse_counted(process_groups, map(Placing.of, params))
+    process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     tensors = replace(prepared.tensors, grads=prepared.present())
     of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, tensors)], groups, hypers, None, rows, flips)}
     devices = [torch.device(placing.mesh.device_type) for placing in of_placings if placing.mesh is not None]

@@ -14,7 +14,7 @@ from .clipping import Clipping
 from .dtensors import local
 from .grad_source import GradSource
 from .intake import FrozenParams
-from .meshes import Placing, refuse_counted, sum_over_meshes
+from .meshes import Placing, groups_to_sum, sum_over_meshes
 from .mismatch import mismatch, refusal
 from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
@@ -344,7 +344,7 @@ def clip_together(
     """
     widest = _widest([stepper for stepper, _, _ in clipped])
     placings = [shard.placing for stepper, _, _ in clipped for shard in stepper.shards]
-    refuse_counted(process_groups, placings, [stepper.group for stepper, _, _ in clipped])
+    process_groups = groups_to_sum(process_groups, placings, [stepper.group for stepper, _, _ in clipped])
     measured = [stepper.measure(groups, adopt, widest.group) for stepper, groups, adopt in clipped]
     if totals := [m.total for m in measured if m.total is not None]:
         total = torch.stack(totals).sum()

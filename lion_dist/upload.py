@@ -35,7 +35,7 @@ def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
     refuse_in_capture()
-    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 def upload_integers(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -51,7 +51,8 @@ def upload_bytes(data: bytes, device: torch.device) -> Tensor:
 def _sent(t: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return t.to(device)
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t).to(device, non_blocking=True)
+    pinned = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(t).to(device, non_blocking=True)
 
 
 def _integers(numbers: Sequence[int]) -> Tensor:
@@ -95,7 +96,8 @@ class CapturedUploads:
     def prepare(self) -> None:
         """Makes memory for CAPTURES captures, if there is none. Call it outside of captures."""
         if not self._free:
-            self._free = list(torch.empty(CAPTURES, self._count, dtype=torch.int64, pin_memory=True))
+            pinned = torch.empty(CAPTURES, self._count, dtype=torch.int64, device="cpu", pin_memory=True)
+            self._free = list(pinned)
 
     def upload(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """A new tensor on a device.

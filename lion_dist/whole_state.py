@@ -50,7 +50,8 @@ def consolidate(optimizer: ShardedLion, to: int) -> Gathered | None:
         check_last_steps(optimizer)
         world_size = dist.get_world_size(optimizer.process_group)
         if to not in range(world_size):
-            raise ValueError(f"to must be the number of a rank in process_group, from 0 to {world_size - 1}, got {to}")
+            last = world_size - 1
+            raise ValueError(f"to must be the number of a rank in process_group, from 0 to {last}, got {to!r}")
         agreement.says([f"to={to}"])
     return _gather(optimizer, to)
 

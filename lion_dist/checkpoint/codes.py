@@ -41,7 +41,7 @@ class CodeRun(NamedTuple):
 
     def empty(self) -> tuple[Tensor, list[Tensor]]:
         """Memory for the momentum that the codes stand for: float32, 1-D, and views of it that lie as the parts do."""
-        buffer = torch.empty(self.numel, device=self.scale.device)
+        buffer = torch.empty(self.numel, dtype=torch.float32, device=self.scale.device)
         views = [buffer.as_strided(p.shape, p.stride(), p.storage_offset() - self.first) for p in self.parts]
         return buffer, views
 
@@ -72,7 +72,8 @@ def code_runs(codes: Sequence[Tensor], scale: Sequence[Tensor]) -> list[CodeRun]
     for run in runs:
         numel, first = _numel(run), int(run[0].storage_offset())
         of_run = scales.pop(0) if numel else []
-        one = of_run[0].as_strided((_numel(of_run),), (1,)) if of_run else torch.empty(0, device=run[0].device)
+        none = torch.empty(0, dtype=torch.float32, device=run[0].device)
+        one = of_run[0].as_strided((_numel(of_run),), (1,)) if of_run else none
         if one.numel() != -(-numel // BLOCK):
             raise ValueError(f"expected {-(-numel // BLOCK)} scales for {numel} 8-bit codes, got {one.numel()}")
         found.append(CodeRun(run, first, numel, one))
@@ -107,6 +108,6 @@ def decode_at(codes: Tensor, index: Tensor, scale: Tensor) -> Tensor:
     Returns:
         float32, the same shape.
     """
-    ones = torch.ones(-(-codes.numel() // BLOCK), device=codes.device)
+    ones = torch.ones(-(-codes.numel() // BLOCK), dtype=torch.float32, device=codes.device)
     levels = decode(codes.reshape(-1), ones).view(codes.shape)
     return levels * scale[index // BLOCK]

@@ -165,7 +165,8 @@ class _DecodedPart(ComputedPart):
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
         codes = self.source[slices]
         assert self._run is not None
-        index: Tensor = torch.full((), int(codes.storage_offset()) - self._run.first, device=codes.device)
+        first = int(codes.storage_offset()) - self._run.first
+        index: Tensor = torch.full((), first, dtype=torch.int64, device=codes.device)
         for d, (size, stride) in enumerate(zip(codes.shape, codes.stride(), strict=True)):
             steps = torch.arange(size, device=codes.device) * stride
             index = index + steps.view([-1 if i == d else 1 for i in range(codes.dim())])

@@ -33,7 +33,7 @@ class Where(NamedTuple):
 
     def numbers(self, count: int) -> Tensor:
         """The numbers of the elements in the whole tensor, in row-major order, int64."""
-        rest = torch.arange(self.start, self.start + count)
+        rest = torch.arange(self.start, self.start + count, device="cpu")
         numbers, stride = torch.zeros_like(rest), 1
         for extent, offset, size in zip(self.shape[::-1], self.offsets[::-1], self.sizes[::-1], strict=True):
             numbers += (rest % size + offset) * stride

@@ -172,7 +172,7 @@ def _elements(kind: str, dtype: str, shape: list[int], values: list[Any]) -> Any
     if not all(type(v) is element_type for v in elements):
         raise ValueError(f"expected values of dtype {dtype[:40]!r}")
     if kind == "$tensor":
-        return torch.tensor(elements, dtype=DTYPES[dtype]).reshape(shape)
+        return torch.tensor(elements, dtype=DTYPES[dtype], device="cpu").reshape(shape)
     if dtype not in ARRAY_DTYPES:
         raise ValueError(f"{dtype[:40]!r} is not the dtype of an array")
     import numpy

@@ -152,7 +152,7 @@ class Reader(StorageReader):
         if entry.nbytes > limit:
             raise ValueError(f"{name} has {entry.nbytes} bytes; expected at most {limit}")
         try:
-            found = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            found = torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
         except RuntimeError as error:  # an empty tensor, one of whose extents is too large for torch
             raise ValueError(f"{name} cannot be a tensor of shape {entry.shape}: {error}") from error
 

@@ -82,7 +82,7 @@ def _nbytes(item: WriteItem) -> int:
 def _buffer(nbytes: int) -> Tensor:
     """Memory for all copies. One large allocation goes back to the system as a whole; many small ones would fragment
     the heap."""
-    return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 class Saving:

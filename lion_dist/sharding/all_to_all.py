@@ -54,7 +54,7 @@ def average_rows(outputs: Sequence[Tensor], rows: Tensor, adds: bool) -> None:
         adds: whether averages are added to the outputs.
     """
     # A tensor on the device: torch multiplies by the inverse of a number of the host on GPUs, which is rounded twice.
-    world_size = torch.full((), float(len(rows)), device=rows.device)
+    world_size = torch.full((), float(len(rows)), dtype=torch.float32, device=rows.device)
     for columns, output in zip(rows.split([t.numel() for t in outputs], dim=1), outputs, strict=True):
         total = torch.empty_like(output) if adds else output
         total.copy_(columns[0])

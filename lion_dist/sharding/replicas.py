@@ -191,7 +191,7 @@ class DeferredCheck:
         """
         copy, event = numbers, None
         if numbers.is_cuda:
-            copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             copy.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

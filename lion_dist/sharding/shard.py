@@ -246,7 +246,7 @@ class Shard:
                 if not keep:
                     continue
                 shape, strides = _shape_and_strides(column, p)
-                whole = torch.empty_strided(shape, strides, dtype=column.dtype)
+                whole = torch.empty_strided(shape, strides, dtype=column.dtype, device="cpu")
                 flat(whole, 0, head.numel()).copy_(head)
                 if i in tails:
                     t = tails[i]
@@ -297,8 +297,9 @@ class Shard:
 
     def state_on(self, device: torch.device | str) -> State:
         """The state on a device: copies, of what does not lie there."""
-        whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
-        return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
+        with torch.inference_mode(False):  # tensors that are made in it could never be stepped outside
+            whole = {name: [t.to(device) for t in of_params] for name, of_params in self.whole.items()}
+            return State({name: buffer.to(device) for name, buffer in self.buffers.items()}, whole)
 
     def put_state(self, state: State, offloaded: bool) -> None:
         """Takes the tensors of `state_on` in place of the present ones, and drops views of the parameters, so that the
@@ -385,7 +386,7 @@ def _zeros(column: Column, p: Tensor) -> Tensor:
 
 
 def _on_cpu(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu").copy_(t)
 
 
 def _shape_and_strides(column: Column, p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -148,7 +148,8 @@ class TritonRows:
             self._blocks += counts[-1]
             offset += t.numel()
         self._table = upload(table, torch.int64, self._device)
-        pieces = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
+        numbers = torch.arange(len(counts), dtype=torch.int32, device="cpu")
+        pieces = torch.repeat_interleave(numbers, torch.tensor(counts, dtype=torch.int64, device="cpu"))
         if self._device.type == "cuda":
             pieces = pieces.pin_memory()
         self._block_pieces = pieces.to(self._device, non_blocking=True)

@@ -195,8 +195,9 @@ class SegmentTable:
             tile_0 += -(-s.length // TILE)
         self.tiles = tile_0
         self.rows = upload(rows, torch.int64, device)
-        tile_counts = torch.tensor([-(-n // TILE) for n in lengths], dtype=torch.int64)
-        tile_segments = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), tile_counts)
+        tile_counts = torch.tensor([-(-n // TILE) for n in lengths], dtype=torch.int64, device="cpu")
+        numbers = torch.arange(len(rows), dtype=torch.int32, device="cpu")
+        tile_segments = torch.repeat_interleave(numbers, tile_counts)
         if device.type == "cuda":
             tile_segments = tile_segments.pin_memory()
         self.tile_segments = tile_segments.to(device, non_blocking=True)

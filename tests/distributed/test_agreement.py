@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from lion_dist import ShardedLion
 from lion_dist.sharding.agreement import Agreement
@@ -163,6 +164,9 @@ def body_bad_input(rank: int, world_size: int) -> None:
     for kwargs, message in bad:
         with pytest.raises(ValueError, match=message):
             ShardedLion(params(device, (5,)), **{"stage": 1, **kwargs})
+    for group in (init_device_mesh(device.type, (world_size,)), 0):
+        with pytest.raises(TypeError, match=r"process_group must be a process group of torch.distributed, got a"):
+            ShardedLion(params(device, (5,)), process_group=group)  # type: ignore[arg-type]
     gaps = nn.Parameter(torch.ones(10, 10, device=device)[:, :5])
     with pytest.raises(ValueError, match="dense"):
         ShardedLion([gaps], stage=1)

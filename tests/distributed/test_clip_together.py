@@ -151,6 +151,13 @@ def test_experts_beside_dense_parameters(tmp_path: Path) -> None:
     assert all(n == norms[0] for n in norms)
 
 
+def grad_of(t: Tensor, sparse: bool = False) -> nn.Parameter:
+    """A parameter whose gradient is its value."""
+    p = nn.Parameter(t)
+    p.grad = t.to_sparse() if sparse else t
+    return p
+
+
 def bad_input(rank: int, world_size: int) -> float:
     device = device_of(rank, world_size)
     rows, columns = ([dist.new_group(ranks) for ranks in halves] for halves in ([[0, 1], [2, 3]], PARTS))
@@ -167,7 +174,7 @@ def bad_input(rank: int, world_size: int) -> float:
     everywhere, row, column = made(None), made(rows[rank // 2]), made(columns[rank % 2])
     sharded = made(alone, Kind(EXPERTS, [0, 1], [rank], grid["parts"]).params(device))
     plain = nn.Parameter(torch.ones(3, device=device))
-    cases: list[tuple[Any, float, type[Exception], str]] = [
+    cases: list[tuple[Any, Any, type[Exception], str]] = [
         ([row, column], 1.0, ValueError, r"process groups have ranks \[.*\] and \[.*\] cannot be clipped together"),
         ([everywhere, sharded], 1.0, ValueError, r"ranks \[0, 1, 2, 3\].* in the mesh of DTensors of another one"),
         ([everywhere, plain], 1.0, TypeError, "got both: a Parameter stands beside"),
@@ -177,6 +184,13 @@ def bad_input(rank: int, world_size: int) -> float:
         ([everywhere, "dense"], 1.0, TypeError, "got both: a str stands beside"),
         (["dense"], 1.0, TypeError, "takes parameters or ShardedLions, got str 'dense'"),
         ([everywhere, column], 0.0, ValueError, "max_norm must be > 0, got 0"),
+        ([everywhere, column], "1.0", TypeError, "max_norm must be a number or a tensor of one element, got '1.0'"),
+        ([plain], None, TypeError, "max_norm must be a number or a tensor of one element, got None"),
+        ([everywhere, everywhere], 1.0, ValueError, "got a ShardedLion twice"),
+        (nn.Sequential(), 1.0, TypeError, r"got a Sequential: give parameters, such as model\.parameters"),
+        (None, 1.0, TypeError, r"got a NoneType: give parameters"),
+        ([grad_of(plain.detach().to(torch.complex64))], 1.0, TypeError, "torch.complex64 and torch.strided; expected"),
+        ([grad_of(plain.detach(), sparse=True)], 1.0, TypeError, "torch.float32 and torch.sparse_coo; expected"),
     ]
     for given, max_norm, error, said in cases:
         with pytest.raises(error, match=said):
@@ -191,7 +205,18 @@ def bad_input(rank: int, world_size: int) -> float:
             lion_dist.clip_grad_norm_(given, 1.0, [rows[rank // 2]])
     for p in of_mesh:
         p.grad = torch.ones_like(p)
-    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), [columns[rank % 2]])
+    other: Any = dist.new_group([0])
+    for groups, error, said in (
+        (other, TypeError, "must be a list of process groups, got a (ProcessGroup|int): give"),
+        ([rows, other], TypeError, "got a list in it"),
+        ([columns[rank % 2]] * 2, ValueError, r"two of process_groups have ranks \[\d\], whose elements"),
+        ([columns[rank % 2], None], TypeError, "got a NoneType in it"),
+        *([([other], ValueError, "this rank is not in one of process_groups")] * (rank > 0)),
+    ):
+        for given in (of_mesh, sharded):
+            with pytest.raises(error, match=said):
+                lion_dist.clip_grad_norm_(given, 1.0, groups)
+    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), iter([columns[rank % 2]]))  # type: ignore[arg-type]
     assert norm.item() == pytest.approx((2 * (40 * 33 + 5)) ** 0.5, rel=1e-6)
     # One optimizer is clipped as by its own method: 600 elements.
     lone = made(None, [nn.Parameter(torch.ones(600, device=device))])

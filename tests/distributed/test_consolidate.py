@@ -186,6 +186,7 @@ def body_doors(rank: int, world_size: int, folder: Path) -> None:
     calls: list[tuple[Callable[[], None], str]] = [
         (lambda: optimizer.consolidate_state_dict(to=world_size), f"from 0 to {world_size - 1}, got {world_size}"),
         (lambda: optimizer.consolidate_state_dict(to=-1), "got -1"),
+        (lambda: optimizer.consolidate_state_dict(to="0"), "got '0'"),  # type: ignore[arg-type]
         (lambda: optimizer.consolidate_state_dict(to=rank), r"different on the ranks. Rank 0: to=0. Rank 1: to=1"),
     ]
     for call, message in calls:

@@ -165,6 +165,10 @@ def body_failures(rank: int, world_size: int) -> None:
         put(state_on)
         call()
         assert [shard.offloaded for shard in optimizer._shards] != before
+    with torch.inference_mode():  # around a phase of generation; state that is made in it could not be stepped after
+        moved = [t for shard in optimizer._shards for t in shard.state_on("meta").buffers.values()]
+    assert moved
+    assert not any(t.is_inference() for t in moved)
     model.weight.sum().backward()
     optimizer.step()
 

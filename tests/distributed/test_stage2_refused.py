@@ -20,6 +20,9 @@ def body_bucket_mb(rank: int, world_size: int) -> None:
     for bad in (float("inf"), float("nan"), 0, -1):
         with pytest.raises(ValueError, match="bucket_mb must be > 0 and finite"):
             ShardedLion(params, bucket_mb=bad)
+    for other in ("25", None):
+        with pytest.raises(TypeError, match="bucket_mb must be a number"):
+            ShardedLion(params, bucket_mb=other)  # type: ignore[arg-type]
     ShardedLion(params, bucket_mb=1e-9)
 
 

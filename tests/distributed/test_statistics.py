@@ -188,7 +188,8 @@ def body_life(rank: int, world_size: int) -> None:
     def measured(step: int) -> None:
         pair.backward(step)
         pair.expect(step)
-        pair.sharded.statistics()
+        with torch.inference_mode():  # as an evaluation may call it; no step could use tensors that are made in it
+            pair.sharded.statistics()
 
     measured(0)
     pair.step("at once")

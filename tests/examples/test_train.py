@@ -275,7 +275,9 @@ def test_bad_options_say_what_to_do(
     ):
         assert message in refused(*options)
         assert not checkpoint.checkpoints(out)
-    run_well(0, out, "--strategy", "single", "--steps", "1")
+    # A run that ends before its first measurement draws none.
+    run_well(0, out, "--strategy", "single", "--steps", "1", "--statistics", "--log-every", "2")
+    assert not (out / "statistics.png").exists()
     assert "has checkpoints of an earlier run" in refused("--steps", "1")
     assert "steps is 1 in the checkpoint, 2 now" in refused("--steps", "2", "--resume")
     assert "dtype is 'fp32' in the checkpoint, 'bf16' now" in refused("--steps", "1", "--dtype", "bf16", "--resume")

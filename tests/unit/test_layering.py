@@ -1,5 +1,6 @@
 """The walls of the house, read from the sources: maths (update/) and bytes (sharding/) meet only in the
-two optimizers, and triton is tried in one place. Imports are read with ast, wherever in a file they stand."""
+two optimizers, and triton is tried in one place. Imports are read with ast, wherever in a file they stand. So are the
+calls that make tensors."""
 
 from __future__ import annotations
 
@@ -197,3 +198,17 @@ def test_no_test_module_imports_another() -> None:
         if any(part.startswith("test_") for part in name.split(".")) and name.startswith("tests.")
     }
     assert not found
+
+
+# Functions that make tensors, and the arguments without which torch.set_default_device() and set_default_dtype(), which
+# are the user's, decide what they make. `arange` of integers is int64 whatever the default is.
+NAMES = ("zeros", "ones", "empty", "full", "tensor", "empty_strided")
+MAKERS = {f"torch.{name}": {"dtype", "device"} for name in NAMES} | {"torch.arange": {"device"}}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids(FILES))
+def test_no_tensor_is_made_by_the_users_defaults(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in MAKERS:
+            lacking = MAKERS[name] - {keyword.arg for keyword in node.keywords}
+            assert not lacking, f"line {node.lineno}: {name} without {sorted(lacking)}"

@@ -68,6 +68,7 @@ def test_names() -> None:
     assert names("group", [{"params": [a], "name": "decay"}, {"params": [frozen]}]) == {"group0", "group1"}
     assert names("parameter", [("first.weight", a), ("frozen", frozen), ("bias", b)]) == {"first.weight", "bias"}
     assert names("parameter", [frozen, a, b]) == {"1", "2"}
+    assert names("group", [{"params": [a], "name": "global"}, {"params": [b], "name": "local"}]) == {"group0", "group1"}
     twice = [{"params": [("w", a)]}, {"params": [("w", b)]}]
     assert names("parameter", twice) == {"0", "1"}
 
@@ -100,6 +101,9 @@ def test_what_is_refused() -> None:
         optimizer.statistics("layer")
     with pytest.raises(TypeError, match="flips must be True or False, got int 1"):
         optimizer.statistics(flips=1)  # type: ignore[arg-type]
+    for groups, found in ((None, "a NoneType: give"), ("dp", "a str in it"), ([None], "a NoneType in it")):
+        with pytest.raises(TypeError, match=f"process_groups must be a list of process groups, got {found}"):
+            optimizer.statistics(process_groups=groups)  # type: ignore[arg-type]
     p.grad = torch.ones(4).to_sparse()
     with pytest.raises(TypeError, match="dense gradients"):
         optimizer.statistics()
@@ -112,6 +116,17 @@ def test_without_parameters_and_before_any_gradient() -> None:
     assert got["l2_norm/param/group0"] == got["l2_norm/param/global"] == 1
     assert got["sign/zero/group0"] == got["sign/zero/global"] == 1
     assert got["l2_norm/param/group1"] == got["sign/zero/group1"] == got["l2_norm/update/global"] == 0
+
+
+def test_a_call_in_inference_mode_leaves_state_that_can_be_stepped() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Lion([p], lr=0.5)
+    p.grad = torch.ones(4)
+    with torch.inference_mode():
+        optimizer.statistics(flips=True)
+    optimizer.step()
+    assert (p == 0.5).all()
+    assert optimizer.statistics(flips=True)["sign/flipped/global"] == 0
 
 
 def test_copies_have_signs_of_their_own() -> None:

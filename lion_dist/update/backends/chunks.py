@@ -41,13 +41,13 @@ class Chunks:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(4, 0)
+        self._memory = torch.empty(4, 0, dtype=F32, device="cpu")
         self._rows: dict[int, tuple[Tensor, ...]] = {}  # by length
 
     def _scratch(self, length: int) -> tuple[Tensor, ...]:
         """Four float32 tensors of a length."""
         if length > self._memory.shape[1] or len(self._rows) == 64:
-            self._memory = torch.empty(4, max(length, self._memory.shape[1]))
+            self._memory = torch.empty(4, max(length, self._memory.shape[1]), dtype=F32, device="cpu")
             self._rows = {}
         rows = self._rows[length] = self._memory[:, :length].unbind()
         return rows

@@ -140,8 +140,9 @@ class CompiledStep(Compiled):
         mix = tuple([t.dtype for t in runs[0]])
         if mix not in self._fillers:
             # Long enough that the compiler makes loops for several threads.
-            first = [torch.zeros((1 << 16) + i, dtype=dtype) for i in range(SLOTS) for dtype in mix]
-            self._fillers[mix] = [torch.zeros(8, dtype=dtype) for _ in range(SLOTS) for dtype in mix]
+            first = [torch.zeros((1 << 16) + i, dtype=dtype, device="cpu") for i in range(SLOTS) for dtype in mix]
+            fillers = [torch.zeros(8, dtype=dtype, device="cpu") for _ in range(SLOTS) for dtype in mix]
+            self._fillers[mix] = fillers
             if not self(first, scalars):
                 return False
         tensors = [t for run in runs for t in run]

@@ -19,7 +19,7 @@ _NAN_CODE, _FRACTION, _ONE_BITS = (
     tl.constexpr(codecs.ONE_BITS),
 )
 _LAST_W, _LARGEST_LEVEL = tl.constexpr(codecs.LAST_W), tl.constexpr(codecs.LARGEST_LEVEL)
-_OF_LARGEST = tl.constexpr(torch.tensor(1 / codecs.LARGEST_LEVEL).item())  # in float32
+_OF_LARGEST = tl.constexpr(torch.tensor(1 / codecs.LARGEST_LEVEL, dtype=torch.float32, device="cpu").item())
 _SCALE_MASK, _SMALLEST_SCALE = tl.constexpr(codecs.SCALE_MASK), tl.constexpr(codecs.SMALLEST_SCALE)
 _GOLDEN = tl.constexpr(codecs.GOLDEN)
 # A level's bits are raised by RAISE in its exponent, so that the code behind the last, which is NaN's, is infinity.
