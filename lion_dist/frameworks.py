@@ -1,4 +1,4 @@
-"""What `ShardedLion` asks of frameworks that save ``optimizer.state_dict()`` of the first rank as the whole state."""
+"""Frameworks that save ``optimizer.state_dict()`` on the first rank alone, where `ShardedLion` has one rank's part."""
 
 from __future__ import annotations
 
@@ -8,37 +8,61 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ._torch_compat import state_dict_pre_hooks
+from .param_groups import warn
 
 if TYPE_CHECKING:
     from .sharded_lion import ShardedLion
 
-# Optimizers that have been asked, and those whose state lion_dist makes whole before the framework saves it.
+# Optimizers whose first step has been checked, and those whose state lion_dist makes whole before the framework saves.
 settled: WeakSet[ShardedLion] = WeakSet()
 
 
 def check_saves(optimizer: ShardedLion) -> None:
-    """Called by every step, and asks in the first.
+    """Checks, in an optimizer's first step, whether the framework that makes the step can save its state.
+
+    Under Accelerate's own Accelerator it warns, since the code around it decides how it saves.
 
     Raises:
-        RuntimeError: Accelerate, or the Trainer on top of it, makes the step, and would save this rank's part of the
-            state, which fails.
+        RuntimeError: the Trainer of transformers makes the step, and its first save would fail.
     """
     if optimizer in settled:
         return
-    if _accelerate_steps() and not state_dict_pre_hooks(optimizer):
+    trainer = _caller("transformers.trainer", "Trainer", "train")
+    if trainer is not None and _saves_part(trainer, optimizer):
         raise RuntimeError(
-            "Accelerate's own Accelerator cannot save a ShardedLion, whose state_dict() is this rank's part: use "
-            "ShardedLionAccelerator, or ShardedLionTrainerMixin with the Trainer (both in lion_dist.huggingface), or "
-            "after prepare() call optimizer.register_state_dict_pre_hook(ShardedLion.consolidate_state_dict) on the "
-            "ShardedLion, which makes each state_dict() a collective call for the whole state"
+            "the Trainer cannot save a ShardedLion, whose state_dict() is one rank's part: derive the Trainer from "
+            "lion_dist.huggingface.ShardedLionTrainerMixin too, or set save_only_model=True or save_strategy='no'"
         )
     settled.add(optimizer)
+    accelerated = _caller("accelerate.optimizer", "AcceleratedOptimizer", "step")
+    if trainer is None and _inner(accelerated) is optimizer and not state_dict_pre_hooks(optimizer):
+        warn(
+            "Accelerator.save_state() fails with a ShardedLion, whose state_dict() is one rank's part, unless every "
+            "rank calls consolidate_state_dict() before it. lion_dist.huggingface.ShardedLionAccelerator does so. With "
+            "Accelerate's own, call register_state_dict_pre_hook(ShardedLion.consolidate_state_dict) on the "
+            "ShardedLion after prepare(). lion_dist.checkpoint needs neither"
+        )
 
 
-def _accelerate_steps() -> bool:
-    """Whether the caller's step is one of Accelerate's wrapper, which leaves no mark on the optimizer that it wraps."""
-    wrapper: Any = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
-    frame = None if wrapper is None else inspect.currentframe()
-    while frame is not None and frame.f_code is not wrapper.step.__code__:
+def _saves_part(trainer: Any, optimizer: ShardedLion) -> bool:
+    """Whether a Trainer saves what this optimizer's state_dict returns on the first rank."""
+    save, args = "_save_optimizer_and_scheduler", trainer.args
+    own = getattr(type(trainer), save, None) is getattr(sys.modules["transformers.trainer"].Trainer, save, None)
+    return own and _inner(trainer.optimizer) is optimizer and args.save_strategy != "no" and not args.save_only_model
+
+
+def _inner(wrapper: Any) -> Any:
+    """The optimizer that Accelerate has wrapped, or what it has not."""
+    return getattr(wrapper, "optimizer", wrapper)
+
+
+def _caller(module: str, cls: str, method: str) -> Any:
+    """The object of a class whose method is among the callers of this function; None if there is none.
+
+    Neither Accelerate nor the Trainer leaves a mark on the optimizer that it wraps.
+    """
+    found: Any = getattr(getattr(sys.modules.get(module), cls, None), method, None)
+    frame = None if found is None else inspect.currentframe()
+    while frame is not None and frame.f_code is not found.__code__:
         frame = frame.f_back
-    return frame is not None
+    return None if frame is None else frame.f_locals["self"]

@@ -17,6 +17,8 @@ from .sharded_replicas import share_unheld
 try:
     from accelerate import Accelerator
 except ModuleNotFoundError as error:
+    if error.name != "accelerate":
+        raise
     raise ModuleNotFoundError("lion_dist.huggingface needs Accelerate: pip install accelerate") from error
 
 
@@ -136,7 +138,7 @@ def _sharded(prepared: Iterable[Any], stage_2: bool = False) -> list[ShardedLion
 
 
 def _refuse_saves_on_each_node(options: Any) -> None:
-    """Raises ValueError where these options of Accelerate or the Trainer say so."""
+    """Raises ValueError where Accelerate's ProjectConfiguration, or TrainingArguments, ask for such saves."""
     if options.save_on_each_node:
         raise ValueError(
             "save_on_each_node=True is not supported with ShardedLion, whose whole state is gathered on the first rank "

@@ -14,6 +14,8 @@ try:
     from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[import-not-found, unused-ignore]
     from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy  # type: ignore[import-not-found, unused-ignore]
 except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lightning":
+        raise
     raise ModuleNotFoundError("lion_dist.lightning needs Lightning: pip install lightning") from error
 
 

@@ -84,7 +84,7 @@ class ShardedLion(Optimizer):
 
     Raises:
         RuntimeError: there is no process group, or other ranks, which the error names, failed or are absent. (If one
-            rank fails alone in step(), statistics() or clip_grad_norm_(), the others wait until these time out.)
+            rank fails alone in step(), statistics() or clip_grad_norm_(), the others wait for the time-out.)
         ValueError, TypeError: parameters, hyper-parameters or ranks that do not fit.
     """
 
@@ -229,9 +229,9 @@ class ShardedLion(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: on every rank, where the ranks made different steps. Also in stage 1, in the first two steps and
-                the first two after parameters were added, unfrozen or loaded, where the gradients are not averaged over
-                the ranks; nothing has been changed then.
+            ValueError: on every rank, where the ranks made different steps. Also in stage 1 where gradients are not
+                averaged, in the first two steps and the first two after parameters were added, unfrozen or loaded.
+            RuntimeError: the state is offloaded, or a framework could not save it.
         """
         begin_step(self)
         with torch.enable_grad():
@@ -243,7 +243,7 @@ class ShardedLion(Optimizer):
         return loss
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, process_groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, process_groups: Iterable[dist.ProcessGroup] = ()) -> Tensor:
         """Clips the gradients of all parameters together to a 2-norm of at most ``max_norm``; a collective call.
 
         Call it just before step(), which multiplies the coefficient in: ``p.grad`` itself is not written. A second call

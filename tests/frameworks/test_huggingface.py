@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def accelerated(rank: int, kind: str, folder: Path, steps: range, mixed_precisio
     cls, options = OPTIMIZERS["stage1" if kind == "alone" else kind]
     model, optimizer = accelerator.prepare(net, cls(net.net.parameters(), **options))
     if kind == "alone":
-        optimizer.optimizer.register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)
+        hooked(optimizer.optimizer)
     if steps.start:
         accelerator.load_state(str(folder / kind))
     batches = torch.randn(2 * STEPS, 2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -140,8 +142,14 @@ def refused(rank: int) -> None:
         accelerator.clip_grad_value_(net.parameters(), 1.0)
 
 
+def hooked(optimizer: Any) -> Any:
+    """The optimizer, with a hook that makes each state_dict() whole."""
+    optimizer.register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)
+    return optimizer
+
+
 def refused_saves(rank: int, folder: Path) -> None:
-    """What could not be saved is refused before the first step has changed anything."""
+    """What could not be saved is refused, or warned of, in the first step at the latest."""
     accelerate: Any = import_module("accelerate")
     transformers: Any = import_module("transformers")
     from lion_dist.huggingface import ShardedLionAccelerator, ShardedLionTrainerMixin
@@ -161,24 +169,52 @@ def refused_saves(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="save_on_each_node=True is not supported with ShardedLion"):
         Trainer(model=net, args=arguments(save_on_each_node=True))
 
-    model, wrapped = accelerate.Accelerator(cpu=True).prepare(net, optimizer)
-    model(torch.ones(2, WIDTH))["loss"].backward()
-    before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="Accelerate's own Accelerator cannot save a ShardedLion"):
-        wrapped.step()
-    assert all(map(torch.equal, net.parameters(), before))
+    for warns in (True, False):
+        net = Net(rank)
+        optimizer = ShardedLion(net.net.parameters(), lr=0.01, stage=1)
+        model, wrapped = accelerate.Accelerator(cpu=True).prepare(net, optimizer)
+        if not warns:
+            hooked(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            for _ in range(2):
+                model(torch.ones(2, WIDTH))["loss"].backward()
+                wrapped.step()
+        found = [str(warning.message) for warning in caught if "save_state() fails" in str(warning.message)]
+        assert len(found) == warns
     other = Net(rank)
     other(torch.ones(2, WIDTH))["loss"].backward()
-    ShardedLion(other.net.parameters(), lr=0.01).step()  # not by Accelerate
-    optimizer.register_state_dict_pre_hook(lambda _: optimizer.consolidate_state_dict())
-    wrapped.step()
-    assert not all(map(torch.equal, net.parameters(), before))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ShardedLion(other.net.parameters(), lr=0.01).step()  # not by Accelerate
+
+    class Own(transformers.Trainer):  # type: ignore[misc]
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            self.optimizer.optimizer.consolidate_state_dict()
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    class Hook(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+            hooked(optimizer.optimizer)
 
     data: Any = [{"x": torch.ones(WIDTH)}] * 16
-    with pytest.raises(RuntimeError, match="ShardedLionTrainerMixin with the Trainer"):
-        transformers.Trainer(
-            model=Net(rank), args=arguments(), train_dataset=data, optimizer_cls_and_kwargs=OPTIMIZERS["stage1"]
-        ).train()
+    plain = transformers.Trainer
+    for trainer_cls, saves, refused in (
+        (plain, {"save_steps": 1}, True),
+        (plain, {"save_strategy": "epoch"}, True),
+        (plain, {"save_strategy": "no"}, False),
+        (plain, {"save_steps": 1, "save_only_model": True}, False),
+        (Own, {"save_steps": 1}, False),
+    ):
+        net = Net(0)  # on every rank, so that the optimizer changes nothing when it is made
+        trainer = trainer_cls(
+            model=net, args=arguments(**saves), train_dataset=data, optimizer_cls_and_kwargs=OPTIMIZERS["stage1"]
+        )
+        if refused:  # it would leave the other ranks waiting in the first rank's save
+            trainer.add_callback(Hook())
+        before = [p.detach().clone() for p in net.parameters()]
+        with pytest.raises(RuntimeError, match="ShardedLionTrainerMixin") if refused else contextlib.nullcontext():
+            trainer.train()
+        assert all(map(torch.equal, net.parameters(), before)) == refused
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(transformers.Trainer, "_save_optimizer_and_scheduler")
         with pytest.raises(RuntimeError, match=r"no Trainer\._save_optimizer_and_scheduler"):
