@@ -286,7 +286,8 @@ def restarted(world: World) -> bool:
 
 
 def check_same_data(corpus: Corpus, world: World) -> None:
-    """Raises ValueError, on every rank, where one has other bytes than rank 0: nodes with other Pythons have."""
+    """Raises ValueError, on every rank, where one has other bytes than rank 0. Where no --data is given, these are the
+    sources of each node's own Python."""
     if world.size == 1:
         return
     own = torch.frombuffer(bytearray.fromhex(corpus.digest), dtype=torch.uint8).to(world.device)

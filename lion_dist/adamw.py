@@ -40,4 +40,7 @@ def from_adamw(lr: float, weight_decay: float, *, factor: float = FACTORS[1]) ->
     if not (math.isfinite(times) and times > 0):
         raise ValueError(f"factor must be finite and > 0, got {times}: the paper advises {FACTORS[0]} to {FACTORS[1]}")
     decay = to_weight_decay(to_weight_decay(weight_decay) * times)
-    return {"lr": to_lr(float(to_lr(lr)) / times), "betas": BETAS, "weight_decay": decay}
+    own = float(to_lr(lr)) / times
+    if math.isinf(own):
+        raise ValueError(f"factor {times} is too small for lr {lr}: lr / factor is infinite")
+    return {"lr": own, "betas": BETAS, "weight_decay": decay}

@@ -23,7 +23,7 @@ from .update.reference import clip_coefficient
 def clip_grad_norm_(
     parameters: Tensor | ShardedLion | Iterable[Tensor] | Iterable[ShardedLion],
     max_norm: float,
-    process_groups: Sequence[dist.ProcessGroup] = (),
+    process_groups: Iterable[dist.ProcessGroup] = (),
 ) -> Tensor:
     """Clips the gradients of all parameters, or of several ShardedLions, together to a 2-norm of at most ``max_norm``.
 
@@ -54,10 +54,11 @@ def clip_grad_norm_(
     Raises:
         ValueError: ``max_norm`` is not > 0, the gradients are on several devices, ranks of ``process_groups`` would
             count twice, or no ShardedLion's process group has the ranks of all others.
-        TypeError: an argument is none of these, parameters stand beside ShardedLions, there are other optimizers, a
+        TypeError: an argument is of another type, parameters stand beside ShardedLions, there are other optimizers, a
             gradient is sparse or complex, or only one of a parameter and its gradient is a DTensor.
     """
-    if isinstance(parameters, nn.Module) or not isinstance(parameters, (Tensor, Optimizer, Iterable)):
+    a_module = isinstance(parameters, nn.Module) and not isinstance(parameters, nn.ParameterList)
+    if a_module or not isinstance(parameters, (Tensor, Optimizer, Iterable)):
         raise TypeError(
             f"clip_grad_norm_() takes parameters or ShardedLions, got a {type(parameters).__name__}: give parameters, "
             "such as model.parameters()"
@@ -89,7 +90,7 @@ def _sharded_lions(given: Sequence[Any]) -> list[ShardedLion]:
     return list(given)
 
 
-def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Sequence[dist.ProcessGroup]) -> Tensor:
+def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Iterable[dist.ProcessGroup]) -> Tensor:
     for p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"clip_grad_norm_() takes parameters or ShardedLions, got {type(p).__name__} {p!r:.80}")

@@ -275,7 +275,7 @@ class Lion(Optimizer):
 
         Args:
             by: "group", by ``name`` where each group has one of its own, else ``group0``, ``group1``, ...; or
-                "parameter", by its name, or its number if the optimizer has no names. None may be "global".
+                "parameter", by its name, or its number if the optimizer has no names. A name "global" counts as none.
             flips: keeps the signs, 2 bits an element, until a call without it. For adjacent steps, call it before both.
             process_groups: as for `lion_dist.clip_grad_norm_`; the ranks must give the same names.
 

@@ -280,8 +280,8 @@ def groups_to_sum(
             )
         if shared := given & ranks:
             raise ValueError(
-                f"two of process_groups have ranks {sorted(shared)}, whose elements would count twice: give each rank "
-                "in one group"
+                f"two of process_groups have ranks {sorted(shared)}, whose elements would count twice: each other rank "
+                "may be in one of them only"
             )
         given |= ranks
     return found

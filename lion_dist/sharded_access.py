@@ -91,7 +91,7 @@ def refuse_offloaded(optimizer: ShardedLion, call: str) -> None:
 
 
 def clip_optimizers(
-    optimizers: Sequence[ShardedLion], max_norm: float, process_groups: Sequence[dist.ProcessGroup]
+    optimizers: Sequence[ShardedLion], max_norm: float, process_groups: Iterable[dist.ProcessGroup]
 ) -> Tensor:
     """Clips the gradients of one or several optimizers together; see `clip_together`."""
     refuse_capture("clip_grad_norm_() of ShardedLion")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from .upload import is_capturing
 _NORMS = {"param": sums.PARAM, "moment": sums.MOMENT, "update": sums.UPDATE, "grad": sums.GRAD}
 _SIGNS = {"zero": sums.ZERO, "agree": sums.AGREE}
 ALL = "global"
-Groups = Sequence[dist.ProcessGroup]
+Groups = Iterable[dist.ProcessGroup]
 
 
 class Rows(NamedTuple):
@@ -153,7 +153,7 @@ def name_numbers(names: Sequence[str], of_rows: Tensor) -> dict[str, float]:
     return found
 
 
-def check_same_names(names: Sequence[str], process_groups: Groups, device: torch.device) -> None:
+def check_same_names(names: Sequence[str], process_groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
     """Compares the names of rows over the ranks of process groups; a collective call for them.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -324,7 +324,7 @@ class Stepper:
 def clip_together(
     clipped: Sequence[tuple[Stepper, Sequence[Group], Adopt]],
     max_norm: float,
-    process_groups: Sequence[dist.ProcessGroup],
+    process_groups: Iterable[dist.ProcessGroup],
 ) -> Tensor:
     """Clips all gradients of one or several optimizers together; a collective call for the ranks of all of them.
 

@@ -116,10 +116,12 @@ class BoxTensor(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if value.shape != self.shape or value.dtype != self.dtype:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{_ADVICE} Its data must be a tensor, got {type(value).__name__}. {_REMEDY}")
+        if value.shape != self.shape or value.dtype != self.dtype or value.is_meta or value.layout != torch.strided:
             raise ValueError(
-                f"{_ADVICE} Its data must have shape {tuple(self.shape)} and dtype {self.dtype}, got "
-                f"{tuple(value.shape)} and {value.dtype}. {_REMEDY}"
+                f"{_ADVICE} Its data must be dense, of shape {tuple(self.shape)} and {self.dtype}, got a tensor of "
+                f"shape {tuple(value.shape)}, {value.dtype} and {value.layout} on {value.device}. {_REMEDY}"
             )
         self.data.copy_(value)
 

@@ -195,6 +195,8 @@ def bad_input(rank: int, world_size: int) -> float:
     for given, max_norm, error, said in cases:
         with pytest.raises(error, match=said):
             lion_dist.clip_grad_norm_(given, max_norm)
+    params = nn.ParameterList([grad_of(torch.full((4,), 2.0, device=device)) for _ in range(4)])
+    assert lion_dist.clip_grad_norm_(params, 1.0) == 8
     for optimizer in (everywhere, row, column, sharded):  # nothing was clipped
         optimizer.step()
         assert all((local(p.detach()) == 1 + i - LR).all() for i, p in enumerate(optimizer.param_groups[0]["params"]))
@@ -216,7 +218,7 @@ def bad_input(rank: int, world_size: int) -> float:
         for given in (of_mesh, sharded):
             with pytest.raises(error, match=said):
                 lion_dist.clip_grad_norm_(given, 1.0, groups)
-    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), iter([columns[rank % 2]]))  # type: ignore[arg-type]
+    norm = lion_dist.clip_grad_norm_(of_mesh, float("inf"), iter([columns[rank % 2]]))
     assert norm.item() == pytest.approx((2 * (40 * 33 + 5)) ** 0.5, rel=1e-6)
     # One optimizer is clipped as by its own method: 600 elements.
     lone = made(None, [nn.Parameter(torch.ones(600, device=device))])

@@ -133,8 +133,8 @@ def written(mode: Mode) -> None:
             state[p][EXP_AVG].mul_(0.5)
             continue
         if i == LARGE:
-            state[p][EXP_AVG].data = before[i][EXP_AVG] * 0.5
-            state[p][EXP_AVG].data = state[p][EXP_AVG].data.cpu()
+            state[p][EXP_AVG].data = before[i][EXP_AVG] * 2
+            state[p][EXP_AVG].data = state[p][EXP_AVG].data.cpu() * 0.25
             continue
         new = {**state[p], EXP_AVG: (before[i][EXP_AVG] * 0.5).to(p.device), "seen": i}
         if i % 6 == 2:
@@ -192,7 +192,9 @@ def body_refusals(rank: int, world_size: int) -> None:
         (assign(EXP_AVG, whole[1:]), ValueError, r"exp_avg must be a tensor of shape"),
         (assign(EXP_AVG, whole.to("meta")), ValueError, "meta"),
         (assign(EXP_AVG, 0.0), ValueError, "got float"),
-        (lambda: setattr(own, "data", whole.double()), ValueError, r"must have .* got \(.*\) and torch.float64"),
+        (lambda: setattr(own, "data", whole.double()), ValueError, r"must be dense, .* got a tensor .* torch\.float64"),
+        (lambda: setattr(own, "data", whole.to("meta")), ValueError, "must be dense, .* on meta"),
+        (lambda: setattr(own, "data", 0), TypeError, "must be a tensor, got int"),
         (assign(REMAINDER, whole), TypeError, "remainder is kept in torch.int16"),
         (
             assign(REMAINDER, entry[REMAINDER], signs.optimizer.state[signs.params[LARGE]]),

@@ -43,7 +43,7 @@ def test_it_is_keyword_arguments_of_both_optimizers() -> None:
         ({"factor": 0}, ValueError, "factor must be finite and > 0, got 0.0: the paper advises 3 to 10"),
         ({"factor": float("inf")}, ValueError, "factor must be finite"),
         ({"factor": None}, TypeError, "factor must be a number"),
-        ({"factor": 1e-320}, ValueError, "lr must be finite and >= 0, got inf"),
+        ({"factor": 1e-320}, ValueError, "is too small for lr .*: lr / factor is infinite"),
     ],
 )
 def test_what_is_no_advice(given: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -202,7 +202,10 @@ def test_no_test_module_imports_another() -> None:
 
 # Functions that make tensors, and the arguments without which torch.set_default_device() and set_default_dtype(), which
 # are the user's, decide what they make. `arange` of integers is int64 whatever the default is.
-NAMES = ("zeros", "ones", "empty", "full", "tensor", "empty_strided")
+NAMES = (
+    "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randn",
+    "scalar_tensor", "tensor", "zeros",
+)  # fmt: skip
 MAKERS = {f"torch.{name}": {"dtype", "device"} for name in NAMES} | {"torch.arange": {"device"}}
 
 
