@@ -1,9 +1,9 @@
-"""What the ranks of two nodes report, and when, if one of them is killed or stopped in its backward.
+"""Measures which error each rank of two nodes raises, and after how long, if one is killed or stopped in its backward.
 
     python -m benchmarks.failing_rank      a minute on a CPU (from the repository's root)
 
 Two replicas of two ranks on gloo: FSDP2 in each node, ShardedLion between them. All groups have a time-out of 12 s.
-Rank 1 fails in its fourth backward, after some of its gradients have left.
+Rank 1 fails in its fourth backward, after it has sent some of its gradients.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Every private name of torch that lion_dist uses, except those of torch.distributed (_torch_compat_distributed.py).
 
 No other file of the library names one, so this is the file to read when a new version of torch breaks something. Each
-name says what it is for and what breaks without it. tests/unit/test_torch_compat.py calls each of them, and checks that
-the rest of the library uses no private name of torch. Names are plain aliases wherever that is possible: some are
-called for every parameter of every step, where one more Python frame would be measurable.
+name says what it is for and what breaks without it. tests/unit/test_torch_compat.py calls each of them, and
+test_private_names.py checks that the rest of the library uses no private name of torch. Names are plain aliases
+wherever that is possible: some are called for every parameter of every step, where one more Python frame would be
+measurable.
 """
 
 from __future__ import annotations

@@ -30,12 +30,13 @@ def check_saves(optimizer: ShardedLion) -> None:
     trainer = _caller("transformers.trainer", "Trainer", "train")
     if trainer is not None and _saves_part(trainer, optimizer):
         raise RuntimeError(
-            "the Trainer cannot save a ShardedLion, whose state_dict() is one rank's part: derive the Trainer from "
-            "lion_dist.huggingface.ShardedLionTrainerMixin too, or set save_only_model=True or save_strategy='no'"
+            "the Trainer cannot save a ShardedLion, whose state_dict() is one rank's part: use a class derived from "
+            "lion_dist.huggingface.ShardedLionTrainerMixin and the Trainer, in this order, or set save_only_model=True "
+            "or save_strategy='no'"
         )
     settled.add(optimizer)
     accelerated = _caller("accelerate.optimizer", "AcceleratedOptimizer", "step")
-    if trainer is None and _inner(accelerated) is optimizer and not state_dict_pre_hooks(optimizer):
+    if trainer is None and unwrapped(accelerated) is optimizer and not state_dict_pre_hooks(optimizer):
         warn(
             "Accelerator.save_state() fails with a ShardedLion, whose state_dict() is one rank's part, unless every "
             "rank calls consolidate_state_dict() before it. lion_dist.huggingface.ShardedLionAccelerator does so. With "
@@ -48,12 +49,12 @@ def _saves_part(trainer: Any, optimizer: ShardedLion) -> bool:
     """Whether a Trainer saves what this optimizer's state_dict returns on the first rank."""
     save, args = "_save_optimizer_and_scheduler", trainer.args
     own = getattr(type(trainer), save, None) is getattr(sys.modules["transformers.trainer"].Trainer, save, None)
-    return own and _inner(trainer.optimizer) is optimizer and args.save_strategy != "no" and not args.save_only_model
+    return own and unwrapped(trainer.optimizer) is optimizer and args.save_strategy != "no" and not args.save_only_model
 
 
-def _inner(wrapper: Any) -> Any:
-    """The optimizer that Accelerate has wrapped, or what it has not."""
-    return getattr(wrapper, "optimizer", wrapper)
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that Accelerate has wrapped; any other object as it is."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _caller(module: str, cls: str, method: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .frameworks import settled
+from .frameworks import settled, unwrapped
 from .sharded_access import clip_optimizers, params_of
 from .sharded_lion import ShardedLion
 from .sharded_replicas import share_unheld
@@ -133,7 +133,7 @@ class ShardedLionAccelerator(Accelerator):  # type: ignore[misc, unused-ignore]
 
 def _sharded(prepared: Iterable[Any], stage_2: bool = False) -> list[ShardedLion]:
     """The ShardedLions among these, which Accelerate may have wrapped; only those of stage 2 if ``stage_2``."""
-    inner = [getattr(o, "optimizer", o) for o in prepared if isinstance(o, Optimizer)]
+    inner = [unwrapped(o) for o in prepared if isinstance(o, Optimizer)]
     return [o for o in inner if isinstance(o, ShardedLion) and not (stage_2 and o._averaged)]
 
 

@@ -37,7 +37,7 @@ columns:
   a rank sends     in a step of one micro-batch, to the GPUs of its own node too
   a node sends     of that, to other nodes, all its GPUs together
   ms               a predicted iteration. Between nodes it has not been compared with measurements.
-  of it compute    the share of forward and backward alone in that time
+  compute share    forward and backward alone, as a share of that time
 
 The documentation, "Which one do I need", says how to choose; lion_dist/plan/timing.py says what is assumed."""
 
@@ -155,7 +155,7 @@ def report(model: Model, cluster: Cluster, network: str, precision: Precision, p
         ])  # fmt: skip
         all_held = [costs_of(model, cluster, strategy, p, policy).held for p in PRECISIONS]
         memory.append([name, *(f"{held / GIB:.2f}" for held in all_held)])
-    head = ["strategy", "held, GiB", "gathered, GiB", "a rank sends, GB", "a node sends, GB", "ms", "of it compute"]
+    head = ["strategy", "held, GiB", "gathered, GiB", "a rank sends, GB", "a node sends, GB", "ms", "compute share"]
     return "\n".join([
         f"{model.params:,} parameters in {precision.name}, {cluster.gpus} GPUs ({where}); forward and backward alone "
         f"take {model.compute_ms:.1f} ms. FSDP2 has reshard_after_forward={policy.reshard_after_forward} and gathers "

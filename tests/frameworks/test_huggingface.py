@@ -149,7 +149,7 @@ def hooked(optimizer: Any) -> Any:
 
 
 def refused_saves(rank: int, folder: Path) -> None:
-    """What could not be saved is refused, or warned of, in the first step at the latest."""
+    """Saves that would fail are refused, or warned of, in the first step at the latest."""
     accelerate: Any = import_module("accelerate")
     transformers: Any = import_module("transformers")
     from lion_dist.huggingface import ShardedLionAccelerator, ShardedLionTrainerMixin
@@ -176,6 +176,7 @@ def refused_saves(rank: int, folder: Path) -> None:
         if not warns:
             hooked(optimizer)
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             for _ in range(2):
                 model(torch.ones(2, WIDTH))["loss"].backward()
                 wrapped.step()

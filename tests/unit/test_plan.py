@@ -243,7 +243,7 @@ def test_the_help_explains_every_column_and_network(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for word in (*NETWORKS, "held", "gathered", "a rank sends", "a node sends", "ms", "of it compute", "hybrid"):
+    for word in (*NETWORKS, "held", "gathered", "a rank sends", "a node sends", "ms", "compute share", "hybrid"):
         assert word in text, word
 
 
