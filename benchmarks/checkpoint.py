@@ -38,13 +38,12 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion, checkpoint
 
 from .llama import LanguageModel, Llama
-from .measure import join_group, machine
+from .measure import join_group, machine, run_ranks
 from .peer_steps import BETAS, DECAY, LR, installed_version, missing
 from .peers import shard_fsdp2
 from .peers_deepspeed import deepspeed_zero
@@ -295,7 +294,7 @@ def run_mode(mode: str, options: argparse.Namespace) -> list[Turn]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turns.json"
         try:
-            spawn(run_rank, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks)
+            run_ranks(run_rank, (mode, options, f"{folder}/rendezvous", str(out)), options.ranks)
         finally:
             for left in Path(options.folder).glob(f"{mode}-*"):
                 shutil.rmtree(left, ignore_errors=True)

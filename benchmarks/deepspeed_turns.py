@@ -23,12 +23,11 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 import lion_dist
 
 from .llama import LanguageModel, Llama
-from .measure import join_group, machine
+from .measure import join_group, machine, run_ranks
 from .peer_steps import installed_version
 from .peers_deepspeed import deepspeed_zero
 from .trainer import Trainer
@@ -122,7 +121,7 @@ def main() -> None:
     print("| stage | DeepSpeed's Lion, ms | lion_dist's | ratio | DeepSpeed's, host ms | lion_dist's | ratio |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(run, (options, f"{folder}/rendezvous"), nprocs=options.ranks)
+        run_ranks(run, (options, f"{folder}/rendezvous"), options.ranks)
 
 
 if __name__ == "__main__":

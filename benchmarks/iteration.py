@@ -46,10 +46,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from .llama import LanguageModel, Llama
-from .measure import join_group, machine
+from .measure import join_group, machine, start_ranks
 from .overlap import mark, trace
 from .peer_steps import installed_version, missing
 from .peers import MODES
@@ -165,8 +164,7 @@ def measure(mode: str, options: argparse.Namespace) -> Report:
     """Runs a mode once, in processes of its own, and raises what they raise."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        context = spawn(run, (mode, options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks, join=False)
-        assert context is not None
+        context = start_ranks(run, (mode, options, f"{folder}/rendezvous", str(out)), options.ranks)
         deadline = time.monotonic() + options.deadline
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:

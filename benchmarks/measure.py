@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -16,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 DEVICE = torch.device("cuda")
 COPY_BYTES = 4 << 30
@@ -39,6 +41,24 @@ class Spread(NamedTuple):
         ordered = sorted(readings)
         last = len(ordered) - 1
         return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def start_ranks(run: Callable[..., object], args: tuple[Any, ...], ranks: int) -> ProcessContext:
+    """Starts run(rank, *args) in a process for each rank; the result's join() raises what a rank raises.
+
+    The processes come from a fork server that has imported already what takes seconds to import. None of it initializes
+    CUDA, which would not survive a fork.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "lion_dist", "benchmarks.peers"])
+    context: ProcessContext = start_processes(run, args, ranks, join=False, start_method="forkserver")
+    return context
+
+
+def run_ranks(run: Callable[..., object], args: tuple[Any, ...], ranks: int) -> None:
+    """Runs run(rank, *args) in a process for each rank, and raises what a rank raises."""
+    context = start_ranks(run, args, ranks)
+    while not context.join():
+        pass
 
 
 def join_group(rank: int, ranks: int, rendezvous: str, node: int | None = None) -> torch.device:

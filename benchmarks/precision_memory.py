@@ -35,7 +35,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion
@@ -43,6 +42,8 @@ from lion_dist.dtensors import local
 from lion_dist.plan.precision import PRECISIONS, Precision
 from lion_dist.plan.strategies import STRATEGIES, Bytes, Shards, Strategy
 from lion_dist.update.backends.chunks import Chunks
+
+from .measure import run_ranks
 
 WIDTH, LAYERS = 256, 7  # fewer elements than are compiled on a CPU, which would take long
 
@@ -249,7 +250,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counted.json"
-        spawn(count_all, (options.ranks, f"{folder}/rendezvous", str(out)), nprocs=options.ranks)
+        run_ranks(count_all, (options.ranks, f"{folder}/rendezvous", str(out)), options.ranks)
         counted = [[Counted(*kinds) for kinds in of_way] for of_way in json.loads(out.read_text())]
     print(f"{options.ranks} gloo ranks, torch {torch.__version__}; bytes per parameter on a rank")
     print(f"`{shlex.join(['python', '-m', 'benchmarks.precision_memory', *sys.argv[1:]])}`\n")

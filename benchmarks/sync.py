@@ -26,11 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from lion_dist import ShardedLion
 
-from .measure import Spread, cycles_a_ms, events_ms, join_group, machine
+from .measure import Spread, cycles_a_ms, events_ms, join_group, machine, run_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAD_MS = 5.0  # how long the devices are kept busy while the hosts enqueue a step
@@ -130,7 +129,7 @@ def main() -> None:
     print(f"{options.numel:,} parameters in {options.tensors} tensors")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        spawn(run, (options, f"{folder}/rendezvous", str(out)), nprocs=options.ranks)
+        run_ranks(run, (options, f"{folder}/rendezvous", str(out)), options.ranks)
         reports = json.loads(out.read_text())
     print("| dtype | params, ms | signs, ms | ratio | same bits | parts of params, ms | parts of signs, ms |")
     print("|---|---|---|---|---|---|---|")
