@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.speed_up()  # in the fork server too
 
 DEADLINE_S = 400.0
+GRACE_S = 60.0  # for the other ranks, where one has raised: NCCL lets them wait for it as long as a collective may take
 COLLECTIVE_TIMEOUT = timedelta(seconds=180)
 
 _context = multiprocessing.get_context("forkserver")
@@ -94,7 +96,8 @@ def _rank_main(
             store = torch.distributed.distributed_c10d._get_default_store()
             store.set(f"finished/{rank}", "")
             with contextlib.suppress(RuntimeError):  # one of them was killed: its exit code tells
-                store.wait([f"finished/{r}" for r in range(world_size)], timedelta(seconds=deadline))
+                patience = deadline if outcome[0] == "returned" else GRACE_S
+                store.wait([f"finished/{r}" for r in range(world_size)], timedelta(seconds=patience))
         faulthandler.cancel_dump_traceback_later()
     # Not by way of interpreter exit: a failed rank may hold threads that wait for its peers.
     os._exit(0 if outcome[0] == "returned" else 1)
@@ -131,8 +134,13 @@ def run_ranks(
         _rank_main, [(work, rank, world_size, folder, timeout, deadline, on_cpu) for rank in range(world_size)]
     )
     end = time.monotonic() + deadline + 5
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
+    running = {process.sentinel: process for process in ranks}
+    while running and (ended := wait(list(running), max(0.0, end - time.monotonic()))):
+        for sentinel in ended:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode == 1:
+                end = min(end, time.monotonic() + GRACE_S)
     for process in ranks:
         process.kill()
         process.join()

@@ -105,7 +105,7 @@ REDUCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda t: (t > 0).sum(),
     lambda t: t.isnan().any(),
     lambda t: t.count_nonzero(),
-    lambda t: torch.nn.utils.get_total_norm([t]),
+    lambda t: torch.nn.utils.get_total_norm([t], foreach=False),  # torch's choice for plain tensors rounds otherwise
 ]
 ELEMENTWISE: list[Callable[[Tensor], Tensor]] = [
     lambda t: t.float(),
