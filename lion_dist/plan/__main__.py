@@ -17,7 +17,7 @@ from .timing import Model
 
 GIB, GB = 2**30, 1e9
 # Measured rate of a forward and backward on an H200 (the model of benchmarks/RESULTS.md), at 6 * P operations a token.
-TFLOPS = 387.0
+TFLOPS = 395.0
 DESCRIPTION = """\
 Prints what each strategy costs a model: memory of a rank, bytes on the wire, and time of an iteration. These are
 predictions by arithmetic, and nothing is run. Bandwidths are those of H200s."""

@@ -43,24 +43,32 @@ def test_memory_beside_what_was_counted_in_each_precision() -> None:
 
 # What a mode of benchmarks.iteration holds, as a strategy of the plan.
 DDP, STAGE_1, FSDP = "DDP", 'stage 1, "params"', "FSDP2"
+INT8 = BY_NAME["fp32, int8 momentum"]  # FlashLion's momentum has 1.06 bytes an element, and ours 1.03
 MEASURED_AS: dict[str, tuple[str, Precision, Policy]] = {
     "ShardedLion stage 2, signs": ('stage 2, "signs"', FP32, Policy()),
+    "ShardedLion stage 2, bf16 reduction, signs": ('stage 2, "signs", 16 bits', FP32, Policy()),
     "ShardedLion stage 2, parameters": ('stage 2, "params"', FP32, Policy()),
     "DDP + Lion": (DDP, FP32, Policy()),
     "DDP + lion-pytorch, use_triton=True": (DDP, FP32, Policy()),
     "DDP + lion-pytorch 0.2.5, use_triton=True": (DDP, FP32, Policy()),
     "DDP + ZeroRedundancyOptimizer of the same": (STAGE_1, FP32, Policy()),
+    "DDP + ZeroRedundancyOptimizer of lion-pytorch, use_triton=True": (STAGE_1, FP32, Policy()),
+    "FSDP1 SHARD_GRAD_OP + Lion": (FSDP, FP32, KEPT),
     "FSDP1 SHARD_GRAD_OP + lion-pytorch, use_triton=True": (FSDP, FP32, KEPT),
-    # FlashLion's momentum has 1.06 bytes an element, and ours 1.03.
-    "FSDP2 + FlashLion 0.1.4 (8-bit momentum)": (FSDP, BY_NAME["fp32, int8 momentum"], Policy()),
-    "FSDP2 without resharding + FlashLion (8-bit momentum)": (FSDP, BY_NAME["fp32, int8 momentum"], KEPT),
+    "FSDP1 SHARD_GRAD_OP + FlashLion (8-bit momentum)": (FSDP, INT8, KEPT),
+    "FSDP2 + Lion": (FSDP, FP32, Policy()),
+    "FSDP2 + lion-pytorch, use_triton=True, on local parts by hand": (FSDP, FP32, Policy()),
+    "FSDP2 + FlashLion (8-bit momentum)": (FSDP, INT8, Policy()),
+    "FSDP2 reshard_after_forward=False + Lion": (FSDP, FP32, KEPT),
+    "FSDP2 reshard_after_forward=False + FlashLion (8-bit momentum)": (FSDP, INT8, KEPT),
+    "FSDP2 without resharding + FlashLion (8-bit momentum)": (FSDP, INT8, KEPT),
 }
 
 
 @pytest.mark.parametrize(
     ("heading", "gpus", "rows"),
     [
-        ("Whole iterations, two GPUs", 2, 6),
+        ("Whole iterations, two GPUs", 2, 13),
         ("Slow links: NCCL's socket transport", 2, 6),
         ("One GPU: a short iteration, and clipping", 1, 4),
     ],
