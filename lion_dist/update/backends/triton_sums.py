@@ -41,7 +41,7 @@ from .triton_signs import sign_codes
 
 BLOCK = 512  # elements that a program reads at a time: a byte of signs for each thread
 NUM_WARPS = 4
-MAX_REGISTERS = 64  # of a thread: half of the threads that fit on an H100 or H200, and spills only where signs are kept
+MAX_REGISTERS = 64  # of a thread: half of the threads that an H100 or H200 holds then fit; a few of the mixes spill
 CHUNK = 256  # tiles of a segment that are added up at a time
 
 _PARAM, _MOMENT, _UPDATE, _GRAD = (
@@ -149,8 +149,6 @@ def _add_up_tile(
             agree += _count(sign * used > 0)
             if packed is not None:
                 code = sign_codes(c, tl.abs(c) < INFINITY)
-                if not WHOLE:
-                    code = tl.where(mask, code, 0)
                 byte = at // _LANES + words
                 of_tile = packed + tl.program_id(0).to(tl.int64) * (TILE_SIZE // _LANES)
                 tl.store(of_tile + byte, tl.sum(code << (2 * lanes[None, :]), axis=1).to(tl.uint8), mask=w_mask)
