@@ -29,8 +29,8 @@ def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_gro
         placings = [shard.placing for shard in stepper.shards]
         process_groups = groups_to_sum(process_groups, placings, [stepper.group])
         agreement.says([f"by={by!r}, flips={flips}, {len(process_groups)} process_groups"])
-    tensors, scale = stepper.look(groups, optimizer._adopt)
-    measured = [(shard.params, own) for shard, own in zip(stepper.shards, tensors, strict=True)]
+    prepared, scale = stepper.look(groups, optimizer._adopt)
+    measured = [(shard.params, own) for shard, own in zip(stepper.shards, prepared, strict=True)]
     rows = Rows.find(groups, [p for params, _ in measured for p in params], by)
     sums = stepper.kept_signs.add_up(measured, groups, hypers, scale, rows, flips) or {Placing(): rows.zeros()}
     params = measured[0][0] if measured else params_of(optimizer)

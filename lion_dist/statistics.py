@@ -22,7 +22,6 @@ from .update import sums
 from .update.backends.batch import Prepared
 from .update.hypers import HyperTables, StepHypers
 from .update.reference import HyperParameters
-from .update.segments import StepTensors
 from .update.sums import Signs
 from .upload import is_capturing
 
@@ -83,7 +82,7 @@ class KeptSigns:
 
     def add_up(
         self,
-        measured: Sequence[tuple[Sequence[Tensor], StepTensors]],
+        measured: Sequence[tuple[Sequence[Tensor], Prepared]],
         groups: Sequence[Group],
         hypers: list[HyperParameters],
         scale: Tensor | None,
@@ -93,8 +92,7 @@ class KeptSigns:
         """Adds up over what this rank holds, and keeps the signs if ``flips``; else none are kept from now on.
 
         Args:
-            measured: parameters, as the optimizer was given them, and the tensors of their step, without the gradients
-                of those that are not stepped.
+            measured: parameters, as the optimizer was given them, and their prepared step.
             groups, hypers: those of the optimizer.
             scale: float32, shape (), multiplied into every gradient; None is 1.
             rows: the rows.
@@ -108,16 +106,17 @@ class KeptSigns:
         last, kept = self._signs if same and flips else {}, Signs()
         numbers = {id(p): i for i, p in enumerate(params)}
         step_hypers = StepHypers(HyperTables(), hypers, scale)
-        found: dict[tuple[Placing, torch.device], list[tuple[int, Tensor]]] = {}
+        found: list[tuple[list[Tensor], Tensor]] = []
+        for of_params, prepared in measured:
+            tensors = replace(prepared.tensors, numbers=[numbers[id(p)] for p in of_params])
+            numbered = replace(prepared, tensors=tensors)
+            for batch in prepared.batches:
+                entries, of_runs = batch.add_up(numbered, step_hypers, last, kept if flips else None)
+                found.append(([of_params[entry] for entry in entries], of_runs))
         total = {Placing.of(p): rows.zeros() for of_params, _ in measured for p in of_params}
-        for of_params, tensors in measured:
-            numbered = replace(tensors, numbers=[numbers[id(p)] for p in of_params])
-            for entry, of_run in sums.add_up(numbered, step_hypers, last, kept if flips else None):
-                p = of_params[entry]
-                found.setdefault((Placing.of(p), of_run.device), []).append((rows.of[id(p)], of_run))
-        for (placing, _), of_runs in found.items():
-            index = torch.tensor([row for row, _ in of_runs], dtype=torch.int64, device="cpu")
-            total[placing].index_add_(0, index, torch.stack([of_run for _, of_run in of_runs]).cpu())
+        for of_params, of_runs in found:
+            for p, of_run in zip(of_params, of_runs.cpu(), strict=True):
+                total[Placing.of(p)][rows.of[id(p)]] += of_run
         self._params, self._signs = (params, kept) if flips else ([], {})
         return total
 
@@ -193,10 +192,9 @@ def local_statistics(
     params = members.params
     rows = Rows.find(groups, params, by)
     process_groups = groups_to_sum(process_groups, map(Placing.of, params))
-    tensors = replace(prepared.tensors, grads=prepared.present())
-    of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, tensors)], groups, hypers, None, rows, flips)}
+    of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, prepared)], groups, hypers, None, rows, flips)}
     devices = [torch.device(placing.mesh.device_type) for placing in of_placings if placing.mesh is not None]
-    device = [*devices, *(p.device for p in tensors.params), torch.device("cpu")][0]
+    device = [*devices, *(p.device for p in prepared.tensors.params), torch.device("cpu")][0]
     check_same_names(rows.names, process_groups, device)
     total = sum_over_meshes((placing, own.to(device)) for placing, own in of_placings.items())
     for group in process_groups:

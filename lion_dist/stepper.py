@@ -22,7 +22,7 @@ from .sharding.collectives import Membership, all_reduce_sum, broadcast_from_fir
 from .sharding.replicas import DeferredCheck
 from .sharding.shard import Shard
 from .statistics import KeptSigns
-from .update.lion_update import LionUpdate
+from .update.lion_update import LionUpdate, Prepared
 from .update.reference import HyperParameters, clip_coefficient
 from .update.segments import Segment, StepTensors
 
@@ -219,12 +219,12 @@ class Stepper:
         self._reduce(adopt)
         return None
 
-    def look(self, groups: Sequence[Group], adopt: Adopt) -> tuple[list[StepTensors], Tensor | None]:
-        """What `step` would step, and changes nothing of it; see there for the arguments. The host waits.
+    def look(self, groups: Sequence[Group], adopt: Adopt) -> tuple[list[Prepared], Tensor | None]:
+        """What `step` would step, and changes nothing of it; see there for the arguments.
 
         Returns:
-            The tensors of each shard, with all of its state, and without the gradients of parameters that are not
-            stepped; and the factor of every gradient: float32, shape (), None is 1.
+            The prepared step of each shard, with all of its state; and the factor of every gradient: float32, shape (),
+            None is 1.
         """
         self._membership.check()
         clipping = self._reduce_unless_clipped(adopt)
@@ -232,9 +232,11 @@ class Stepper:
         seen = []
         for i, (part, own) in enumerate(zip(self._parts, tensors, strict=True)):
             own.active = self._grads.ready(i)
-            grads = part.update.prepare(own).present()
-            whole = part.shard.whole
-            seen.append(replace(own, grads=grads, state={**own.state, **whole}, whole=frozenset(whole)))
+            update = part.update
+            if whole := part.shard.whole:  # which the first half of the step does not read
+                own = replace(own, state={**own.state, **whole}, whole=frozenset(whole))
+                update = LionUpdate(self._use_triton)
+            seen.append(update.prepare(own))
         self._grads.finish()
         self._grads.hold(True)
         return seen, None if clipping is None else clipping.scale

@@ -2,22 +2,22 @@
 
 Sums of a run: float64, shape (COLUMNS,). The first four columns are sums of squares; the others count elements.
 Signs: the packed signs of runs (`reference.pack_signs`), by number of the parameter, first element and length.
+
+`backends.batch.Batch.add_up` adds up over many runs: on GPUs by a kernel (backends/triton_sums.py), elsewhere by the
+torch operations of this file, which read the elements some thirty times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..memory_order import flat, laid_out_like
 from . import codecs, reference
-from .backends.plain import PlainBatch, Run, is_linear
 from .codecs import BLOCK
-from .hypers import StepHypers
 from .reference import PER_BYTE, Scalars
-from .segments import Segment, StepTensors
 from .state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 
 # Squares of the weights, momenta, changes of the weights and gradients; signs that are zero, that are those of the
@@ -26,44 +26,26 @@ PARAM, MOMENT, UPDATE, GRAD, ZERO, AGREE, FLIPPED, COMPARED, ELEMENTS = range(9)
 COLUMNS = 9
 PIECE = 1 << 22  # elements that are added up at a time, a multiple of BLOCK: it takes a dozen temporary tensors
 
-Signs = dict[tuple[int, int, int], Tensor]
+Key = tuple[int, int, int]
+Signs = dict[Key, Tensor]
 
 
-def add_up(
-    tensors: StepTensors, hypers: StepHypers, last: Mapping[tuple[int, int, int], Tensor], kept: Signs | None
-) -> Iterator[tuple[int, Tensor]]:
-    """Adds up over each run of some tensors.
+def of_run(
+    p: Tensor, state: Mapping[str, Tensor], g: Tensor | None, s: Scalars, last: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The sums of a run, on its device.
 
     Args:
-        tensors: gradients are in the memory order of their parameters, and None where the parameter is not stepped.
-            Flags of ``active`` are not read.
-        hypers: of the step.
-        last: the signs of an earlier step.
-        kept: takes the signs of this step; None: they are not kept.
+        p, state: as of `backends.plain.Run`.
+        g: its gradient, in the memory order of p; None: it is not stepped.
+        s: scalars.
+        last: its packed signs in an earlier step, or None.
 
-    Yields:
-        The number of a run's entry, and the run's sums, on the run's device.
+    Returns:
+        The sums, and the packed signs; None if it is not stepped.
     """
-    segments = tensors.segments
-    if segments is None:
-        segments = [Segment(i, 0, 0, 0, p.numel()) for i, p in enumerate(tensors.params)]
-    for segment in segments:
-        if not segment.length:
-            continue
-        batch = PlainBatch(tensors, [segment], is_linear(tensors, segment.entry))
-        (run,) = batch.runs
-        key = tensors.number(segment.entry), segment.param_start, segment.length
-        s = hypers.scalars(run.param.device, run.group)
-        sums, packed = _of_run(run, batch.gradient(tensors.grads, run), s, last.get(key))
-        if kept is not None and packed is not None:
-            kept[key] = packed
-        yield segment.entry, sums
-
-
-def _of_run(run: Run, g: Tensor | None, s: Scalars, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The sums of a run, and its packed signs; None if it has no gradient."""
-    p, m, g, remainder = _one_dimensional(run, g)
-    scale = run.state.get(EXP_AVG_SCALE)
+    p, m, g, remainder = _one_dimensional(p, state, g)
+    scale = state.get(EXP_AVG_SCALE)
     sums, packed = [], []
     for at in range(0, p.numel(), PIECE):
         part = slice(at, min(at + PIECE, p.numel()))
@@ -79,15 +61,17 @@ def _of_run(run: Run, g: Tensor | None, s: Scalars, last: Tensor | None) -> tupl
     return torch.stack(sums).sum(0), torch.cat(packed) if packed else None
 
 
-def _one_dimensional(run: Run, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _one_dimensional(
+    p: Tensor, state: Mapping[str, Tensor], g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Parameter, momentum, gradient and remainder of a run in one order: that of the momentum's blocks, if it has
     any."""
-    p, m, remainder = run.param, run.state[EXP_AVG], run.state.get(REMAINDER)
+    m, remainder = state[EXP_AVG], state.get(REMAINDER)
     if p.dim() == m.dim() == 1 and p.is_contiguous() and m.is_contiguous():
         return p, m, g, remainder
 
     def laid(t: Tensor) -> Tensor:
-        return flat(laid_out_like(t, m)) if EXP_AVG_SCALE in run.state else t.reshape(-1)
+        return flat(laid_out_like(t, m)) if EXP_AVG_SCALE in state else t.reshape(-1)
 
     return laid(p), laid(m), None if g is None else laid(g), None if remainder is None else laid(remainder)
 

@@ -16,12 +16,13 @@ from torch import nn
 from lion_dist import Lion, ShardedLion
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
+from tests.marks import needs_interpreter
 from tests.scenarios.hybrid import BF16, F32, Case, Twins, mesh_of
 from tests.scenarios.modes import MODES, Modes, sizes, values
 from tests.scenarios.pair import ALL, Pair, add_group, gradient, model_of
 from tests.scenarios.watched import Watcher, assert_same_numbers
 
-MASTER, EIGHT = {"master_weights": True}, {"momentum_dtype": "int8"}
+MASTER, EIGHT, KERNELS = {"master_weights": True}, {"momentum_dtype": "int8"}, {"use_triton": True}
 
 
 class WatchedModes(Modes):
@@ -75,8 +76,10 @@ def body_modes(rank: int, world_size: int, dtype: torch.dtype, kwargs: dict[str,
         (2, F32, {}, True),
         (2, BF16, {"of_lion": {"momentum_dtype": BF16}, **MASTER}, True),
         (2, BF16, {**MASTER, **EIGHT}, False),
+        pytest.param(2, F32, KERNELS, True, marks=[needs_interpreter, pytest.mark.exhaustive]),
+        pytest.param(2, BF16, {**MASTER, **EIGHT, **KERNELS}, False, marks=[needs_interpreter, pytest.mark.exhaustive]),
     ],
-    ids=["fp32", "masters", "masters-8-bits"],
+    ids=["fp32", "masters", "masters-8-bits", "fp32-kernels", "masters-8-bits-kernels"],
 )
 def test_every_mode(world_size: int, dtype: torch.dtype, kwargs: dict[str, Any], clips: bool, tmp_path: Path) -> None:
     of_ranks = run_ranks(body_modes, world_size, tmp_path, (dtype, kwargs, clips))

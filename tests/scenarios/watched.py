@@ -143,13 +143,13 @@ CASES: dict[str, tuple[tuple[torch.dtype, ...], dict[str, Any]]] = {
 }
 
 
-def check_steps(case: str, by: str, device: torch.device) -> None:
+def check_steps(case: str, by: str, device: torch.device, use_triton: bool | None = None) -> None:
     """Five steps of a case, each measured before it is made; beside an optimizer that is never asked."""
     dtypes, options = CASES[case]
     params = made(dtypes, device)
-    optimizer = Lion(groups_of(params), lr=1e-2, **options)
+    optimizer = Lion(groups_of(params), lr=1e-2, use_triton=use_triton, **options)
     untold = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
-    silent = Lion(groups_of(untold), lr=1e-2, **options)
+    silent = Lion(groups_of(untold), lr=1e-2, use_triton=use_triton, **options)
     order = [*range(0, len(SHAPES), 2), *range(1, len(SHAPES), 2)]  # of the groups
     watcher = Watcher(silent, list(map(str, range(len(SHAPES)))))
     group_of = {f"group{k}": [str(i) for i in range(len(SHAPES)) if order[i] % 2 == k] for k in (0, 1)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..hypers import StepHypers
-from ..segments import StepTensors
+from ..segments import Segment, StepTensors
+from ..sums import Key, Signs
 
 SIGNS = "signs"  # name of packed signs as the state of the segments that `Batch.apply_signs` updates
 
@@ -79,6 +80,26 @@ class Batch(Protocol):
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
         """The sum of squares of the gradients, float64, shape (), or None where there are none."""
+
+    def add_up(
+        self, prepared: Prepared, hypers: StepHypers, last: Mapping[Key, Tensor], kept: Signs | None
+    ) -> tuple[list[int], Tensor]:
+        """Adds up over each segment what the step would do (sums.py), and writes nothing.
+
+        Args:
+            prepared: of the step.
+            hypers: of the step.
+            last: the signs of an earlier step.
+            kept: takes the signs of this step; None: they are neither compared nor kept.
+
+        Returns:
+            The entries of the segments, and their sums: float64, shape (segments, sums.COLUMNS), on their device.
+        """
+
+
+def key_of(tensors: StepTensors, segment: Segment) -> Key:
+    """The key of a segment's signs."""
+    return tensors.number(segment.entry), segment.param_start, segment.length
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:

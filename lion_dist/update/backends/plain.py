@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ...memory_order import flat, is_dense, laid_out_like, same_layout
-from .. import reference
+from .. import reference, sums
 from ..codecs import BLOCK
 from ..hypers import StepHypers
 from ..reference import PER_BYTE, EightBits, Scalars
 from ..segments import Segment, StepTensors
 from ..state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
-from .batch import SIGNS, Prepared
+from ..sums import Key, Signs
+from .batch import SIGNS, Prepared, key_of
 
 PIECE = 1 << 20  # elements that are stepped at a time, a multiple of BLOCK: the rule needs a dozen temporary tensors
 CHUNK = 32768  # elements that `sum_of_squares` adds up at a time; chunks of another length would give other bits
@@ -124,11 +125,23 @@ class PlainBatch:
             reference.apply_signs_(p_piece, bytes_of_piece, s, None if remainder is None else remainder[at : at + n])
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor | None:
-        sums = [
+        squares = [
             torch.stack([reference.sum_of_squares(chunk) for chunk in g.split(CHUNK)]).sum()
             for _, g in self.gradients(prepared.present(), self.runs)
         ]
-        return torch.stack(sums).sum() if sums else None
+        return torch.stack(squares).sum() if squares else None
+
+    def add_up(
+        self, prepared: Prepared, hypers: StepHypers, last: Mapping[Key, Tensor], kept: Signs | None
+    ) -> tuple[list[int], Tensor]:
+        grads, found = prepared.present(), []
+        for run in self.runs:
+            key, s = key_of(prepared.tensors, run.segment), hypers.scalars(run.param.device, run.group)
+            of_run, packed = sums.of_run(run.param, run.state, self.gradient(grads, run), s, last.get(key))
+            found.append(of_run)
+            if kept is not None and packed is not None:
+                kept[key] = packed
+        return [run.segment.entry for run in self.runs], torch.stack(found)
 
 
 def is_linear(tensors: StepTensors, entry: int) -> bool:

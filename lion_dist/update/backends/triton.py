@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ...upload import upload_integers
 from ..hypers import StepHypers
-from ..segments import Segment, SegmentTable, StepTensors
+from ..reference import PER_BYTE
+from ..segments import TILE, Segment, SegmentTable, StepTensors
 from ..state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
-from . import triton_norm, triton_signs, triton_step
-from .batch import SIGNS, Mix, Prepared
+from ..sums import Key, Signs
+from . import triton_norm, triton_signs, triton_step, triton_sums
+from .batch import SIGNS, Mix, Prepared, key_of
 
 
 class TritonBatch:
@@ -31,6 +34,7 @@ class TritonBatch:
         assert mix.param == torch.bfloat16 or REMAINDER not in mix.columns, f"a remainder of {mix.param}"
         self._table = SegmentTable(tensors, segments, device, mix.grad)
         self._mix = mix
+        self._segments = segments
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         self._table.set_gradients(addresses)
@@ -53,3 +57,22 @@ class TritonBatch:
 
     def sum_of_squares(self, prepared: Prepared) -> Tensor:
         return triton_norm.sum_of_squares(self._table, self._mix.grad, prepared.tensors.active)
+
+    def add_up(
+        self, prepared: Prepared, hypers: StepHypers, last: Mapping[Key, Tensor], kept: Signs | None
+    ) -> tuple[list[int], Tensor]:
+        table, device, tensors = self._table, self._table.device, prepared.tensors
+        addresses = packed = None
+        if kept is not None:
+            grads, at = prepared.present(), 0
+            packed = torch.empty(table.tiles * (TILE // PER_BYTE), dtype=torch.uint8, device=device)
+            keys = [key_of(tensors, s) for s in self._segments]
+            addresses = upload_integers([last[key].data_ptr() if key in last else 0 for key in keys], device)
+            for key, s in zip(keys, self._segments, strict=True):
+                if grads[s.entry] is not None:
+                    kept[key] = packed[at : at + -(-s.length // PER_BYTE)]
+                at += -(-s.length // TILE) * (TILE // PER_BYTE)
+        of_segments = triton_sums.add_up(
+            table, self._mix, hypers.table(device), hypers.grad_scale(device), tensors.active, addresses, packed
+        )
+        return [s.entry for s in self._segments], of_segments

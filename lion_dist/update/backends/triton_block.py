@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_codecs import SCALE_BLOCK, decode, encode, join, random_bits, scales, store_split
-from .triton_common import LR_COLUMN, blend, elements, moved, store_rounded
+from .triton_common import LR_COLUMN, blend, decay_of, elements, moved, rates, store_rounded
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def step_block(
         scale_pointer = elements(tl.load(row + SCALE), tl.float32, start // SCALE_BLOCK, blocks, 4)
         scale_mask = start + blocks * SCALE_BLOCK < length
         m = decode(m, tl.load(scale_pointer, mask=scale_mask)[:, None])
-    c, m = blend(g, m, hyper, grad_scale, M)
+    c, m = blend(g, m, rates(hyper, grad_scale), grad_scale, M)
     lr64 = tl.load(hyper + LR_COLUMN)
     lr = lr64.to(tl.float32)
     # [Note: Not finite] x - x is +0 where x is finite, else NaN, which sums pass on. A condition would have to be kept
@@ -58,7 +58,7 @@ def step_block(
     zero = c - c
     # The comparisons become numbers in one instruction each, and occupy no predicate registers.
     change = lr * ((c > 0).to(tl.float32) - (c < 0).to(tl.float32)) + zero
-    p = moved(p, change, lr64, hyper)
+    p = moved(p, change, decay_of(lr64, hyper))
     if SCALE is None:
         store_rounded(m_pointer, m, zero == zero, mask, M)
     if lr != 0:

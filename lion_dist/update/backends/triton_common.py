@@ -18,8 +18,8 @@ TRITON_DTYPES = {
 
 # Module constants that a kernel reads must be constexpr.
 TILE_SIZE = tl.constexpr(TILE)
-PARAM_COLUMN, _LENGTH, GROUP_COLUMN = tl.constexpr(PARAM), tl.constexpr(LENGTH), tl.constexpr(GROUP)
-_TILE_0, _ENTRY, FIRST_COLUMN = tl.constexpr(TILE_0), tl.constexpr(ENTRY), tl.constexpr(FIRST)
+PARAM_COLUMN, LENGTH_COLUMN, GROUP_COLUMN = tl.constexpr(PARAM), tl.constexpr(LENGTH), tl.constexpr(GROUP)
+TILE_0_COLUMN, _ENTRY, FIRST_COLUMN = tl.constexpr(TILE_0), tl.constexpr(ENTRY), tl.constexpr(FIRST)
 EXP_AVG_COLUMN = tl.constexpr(STATE)  # the momentum is the first state column
 HYPERS_WIDTH = tl.constexpr(HYPER_COLUMNS)
 LR_COLUMN, _WEIGHT_DECAY, _GRAD_SIGN = tl.constexpr(LR), tl.constexpr(WEIGHT_DECAY), tl.constexpr(GRAD_SIGN)
@@ -49,8 +49,8 @@ def find_block(rows, tile_segments, tile, block, active, ROW: tl.constexpr, BLOC
     """
     segment = tl.load(tile_segments + tile)
     row = rows + segment.to(tl.int64) * ROW
-    length = tl.load(row + _LENGTH)
-    start = (tile - tl.load(row + _TILE_0)) * TILE_SIZE + block * BLOCK
+    length = tl.load(row + LENGTH_COLUMN)
+    start = (tile - tl.load(row + TILE_0_COLUMN)) * TILE_SIZE + block * BLOCK
     takes_part = start < length
     if active is not None:
         takes_part = takes_part & (tl.load(active + tl.load(row + _ENTRY)) != 0)
@@ -96,10 +96,11 @@ def mix(g, m, scalars, grad_scale):
 
 
 @triton.jit
-def blend(g, m, hyper, grad_scale, M: tl.constexpr):
+def blend(g, m, scalars, grad_scale, M: tl.constexpr):
     """reference.blend: c and the new momentum, both float32. Where c or the momentum rounded to M is not finite, the
-    returned c is NaN or infinite, and NaN must be stored for parameter and momentum. Where M is int8, m is decoded."""
-    c, m = mix(g, m, rates(hyper, grad_scale), grad_scale)
+    returned c is NaN or infinite, and NaN must be stored for parameter and momentum. ``scalars``: those of `rates`.
+    Where M is int8, m is decoded."""
+    c, m = mix(g, m, scalars, grad_scale)
     # x * 0 is 0 where x is finite, else NaN. A comparison and a selection would go to the busier half of the units.
     if (tl.float32 == M) | (tl.int8 == M):
         c = tl.fma(m, 0.0, c)
@@ -117,9 +118,9 @@ def decay_of(lr64, hyper):
 
 
 @triton.jit
-def moved(p, change, lr64, hyper):
-    """reference.parameter_rule, in float32."""
-    return p.to(tl.float32) * decay_of(lr64, hyper) - change
+def moved(p, change, decay):
+    """reference.parameter_rule, in float32; ``decay`` is that of `decay_of`."""
+    return p.to(tl.float32) * decay - change
 
 
 @triton.jit

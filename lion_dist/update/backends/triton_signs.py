@@ -31,9 +31,11 @@ from .triton_common import (
     TILE_SIZE,
     TRITON_DTYPES,
     blend,
+    decay_of,
     elements,
     find_block,
     moved,
+    rates,
     store_rounded,
 )
 
@@ -47,6 +49,12 @@ _SIGNS = tl.constexpr(STATE)  # the packed signs are the first state column of `
 _PER_BYTE = tl.constexpr(PER_BYTE)
 _WORDS = {4: tl.uint8, 8: tl.uint16}  # elements a word -> its type; the lowest byte is the first
 _PLUS, _MINUS, _NOT_A_NUMBER = tl.constexpr(PLUS), tl.constexpr(MINUS), tl.constexpr(NOT_A_NUMBER)
+
+
+@triton.jit
+def sign_codes(c, finite):
+    """The codes, int32, of the signs of c, as `blend` returns it; ``finite``: whether it is."""
+    return tl.where(finite, tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, 0)), _NOT_A_NUMBER)
 
 
 @triton.jit(do_not_specialize=["tiles", "hyper_numel", "salt"])  # numbers that change must not compile anew
@@ -113,9 +121,9 @@ def _pack_block(
         scale_pointer = elements(tl.load(row + SCALE), tl.float32, start // SCALE_BLOCK, blocks, 4)
         scale_mask = None if WHOLE else start + blocks * SCALE_BLOCK < length
         m = decode(m, tl.load(scale_pointer, mask=scale_mask)[:, None, None])
-    c, m = blend(g, m, hyper, grad_scale, M)
+    c, m = blend(g, m, rates(hyper, grad_scale), grad_scale, M)
     finite = tl.abs(c) < INFINITY
-    code = tl.where(finite, tl.where(c > 0, _PLUS, tl.where(c < 0, _MINUS, 0)), _NOT_A_NUMBER)
+    code = sign_codes(c, finite)
     if not WHOLE:
         code = tl.where(mask, code, 0)
     if SCALE is None:
@@ -184,7 +192,7 @@ def _apply_block(
     lr = lr64.to(tl.float32)
     low, high = (packed & (1 << 2 * lanes[None, :])) != 0, (packed & (2 << 2 * lanes[None, :])) != 0
     change = tl.where(low, tl.where(high, float("nan"), lr), tl.where(high, -lr, lr * 0.0))
-    p = moved(p, change, lr64, hyper)
+    p = moved(p, change, decay_of(lr64, hyper))
     if REMAINDER is None:
         store_rounded(p_pointer, p, p == p, mask, P)
     else:
