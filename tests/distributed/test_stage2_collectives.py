@@ -13,7 +13,7 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.sharding import collectives
 from tests.asserts import assert_same_bits, assert_same_model, assert_same_momentum
 from tests.harness import device_of, run_ranks
-from tests.scenarios.pair import LR, SHORT, Pair, gradient
+from tests.scenarios.pair import LR, Pair, gradient
 from tests.scenarios.passes import FEW, Pass, Step, averages, backward, some
 from tests.scenarios.toy import FP32, SHAPES, Toy
 
@@ -63,7 +63,7 @@ def body_between(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_collectives_between_backward_and_step(world_size: int, tmp_path: Path) -> None:
-    run_ranks(body_between, world_size, tmp_path, timeout=SHORT)
+    run_ranks(body_between, world_size, tmp_path)
 
 
 def body_buffers(rank: int, world_size: int) -> None:

@@ -15,7 +15,7 @@ from lion_dist import Lion, ShardedLion
 from lion_dist.sharding.collectives import reduce_scatter_mean
 from tests.asserts import assert_same_bits
 from tests.harness import run_ranks
-from tests.scenarios.pair import ALL, LR, SHORT, Pair, add_group, backward_expect, expect_uses, left
+from tests.scenarios.pair import ALL, LR, Pair, add_group, backward_expect, expect_uses, left
 from tests.scenarios.passes import TINY, some
 
 
@@ -109,4 +109,4 @@ def body_unfrozen_on_some(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("body", [body_own_collectives, body_dead_first, body_unfrozen_on_some])
 def test_ranks_that_differ(body: Callable[[int, int], None], tmp_path: Path) -> None:
-    run_ranks(body, 3, tmp_path, timeout=SHORT)
+    run_ranks(body, 3, tmp_path)

@@ -43,7 +43,7 @@ def body_reentrant(rank: int, world_size: int) -> None:
 
 
 def test_reentrant_checkpoints(tmp_path: Path) -> None:
-    run_ranks(body_reentrant, 3, tmp_path, timeout=SHORT)
+    run_ranks(body_reentrant, 3, tmp_path)
 
 
 def body_reentrant_logging(rank: int, world_size: int) -> None:
@@ -63,7 +63,7 @@ def body_reentrant_logging(rank: int, world_size: int) -> None:
 
 @spawn_only
 def test_own_collectives_beside_reentrant_checkpoints(tmp_path: Path) -> None:
-    run_ranks(body_reentrant_logging, 2, tmp_path, timeout=SHORT)
+    run_ranks(body_reentrant_logging, 2, tmp_path)
 
 
 def body_reentrant_alone(rank: int, world_size: int) -> None:

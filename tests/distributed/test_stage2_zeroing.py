@@ -14,7 +14,6 @@ from lion_dist.update import reference
 from tests.asserts import assert_same_bits, assert_unmoved
 from tests.harness import run_ranks
 from tests.scenarios.pair import (
-    SHORT,
     Pair,
     add_group,
     backward_expect,
@@ -151,7 +150,7 @@ def body_zeroed_by_model(rank: int, world_size: int) -> None:
 
 
 def test_zeroed_by_model(tmp_path: Path) -> None:
-    run_ranks(body_zeroed_by_model, 2, tmp_path, timeout=SHORT)
+    run_ranks(body_zeroed_by_model, 2, tmp_path)
 
 
 @other_ranks_and_dtypes

@@ -23,7 +23,7 @@ from tests.scenarios.toy import coefficient
 # Heads and tails, tails alone, and a small sentinel.
 SIZES: tuple[tuple[int, ...], ...] = ((40, 33), (300,), (24, 48), (129,), (3,))
 LR = 0.25
-SHORT = timedelta(seconds=6)
+SHORT = timedelta(seconds=6)  # for tests on gloo that wait for it: a GPU that many processes share may take longer
 
 
 def gradient(i: int, p: Tensor, step: int, rank: int, world_size: int) -> Tensor:
