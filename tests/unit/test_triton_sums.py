@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lion_dist import Lion, kernel_launch
 from lion_dist.update import codecs
 from lion_dist.update.backends import triton_sums
+from lion_dist.update.backends.batch import key_of
 from lion_dist.update.hypers import HyperTables, StepHypers
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
@@ -197,6 +198,12 @@ def test_segments_and_flags(kept: tuple[int, ...]) -> None:
     found = check([tensors, replace(tensors, grads=[-flat_g] * 3)], EXACT)
     assert sum(of_run[ELEMENTS].item() for of_run in found[0].values()) == 128 + 172 + 570 + 1
     assert (found[1][0, 0][COMPARED] == 0) == bool(kept)
+
+
+def test_signs_of_another_device_are_not_read() -> None:
+    """Kernels read signs by their addresses, which mean nothing on another device."""
+    of_devices = [StepTensors([torch.empty(4, device=d)], [None], {}, [0]) for d in ("cpu", "meta")]
+    assert len({key_of(tensors, Segment(0, 0, 0, 0, 4)) for tensors in of_devices}) == 2
 
 
 def test_the_step_before_was_of_the_other_backend() -> None:
