@@ -4,8 +4,8 @@ Sums of a run: float64, shape (COLUMNS,). The first four columns are sums of squ
 Signs: the packed signs of runs (`reference.pack_signs`), by number of the parameter, its device, first element and
     length. A kernel reads them by their addresses, so those of another device must not be found.
 
-`backends.batch.Batch.add_up` adds up over many runs: on GPUs by a kernel (backends/triton_sums.py), elsewhere by the
-torch operations of this file, which read the elements some thirty times.
+`backends.batch.Batch.add_up` adds up over many runs: by a kernel where Triton steps them (backends/triton_sums.py),
+elsewhere by the torch operations of this file, which read the elements some thirty times.
 """
 
 from __future__ import annotations
