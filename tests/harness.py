@@ -26,6 +26,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -72,8 +73,9 @@ def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> No
 
 
 def _rank_main(
-    work: bytes, rank: int, world_size: int, folder: Path, timeout: timedelta, deadline: float, on_cpu: bool
-) -> None:
+    work: bytes, rank: int, world_size: int, folder: Path, timeout: timedelta, deadline: float, grace: float,
+    on_cpu: bool,
+) -> None:  # fmt: skip
     if on_cpu:
         # Nothing has asked for devices in this process yet. The import of a test's module may, and what CUDA has once
         # answered it answers for good: so the body, whose unpickling imports that, comes pickled by itself.
@@ -82,6 +84,7 @@ def _rank_main(
     gc.freeze()  # what the fork server has imported; collections need not walk through it
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.enable(stack)  # a rank that dies of a signal tells where
+        faulthandler.register(signal.SIGTERM, stack, chain=True)  # or is told to end
         faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
         try:
             body, args = pickle.loads(work)
@@ -96,7 +99,7 @@ def _rank_main(
             store = torch.distributed.distributed_c10d._get_default_store()
             store.set(f"finished/{rank}", "")
             with contextlib.suppress(RuntimeError):  # one of them was killed: its exit code tells
-                patience = deadline if outcome[0] == "returned" else GRACE_S
+                patience = deadline if outcome[0] == "returned" else grace
                 store.wait([f"finished/{r}" for r in range(world_size)], timedelta(seconds=patience))
         faulthandler.cancel_dump_traceback_later()
     # Not by way of interpreter exit: a failed rank may hold threads that wait for its peers.
@@ -111,6 +114,7 @@ def run_ranks(
     *,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     deadline: float = DEADLINE_S,
+    grace: float = GRACE_S,
     on_cpu: bool = False,
     share_gpus: bool = False,
 ) -> list[Any]:
@@ -120,6 +124,7 @@ def run_ranks(
         body: a module-level function.
         timeout: of the process group's collectives.
         deadline: seconds after which ranks are killed and their stacks shown, where DEADLINE_S is not enough.
+        grace: seconds that the other ranks have where one has raised, before the same happens to them.
         on_cpu: on gloo even where there are GPUs: for ranks that outlive a failed collective, which NCCL's do not.
         share_gpus: on NCCL wherever there is a GPU, also for numbers of ranks by which NCCL does not divide exactly.
     """
@@ -131,7 +136,7 @@ def run_ranks(
     folder.mkdir()
     work = pickle.dumps((body, args))
     ranks = processes(
-        _rank_main, [(work, rank, world_size, folder, timeout, deadline, on_cpu) for rank in range(world_size)]
+        _rank_main, [(work, rank, world_size, folder, timeout, deadline, grace, on_cpu) for rank in range(world_size)]
     )
     end = time.monotonic() + deadline + 5
     running = {process.sentinel: process for process in ranks}
@@ -140,8 +145,11 @@ def run_ranks(
             process = running.pop(sentinel)
             process.join()
             if process.exitcode == 1:
-                end = min(end, time.monotonic() + GRACE_S)
+                end = min(end, time.monotonic() + grace)
     for process in ranks:
+        process.terminate()
+    for process in ranks:
+        process.join(10.0)
         process.kill()
         process.join()
     results, failures = [], []

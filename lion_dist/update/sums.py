@@ -1,10 +1,11 @@
 """Sums over the elements of a step that has not been made, by the rule in reference.py: nothing is written.
 
 Sums of a run: float64, shape (COLUMNS,). The first four columns are sums of squares; the others count elements.
-Signs: the packed signs of runs (`reference.pack_signs`), by number of the parameter, first element and length.
+Signs: the packed signs of runs (`reference.pack_signs`), by number of the parameter, its device, first element and
+    length. A kernel reads them by their addresses, so those of another device must not be found.
 
-`backends.batch.Batch.add_up` adds up over many runs: on GPUs by a kernel (backends/triton_sums.py), elsewhere by the
-torch operations of this file, which read the elements some thirty times.
+`backends.batch.Batch.add_up` adds up over many runs: by a kernel where Triton steps them (backends/triton_sums.py),
+elsewhere by the torch operations of this file, which read the elements some thirty times.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PARAM, MOMENT, UPDATE, GRAD, ZERO, AGREE, FLIPPED, COMPARED, ELEMENTS = range(9)
 COLUMNS = 9
 PIECE = 1 << 22  # elements that are added up at a time, a multiple of BLOCK: it takes a dozen temporary tensors
 
-Key = tuple[int, int, int]
+Key = tuple[int, torch.device, int, int]
 Signs = dict[Key, Tensor]
 
 

@@ -57,3 +57,19 @@ def test_one_pass_gives_the_numbers_of_plain_torch(
         # Compared with themselves, no signs have flipped.
         again = optimizer.statistics("parameter", flips=True)
         assert again == {**got, **{name: 0.0 for name in again if "flipped" in name}}
+
+
+@pytest.mark.parametrize("there", ["cuda", "cpu"])
+@pytest.mark.parametrize("use_triton", [None, False])
+def test_signs_of_the_last_call_lie_on_another_device(use_triton: bool | None, there: str) -> None:
+    """Where other code has moved weights and momenta, nothing is compared until the next call."""
+    p = nn.Parameter(torch.ones(TILE + 1, device="cpu" if there == "cuda" else GPU))
+    optimizer = Lion([p], 1e-2, use_triton=use_triton)
+    p.grad = torch.ones_like(p)
+    optimizer.statistics(flips=True)
+    p.grad = None
+    p.data = p.data.to(there)
+    optimizer.state[p] = {name: t.to(there) if name == "exp_avg" else t for name, t in optimizer.state[p].items()}
+    for compared in (False, True):
+        p.grad = torch.ones_like(p)
+        assert ("sign/flipped/global" in optimizer.statistics(flips=True)) == compared

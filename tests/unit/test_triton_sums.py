@@ -4,6 +4,7 @@ and norms that differ only by the order of float64 sums."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from lion_dist import Lion, kernel_launch
 from lion_dist.update import codecs
 from lion_dist.update.backends import triton_sums
+from lion_dist.update.backends.batch import key_of
 from lion_dist.update.hypers import HyperTables, StepHypers
 from lion_dist.update.lion_update import LionUpdate
 from lion_dist.update.reference import STORAGE_DTYPES, HyperParameters
 from lion_dist.update.segments import TILE, Segment, StepTensors
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
-from lion_dist.update.sums import COMPARED, ELEMENTS, FLIPPED, ZERO, Signs
+from lion_dist.update.sums import COMPARED, ELEMENTS, FLIPPED, GRAD, UPDATE, ZERO, Signs
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 from tests.scenarios.mixes import HYPERS, awkward
@@ -165,8 +167,9 @@ def test_every_mix(p: torch.dtype, g: torch.dtype, m: torch.dtype, master: bool)
 
 @pytest.mark.parametrize(("p", "m", "master"), [(F32, F32, False), (BF16, I8, True)], ids=["fp32", "master-int8"])
 @pytest.mark.parametrize("odd", ["none", "gradients", "weights"])
-def test_whole_tiles(p: torch.dtype, m: torch.dtype, master: bool, odd: str) -> None:
-    """A tile, and one and some elements; where neither, or some tensors, are aligned to 16 bytes."""
+def test_whole_tiles(p: torch.dtype, m: torch.dtype, master: bool, odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of one tile, and of two tiles and some elements. All are aligned to 16 bytes, or some are not."""
+    monkeypatch.setattr(triton_sums, "CHUNK", 2)  # fewer than the tiles of the second
     tensors = made((p, p, m), (TILE, 2 * TILE + 5), master, False, 2)
 
     def moved(t: Any) -> Tensor:
@@ -178,6 +181,15 @@ def test_whole_tiles(p: torch.dtype, m: torch.dtype, master: bool, odd: str) -> 
         tensors.params[1] = moved(tensors.params[1])
     _, second = check([tensors, replace(tensors, grads=[None if g is None else -g for g in tensors.grads])], EXACT)
     assert second[1, 0][FLIPPED] > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan])
+def test_a_factor_of_the_gradients_that_no_gradient_outlives(scale: float) -> None:
+    """As after clipping by an infinite norm, or by one that is NaN. The third entry has no gradient."""
+    tensors = made((F32, F32, F32), (BLOCK + 4, 4, 8), False, False, 2)
+    (found,) = check([tensors], EXACT, torch.tensor(scale))
+    assert found[2, 0][GRAD] == found[2, 0][UPDATE] == 0
+    assert found[0, 0][GRAD].isnan() == math.isnan(scale)
 
 
 @pytest.mark.parametrize("kept", [(), (1, 2)])
@@ -197,6 +209,12 @@ def test_segments_and_flags(kept: tuple[int, ...]) -> None:
     found = check([tensors, replace(tensors, grads=[-flat_g] * 3)], EXACT)
     assert sum(of_run[ELEMENTS].item() for of_run in found[0].values()) == 128 + 172 + 570 + 1
     assert (found[1][0, 0][COMPARED] == 0) == bool(kept)
+
+
+def test_signs_of_another_device_are_not_read() -> None:
+    """Kernels read signs by their addresses, which mean nothing on another device."""
+    of_devices = [StepTensors([torch.empty(4, device=d)], [None], {}, [0]) for d in ("cpu", "meta")]
+    assert len({key_of(tensors, Segment(0, 0, 0, 0, 4)) for tensors in of_devices}) == 2
 
 
 def test_the_step_before_was_of_the_other_backend() -> None:

@@ -99,7 +99,8 @@ class Batch(Protocol):
 
 def key_of(tensors: StepTensors, segment: Segment) -> Key:
     """The key of a segment's signs."""
-    return tensors.number(segment.entry), segment.param_start, segment.length
+    device = tensors.params[segment.entry].device
+    return tensors.number(segment.entry), device, segment.param_start, segment.length
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:

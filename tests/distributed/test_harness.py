@@ -1,0 +1,26 @@
+"""What the harness of these tests says where one rank raises and another does not end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks, spawn_only
+
+
+def body_one_raises(rank: int, world_size: int) -> None:
+    if rank == 0:
+        raise ValueError("on purpose")
+    time.sleep(3600)
+
+
+@spawn_only
+def test_the_stack_of_a_rank_that_is_waited_for_in_vain(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception) as failed:
+        run_ranks(body_one_raises, 2, tmp_path, grace=5.0)
+    first, second = str(failed.value).split("--- rank ")[1:]
+    assert "ValueError: on purpose" in first
+    assert second.startswith("1 ended with exit code -15")
+    assert "in body_one_raises" in second
