@@ -115,8 +115,11 @@ class KeptSigns:
                 found.append(([of_params[entry] for entry in entries], of_runs))
         total = {Placing.of(p): rows.zeros() for of_params, _ in measured for p in of_params}
         for of_params, of_runs in found:
-            for p, of_run in zip(of_params, of_runs.cpu(), strict=True):
-                total[Placing.of(p)][rows.of[id(p)]] += of_run
+            on_cpu, placings = of_runs.cpu(), [Placing.of(p) for p in of_params]
+            for placing in set(placings):
+                runs = [i for i, own in enumerate(placings) if own == placing]
+                index = torch.tensor([rows.of[id(of_params[i])] for i in runs], dtype=torch.int64, device="cpu")
+                total[placing].index_add_(0, index, on_cpu[runs])
         self._params, self._signs = (params, kept) if flips else ([], {})
         return total
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lion_dist import Lion, kernel_launch
+from lion_dist import Lion
 from lion_dist.update.backends import triton_sums
 from lion_dist.update.segments import TILE
-from tests.scenarios.watched import CASES, assert_same_numbers, check_steps
+from tests.scenarios.watched import CASES, assert_same_numbers, check_steps, sums_launched
 
 from .common import BF16, F32, GPU, needs_gpu
 
@@ -33,13 +33,7 @@ def test_one_pass_gives_the_numbers_of_plain_torch(
     dtype: torch.dtype, options: dict[str, Any], aligned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More tiles of a tensor than are added up at a time; the same bits in every call; gradients at any address."""
-    launched: list[Any] = []
-
-    def counting(kernel: Any, *args: Any) -> None:
-        launched.append(kernel)
-        kernel_launch.launch(kernel, *args)
-
-    monkeypatch.setattr(triton_sums, "launch", counting)
+    launched = sums_launched(monkeypatch)
     shapes = [(triton_sums.CHUNK + 3, TILE), (4096, 777), (TILE + 1,), (5,)]
     generator = torch.Generator(GPU).manual_seed(1)
     params = [nn.Parameter(torch.randn(s, generator=generator, device=GPU).to(dtype)) for s in shapes]

@@ -10,12 +10,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion
+from lion_dist import Lion, kernel_launch
 from lion_dist.update import codecs
 from lion_dist.update.state import EXP_AVG, EXP_AVG_SCALE, REMAINDER
 from tests.asserts import assert_same_bits
 
 NORMS = ("param", "moment", "update", "grad")
+
+
+def sums_launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that takes each kernel of ``statistics()`` when it is launched."""
+    from lion_dist.update.backends import triton_sums
+
+    launched: list[Any] = []
+
+    def counting(kernel: Any, *args: Any) -> None:
+        launched.append(kernel)
+        kernel_launch.launch(kernel, *args)
+
+    monkeypatch.setattr(triton_sums, "launch", counting)
+    return launched
 
 
 class Watcher:

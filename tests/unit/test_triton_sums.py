@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, kernel_launch
+from lion_dist import Lion
 from lion_dist.update import codecs
 from lion_dist.update.backends import triton_sums
 from lion_dist.update.backends.batch import key_of
@@ -26,7 +26,7 @@ from lion_dist.update.sums import COMPARED, ELEMENTS, FLIPPED, GRAD, UPDATE, ZER
 from tests.asserts import assert_same_bits
 from tests.marks import needs_interpreter
 from tests.scenarios.mixes import HYPERS, awkward
-from tests.scenarios.watched import CASES, check_steps
+from tests.scenarios.watched import CASES, check_steps, sums_launched
 
 pytestmark = [
     needs_interpreter,
@@ -230,13 +230,7 @@ def test_the_step_before_was_of_the_other_backend() -> None:
 def test_launches_do_not_grow_with_the_number_of_tensors(
     use_triton: bool | None, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: list[Any] = []
-
-    def counting(kernel: Any, *args: Any) -> None:
-        launched.append(kernel)
-        kernel_launch.launch(kernel, *args)
-
-    monkeypatch.setattr(triton_sums, "launch", counting)
+    launched = sums_launched(monkeypatch)
     for number in (1, 5):
         launched.clear()
         params = [nn.Parameter(torch.ones(3)) for _ in range(number)]
