@@ -52,17 +52,19 @@ class WatchedModes(Modes):
         optimizer.step()
 
 
-def body_modes(rank: int, world_size: int, dtype: torch.dtype, kwargs: dict[str, Any], clips: bool) -> list[Any]:
+def body_modes(
+    rank: int, world_size: int, dtype: torch.dtype, kwargs: dict[str, Any], clips: bool, steps: dict[str, int]
+) -> list[Any]:
     warnings.simplefilter("ignore")  # of decay that is rounded away
     device, found = device_of(rank, world_size), []
-    for by in ("parameter", "group"):
+    for by, number_of_steps in steps.items():
         weights = values(sizes(world_size), dtype, device)
         groups = [
             {"params": list(range(0, len(weights), 2)), "weight_decay": 0.1},
             {"params": list(range(1, len(weights), 2)), "lr": 3e-4, "betas": (0.95, 0.98), "maximize": True},
         ]
         modes = WatchedModes(rank, world_size, weights, groups, by=by, **kwargs)
-        for step in range(3):
+        for step in range(number_of_steps):
             modes.step(step, max_norm=0.5 if clips and step == 1 else None, hostile=step == 2)
             if "of_lion" not in kwargs:  # of which the weights are float32
                 modes.check(f"step {step}")
@@ -70,19 +72,27 @@ def body_modes(rank: int, world_size: int, dtype: torch.dtype, kwargs: dict[str,
     return found
 
 
+STEPS = {"parameter": 3, "group": 3}  # by what is measured before each
+
+
 @pytest.mark.parametrize(
-    ("world_size", "dtype", "kwargs", "clips"),
+    ("dtype", "kwargs", "clips", "steps"),
     [
-        (2, F32, {}, True),
-        (2, BF16, {"of_lion": {"momentum_dtype": BF16}, **MASTER}, True),
-        (2, BF16, {**MASTER, **EIGHT}, False),
-        pytest.param(2, F32, KERNELS, True, marks=[needs_interpreter, pytest.mark.exhaustive]),
-        pytest.param(2, BF16, {**MASTER, **EIGHT, **KERNELS}, False, marks=[needs_interpreter, pytest.mark.exhaustive]),
+        (F32, {}, True, STEPS),
+        (BF16, {"of_lion": {"momentum_dtype": BF16}, **MASTER}, True, STEPS),
+        (BF16, {**MASTER, **EIGHT}, False, STEPS),
+        pytest.param(F32, KERNELS, False, {"group": 1}, marks=needs_interpreter),
+        pytest.param(F32, KERNELS, True, STEPS, marks=[needs_interpreter, pytest.mark.exhaustive]),
+        pytest.param(
+            BF16, {**MASTER, **EIGHT, **KERNELS}, False, STEPS, marks=[needs_interpreter, pytest.mark.exhaustive]
+        ),
     ],
-    ids=["fp32", "masters", "masters-8-bits", "fp32-kernels", "masters-8-bits-kernels"],
-)
-def test_every_mode(world_size: int, dtype: torch.dtype, kwargs: dict[str, Any], clips: bool, tmp_path: Path) -> None:
-    of_ranks = run_ranks(body_modes, world_size, tmp_path, (dtype, kwargs, clips))
+    ids=["fp32", "masters", "masters-8-bits", "one-step-kernels", "fp32-kernels", "masters-8-bits-kernels"],
+)  # fmt: skip
+def test_every_mode(
+    dtype: torch.dtype, kwargs: dict[str, Any], clips: bool, steps: dict[str, int], tmp_path: Path
+) -> None:
+    of_ranks = run_ranks(body_modes, 2, tmp_path, (dtype, kwargs, clips, steps))
     assert all(repr(found) == repr(of_ranks[0]) for found in of_ranks)
 
 
