@@ -11,6 +11,7 @@ reshard_after_forward=False here. lion_dist/plan/timing.py and cluster.py say wh
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -80,9 +81,9 @@ LINKS = {
 
 
 def measured(machine: Machine) -> dict[str, float]:
-    """Milliseconds of an iteration by mode, of the fastest turn: a busy host only adds to them."""
+    """Milliseconds of an iteration by mode, the median of the turns."""
     rows = json.loads((RESULTS / machine.results).read_text())
-    return {row["mode"]: min(t["ms"] for t in row["turns"]) for row in rows if row["turns"]}
+    return {row["mode"]: statistics.median(t["ms"] for t in row["turns"]) for row in rows if row["turns"]}
 
 
 def head(first: str, ways: tuple[Way, ...]) -> str:

@@ -45,7 +45,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.speed_up()  # in the fork server too
 
 DEADLINE_S = 400.0
-GRACE_S = 60.0  # for the other ranks, where one has raised: NCCL lets them wait for it as long as a collective may take
+GRACE_S = 60.0  # until the other ranks are ended, when one has raised: on NCCL they wait until a collective times out
 COLLECTIVE_TIMEOUT = timedelta(seconds=180)
 
 _context = multiprocessing.get_context("forkserver")
@@ -84,7 +84,7 @@ def _rank_main(
     gc.freeze()  # what the fork server has imported; collections need not walk through it
     with open(folder / f"stack{rank}", "w") as stack:
         faulthandler.enable(stack)  # a rank that dies of a signal tells where
-        faulthandler.register(signal.SIGTERM, stack, chain=True)  # or is told to end
+        faulthandler.register(signal.SIGTERM, stack, chain=True)  # and one that run_ranks terminates
         faulthandler.dump_traceback_later(deadline, exit=True, file=stack)
         try:
             body, args = pickle.loads(work)
@@ -124,7 +124,7 @@ def run_ranks(
         body: a module-level function.
         timeout: of the process group's collectives.
         deadline: seconds after which ranks are killed and their stacks shown, where DEADLINE_S is not enough.
-        grace: seconds that the other ranks have where one has raised, before the same happens to them.
+        grace: seconds after which the other ranks are ended and their stacks shown, when one has raised.
         on_cpu: on gloo even where there are GPUs: for ranks that outlive a failed collective, which NCCL's do not.
         share_gpus: on NCCL wherever there is a GPU, also for numbers of ranks by which NCCL does not divide exactly.
     """

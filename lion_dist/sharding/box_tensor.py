@@ -314,7 +314,7 @@ def _broadcast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     sent = func([whole(t) for t in tensors], *args[1:], **kwargs)
     if dist.ProcessGroup.unbox(group).rank() != root and any(isinstance(t, BoxTensor) for t in tensors):
         work: dist.Work | None = dist.Work.unbox(sent[1])
-        if work is not None:  # NCCL gives none where the caller asked for none
+        if work is not None:  # NCCL returns None from a synchronous call
             work.wait()
         raise TypeError(f"{_ADVICE} A broadcast cannot be received into it, since ranks hold other parts. {_REMEDY}")
     return sent

@@ -1,4 +1,4 @@
-"""What the harness of these tests says where one rank raises and another does not end."""
+"""Tests of the harness itself: its report when one rank raises and another does not end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def body_one_raises(rank: int, world_size: int) -> None:
 
 
 @spawn_only
-def test_the_stack_of_a_rank_that_is_waited_for_in_vain(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_end_shows_its_stack(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception) as failed:
         run_ranks(body_one_raises, 2, tmp_path, grace=5.0)
     first, second = str(failed.value).split("--- rank ")[1:]

@@ -185,7 +185,7 @@ def test_whole_tiles(p: torch.dtype, m: torch.dtype, master: bool, odd: str, mon
 
 @pytest.mark.parametrize("scale", [0.0, math.nan])
 def test_a_factor_of_the_gradients_that_no_gradient_outlives(scale: float) -> None:
-    """As after clipping by an infinite norm, or by one that is NaN. The third entry has no gradient."""
+    """Clipping by an infinite norm gives such a factor, and so does one by NaN. The third entry has no gradient."""
     tensors = made((F32, F32, F32), (BLOCK + 4, 4, 8), False, False, 2)
     (found,) = check([tensors], EXACT, torch.tensor(scale))
     assert found[2, 0][GRAD] == found[2, 0][UPDATE] == 0

@@ -1,4 +1,4 @@
-"""The sums of sums.py over a segment table, in one pass over weights, gradients and state, by the rule of the step.
+"""Kernels that compute the sums of sums.py for a segment table, in one pass over weights, gradients and state.
 
 A program adds up over one tile, in float64, and writes the sums of the tile to elements of its own. A second launch
 adds up the tiles of each segment, so that the same table gives the same bits every time (atomics would not). The packed
@@ -161,7 +161,7 @@ def _add_up_tile(
     _store(partial, _UPDATE, tl.where(stepped, tl.sum(update, axis=0), 0.0))
     _store(partial, _GRAD, tl.where(stepped, tl.sum(grad, axis=0), 0.0))
     _store(partial, _ZERO, tl.where(stepped, tl.sum(zero, axis=0), n))
-    _store(partial, _AGREE, tl.where(stepped, tl.sum(agree, axis=0), 0))
+    _store(partial, _AGREE, tl.sum(agree, axis=0))
     _store(partial, _FLIPPED, tl.where(stepped, tl.sum(flipped, axis=0), 0))
     is_compared = False if packed is None else stepped & (last_address != 0)
     _store(partial, _COMPARED, tl.where(is_compared, n, 0))
