@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dtensors import is_dtensor, local_gradients, locals_of
@@ -15,6 +16,8 @@ from .fsdp import new_state
 from .param_groups import Group, check_kept_form, check_steppable, has_kept_form, kept_form, state_columns
 from .update.segments import StepTensors
 from .update.state import StateColumn
+
+_DTYPE = attrgetter("dtype")
 
 
 @dataclass
@@ -32,6 +35,8 @@ class Members:
         dtensors: whether any of ``params`` is a DTensor.
         entries: all values of ``optimizer.state``.
         forms: `param_groups.kept_form` of each group.
+        mastered, dtypes: those of ``params`` whose groups have master weights, and their dtypes, which decide whether
+            there is a remainder.
     """
 
     given: list[list[Tensor]]
@@ -44,6 +49,8 @@ class Members:
     dtensors: bool
     entries: list[Any]
     forms: list[tuple[bool, bool]]
+    mastered: list[Tensor]
+    dtypes: list[torch.dtype]
 
     def hold(self, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
         """Whether these are still the members of an optimizer with these groups and this state.
@@ -57,6 +64,7 @@ class Members:
             and _same(self.entries, state.values())
             and not any(map(takes_part, self.idle))
             and self.forms == list(map(kept_form, groups))
+            and self.dtypes == list(map(_DTYPE, self.mastered))
         )
 
     def tensors(self) -> StepTensors:
@@ -139,4 +147,6 @@ def find_members(
     absent = {name: everyone - those for name, those in holders.items() if len(those) < len(params)}
     dtensors = any(map(is_dtensor, params))
     forms = list(map(kept_form, param_groups))
-    return Members(given, params, states, groups, blocks, absent, idle, dtensors, entries, forms), new
+    mastered = [p for p, group in zip(params, groups, strict=True) if forms[group][1]]
+    dtypes = list(map(_DTYPE, mastered))
+    return Members(given, params, states, groups, blocks, absent, idle, dtensors, entries, forms, mastered, dtypes), new

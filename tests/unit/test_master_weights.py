@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lion_dist import Lion
 from lion_dist.update.codecs import join
 from tests.asserts import assert_same_bits
+from tests.marks import needs_interpreter
 from tests.scenarios.precision import BF16, F32, I16, gradient_of, rounded_half_away, weights_of
 
 SHAPES = {"matrix": (13, 7), "row": (1, 129), "gain": (127,), "scalar": (), "empty": (0, 3), "kernel": (4, 3, 3, 5)}
@@ -227,3 +228,26 @@ def test_new_weights_keep_a_remainder_of_at_most_half_a_unit(change: Callable[..
     named["a"].grad = torch.zeros_like(named["a"])
     optimizer.step()
     assert not named["a"].isnan().any()
+
+
+@pytest.mark.parametrize("use_triton", [False, pytest.param(True, marks=needs_interpreter)])
+def test_parameters_that_gain_or_lose_their_remainder(use_triton: bool) -> None:
+    """The dtype decides: bfloat16 has one, float32 has none, and float16 is refused."""
+    p = nn.Parameter(torch.ones(130))
+    optimizer = Lion([p], lr=2.0**-12, use_triton=use_triton, master_weights=True)
+
+    def train(dtype: torch.dtype, steps: int) -> None:
+        p.grad = None
+        p.data = p.data.to(dtype)
+        p.grad = torch.ones_like(p)
+        for _ in range(steps):
+            optimizer.step()
+
+    train(F32, 4)
+    assert p.unique().tolist() == [1 - 2.0**-10]
+    train(BF16, 4)  # from 1.0, to which that rounds
+    assert join(p.detach(), optimizer.state[p]["remainder"]).unique().tolist() == [1 - 2.0**-10]
+    train(F32, 4)
+    assert p.unique().tolist() == [1 - 2.0**-10]
+    with pytest.raises(TypeError, match=r"master_weights=True.*float16"):
+        train(torch.float16, 1)
