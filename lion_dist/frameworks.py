@@ -20,7 +20,8 @@ settled: WeakSet[ShardedLion] = WeakSet()
 def check_saves(optimizer: ShardedLion) -> None:
     """Checks, in an optimizer's first step, whether the framework that makes the step can save its state.
 
-    Under Accelerate's own Accelerator it warns, since the code around it decides how it saves.
+    Under Accelerate's own Accelerator, and in an Engine of ignite, it warns, since the code around it decides how it
+    saves.
 
     Raises:
         RuntimeError: the Trainer of transformers makes the step, and its first save would fail.
@@ -42,6 +43,12 @@ def check_saves(optimizer: ShardedLion) -> None:
             "rank calls consolidate_state_dict() before it. lion_dist.huggingface.ShardedLionAccelerator does so. With "
             "Accelerate's own, call register_state_dict_pre_hook(ShardedLion.consolidate_state_dict) on the "
             "ShardedLion after prepare(). lion_dist.checkpoint needs neither"
+        )
+    if _caller("ignite.engine.engine", "Engine", "run") is not None and not state_dict_pre_hooks(optimizer):
+        warn(
+            "ignite's Checkpoint fails with a ShardedLion, whose state_dict() is one rank's part, unless "
+            "register_state_dict_pre_hook(ShardedLion.consolidate_state_dict) is called on the ShardedLion. "
+            "lion_dist.checkpoint does not need it"
         )
 
 

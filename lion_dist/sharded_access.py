@@ -86,7 +86,7 @@ def refuse_offloaded(optimizer: ShardedLion, call: str) -> None:
     if any(shard.offloaded for shard in optimizer._shards):
         raise RuntimeError(
             f"{call} of a ShardedLion whose state is on the CPU after offload_state(): call reload_state() on every "
-            "rank first. Until then the state can only be read and saved"
+            "rank first. Until then the state can only be read, assigned to and saved"
         )
 
 

@@ -36,9 +36,9 @@ def shown(optimizer: ShardedLion) -> dict[str, Any]:
 
 def full_state_dict(optimizer: ShardedLion, rank0_only: bool) -> dict[str, Any]:
     """See `ShardedLion.full_state_dict`."""
-    with agreeing(optimizer, ".full_state_dict()") as agreement:
+    # The argument is in the name of the call, since the ranks of meshes must have the same too.
+    with agreeing(optimizer, f".full_state_dict(rank0_only={rank0_only})"):
         check_last_steps(optimizer)
-        agreement.says([f"rank0_only={rank0_only}"])
     packed = Optimizer.state_dict(optimizer)  # on every rank, since its hooks may make collective calls
     gathered = _gather(optimizer, 0 if rank0_only else None)
     return {} if gathered is None else whole(packed, optimizer.param_groups, gathered)
@@ -46,13 +46,12 @@ def full_state_dict(optimizer: ShardedLion, rank0_only: bool) -> dict[str, Any]:
 
 def consolidate(optimizer: ShardedLion, to: int) -> Gathered | None:
     """Gathers the whole state on one rank, for `ShardedLion.consolidate_state_dict`; None on the others."""
-    with agreeing(optimizer, ".consolidate_state_dict()") as agreement:
+    with agreeing(optimizer, f".consolidate_state_dict(to={to})"):
         check_last_steps(optimizer)
         world_size = dist.get_world_size(optimizer.process_group)
         if to not in range(world_size):
             last = world_size - 1
             raise ValueError(f"to must be the number of a rank in process_group, from 0 to {last}, got {to!r}")
-        agreement.says([f"to={to}"])
     return _gather(optimizer, to)
 
 

@@ -170,9 +170,12 @@ class BoxTensor(Tensor):
                 source.check_cut(self)
                 for part, other in zip(self.parts, source.parts, strict=True):
                     part.copy_(other)
+            elif not isinstance(source, Tensor):
+                self.fill_(source)
             else:
+                whole = source.expand(self.shape)
                 for box, part in zip(self.boxes, self.parts, strict=True):
-                    part.copy_(source[box.slices()])
+                    part.copy_(whole[box.slices()])
             return self
         if func in (_aten.new_empty.default, _aten.new_zeros.default) and tuple(args[1]) != tuple(self.shape):
             return func(torch.empty(0, dtype=self.dtype, device=self.device), *args[1:], **kwargs)
@@ -201,6 +204,12 @@ class BoxTensor(Tensor):
 
     def __copy__(self) -> BoxTensor:
         return self.map(lambda part: part)
+
+    def _refuse_memory(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(f"{_ADVICE} It has no memory of its own for all of its elements. {_REMEDY}")
+
+    # torch's own would use that memory, and the process would die.
+    apply_ = share_memory_ = __dlpack__ = _refuse_memory
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(

@@ -319,7 +319,7 @@ def test_full_state_dict_on_one_rank_names_the_absent(caller: int, tmp_path: Pat
     message, seconds = run_ranks(body_alone, 3, tmp_path, (caller,))[caller]
     absent = [r for r in range(3) if r != caller]
     assert f"ranks {absent}" in message
-    assert "full_state_dict()" in message
+    assert "full_state_dict(rank0_only=False)" in message
     assert f"{TIMEOUT_S} s" in message
     assert seconds < TIMEOUT_S + 2
 

@@ -116,6 +116,8 @@ ELEMENTWISE: list[Callable[[Tensor], Tensor]] = [
     lambda t: t == 0,
     lambda t: torch.where(t > 0, t, -t),
     lambda t: t.clone().mul_(0.5).add_(t, alpha=2),
+    lambda t: t.clone().copy_(torch.tensor([2.0])),  # which is broadcast
+    lambda t: t.clone().copy_(2.0),  # type: ignore[arg-type]
     lambda t: t * torch.tensor(3.0, device=t.device),
     lambda t: (t > 0).to(torch.int32) << 1,  # aten.__lshift__, which is not in place
 ]
@@ -220,6 +222,15 @@ def body_refusals(rank: int, world_size: int) -> None:
         (lambda: own * whole[0], ValueError, r"whole tensors of shape .*, got shape \(3,\)"),
         (lambda: whole.mul_(own), TypeError, "cannot change a whole tensor"),
         (lambda: torch.mul(own, 2, out=whole), NotImplementedError, r"does not support aten\.mul\.out"),
+        # Memory of the whole tensor, which there is not.
+        (own.share_memory_, NotImplementedError, "no memory of its own .*full_state_dict"),
+        (lambda: own.apply_(abs), NotImplementedError, "no memory of its own"),
+        (own.__dlpack__, NotImplementedError, "no memory of its own"),
+        (
+            lambda: own.copy_(torch.zeros(2 * own.shape[0], *own.shape[1:])),
+            RuntimeError,
+            "must match the existing size",
+        ),
         # Saves of one rank.
         (lambda: pickle.dumps(entry), TypeError, "consolidate_state_dict"),
         (lambda: torch.save(params.optimizer.state_dict(), io.BytesIO()), TypeError, "full_state_dict"),

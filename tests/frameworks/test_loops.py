@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,3 +146,29 @@ def test_killed_and_resumed(loop: str, kind: str, tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="exit code -9"):
         run_ranks(body_killed, 2, tmp_path, (loop, kind, tmp_path / "killed"), on_cpu=True)
     run_ranks(body_resumed, 2, tmp_path, (loop, tmp_path), on_cpu=True)
+
+
+def body_warned(rank: int, world_size: int) -> None:
+    engine = import_module("ignite.engine")
+    for hooked in (False, True):
+        net = Net(rank)
+        optimizer = ShardedLion(net.named_parameters(), lr=0.01)
+        if hooked:
+            optimizer.register_state_dict_pre_hook(ShardedLion.consolidate_state_dict)  # type: ignore[arg-type]
+
+        def step(_: Any, x: Tensor, net: Net = net, optimizer: ShardedLion = optimizer) -> None:
+            net(x).backward()
+            optimizer.step()
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine.Engine(step).run([torch.ones(2, WIDTH)] * 2)
+        found = [str(warning.message) for warning in caught if "Checkpoint fails with" in str(warning.message)]
+        assert len(found) == (not hooked)
+
+
+def test_ignite_saves_that_would_fail_are_warned_of(tmp_path: Path) -> None:
+    """In the first step, where the first save may be hours away."""
+    if find_spec("ignite") is None:
+        pytest.skip("ignite is not installed")
+    run_ranks(body_warned, 2, tmp_path, on_cpu=True)
