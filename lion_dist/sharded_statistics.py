@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_groups: Groups) -> dict[str, float]:
     """Measures what the next step of a ShardedLion would do, over all ranks; see `ShardedLion.statistics`."""
     groups, stepper = optimizer.param_groups, optimizer._stepper
-    with agreeing(optimizer, ".statistics()") as agreement:
+    # The argument is in the name of the call, since the ranks of meshes must have the same too.
+    with agreeing(optimizer, f".statistics(by={by!r})") as agreement:
         check_arguments(by, flips)
         check_last_steps(optimizer)
         refuse_offloaded(optimizer, "statistics()")
         hypers = [hyper_parameters(group) for group in groups]
         placings = [shard.placing for shard in stepper.shards]
         process_groups = groups_to_sum(process_groups, placings, [stepper.group])
-        agreement.says([f"by={by!r}, flips={flips}, {len(process_groups)} process_groups"])
+        agreement.says([f"flips={flips}, {len(process_groups)} process_groups"])
     prepared, scale = stepper.look(groups, optimizer._adopt)
     measured = [(shard.params, own) for shard, own in zip(stepper.shards, prepared, strict=True)]
     rows = Rows.find(groups, [p for params, _ in measured for p in params], by)

@@ -218,6 +218,7 @@ def body_hybrid(rank: int, world_size: int) -> None:
         differ: list[Callable[[], object]] = [  # over the ranks that shard a replica
             lambda optimizer=optimizer: optimizer.consolidate_state_dict(to=rank % 2),  # type: ignore[misc]
             lambda optimizer=optimizer: optimizer.full_state_dict(rank0_only=rank % 2 == 0),  # type: ignore[misc]
+            lambda optimizer=optimizer: optimizer.statistics(by=("group", "parameter")[rank % 2]),  # type: ignore[misc]
         ]
         for call in differ:
             with pytest.raises(ValueError, match="different on the ranks"):
