@@ -112,8 +112,9 @@ class Preparer:
             grads = self._examine(tensors)
         addresses = _map(_ADDRESS, grads, repeat(0) if self.absent else None)
         if addresses != self._grad_addresses:
-            if 0 in addresses:
-                _check_memory(tensors, addresses)
+            for i, g in enumerate(tensors.grads if 0 in addresses else ()):
+                if g is not None and not addresses[i]:
+                    tensors.check_gradient(i, g)
             self._grad_addresses = []  # some batches have others if one of them raises
             for batch in self._batches:
                 batch.set_gradients(addresses)
@@ -226,17 +227,6 @@ def _check_gradients(tensors: StepTensors) -> None:
     for i, g in enumerate(tensors.grads):
         if g is not None:
             tensors.check_gradient(i, g)
-
-
-def _check_memory(tensors: StepTensors, addresses: Sequence[int]) -> None:
-    """Raises TypeError for a gradient whose address is 0 although it has elements. Reading it would end the process,
-    and kernels take 0 for no gradient."""
-    for i, (g, address) in enumerate(zip(tensors.grads, addresses, strict=True)):
-        if not address and g is not None and g.numel():
-            raise TypeError(
-                f"gradient of parameter {tensors.number(i)} (shape {tuple(tensors.params[i].shape)}) has no memory: "
-                "its storage was freed, so it cannot be read; make the gradient anew, or set p.grad to None"
-            )
 
 
 def _relaid(entry: int, g: Tensor, tensors: StepTensors) -> Tensor:

@@ -106,6 +106,11 @@ class StepTensors:
             )
         if g.device != p.device:
             raise ValueError(f"{who} is on {g.device}; expected {p.device}, where the parameter is")
+        if g.numel() and g.data_ptr() == 0:  # the CPU would read it; kernels take the address for that of no gradient
+            raise TypeError(
+                f"{who} has no memory: its storage was freed, so it cannot be read; make the gradient anew, or set "
+                "p.grad to None"
+            )
 
     def check_state(self, entry: int, name: str, t: Tensor) -> None:
         """Raises ValueError if t cannot be the state of an entry in the column of this name."""

@@ -337,9 +337,10 @@ def test_tensors_without_memory_are_refused() -> None:
 
 @pytest.mark.parametrize("use_triton", [False, pytest.param(True, marks=needs_interpreter)])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_gradient_whose_memory_was_freed(steps: int, use_triton: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gradient_whose_memory_was_freed(transposed: bool, steps: int, use_triton: bool) -> None:
     """Kernels would take its address for that of no gradient, and the CPU would read it."""
-    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0)), nn.Parameter(torch.ones(5))]
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0)), nn.Parameter(torch.ones(5, 2))]
     opt = Lion(params, lr=0.5, use_triton=use_triton)
     for _ in range(1 + steps):
         for p in params:
@@ -347,13 +348,15 @@ def test_a_gradient_whose_memory_was_freed(steps: int, use_triton: bool) -> None
         opt.step()
     for p in params:
         p.grad = torch.ones_like(p)
-    params[2].grad.untyped_storage().resize_(0)  # type: ignore[union-attr]
+    freed = torch.ones(2, 5).T if transposed else torch.ones(5, 2)
+    params[2].grad = freed
+    freed.untyped_storage().resize_(0)
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"gradient of parameter 2 \(shape \(5,\)\) has no memory"):
+        with pytest.raises(TypeError, match=r"gradient of parameter 2 \(shape \(5, 2\)\) has no memory"):
             opt.step()
     params[2].grad = None
     opt.step()
-    assert [p.tolist() for p in params] == [[0.5] * 3, [], [1.0] * 5]
+    assert [p.tolist() for p in params] == [[0.5] * 3, [], [[1.0] * 2] * 5]
 
 
 @pytest.mark.parametrize(
