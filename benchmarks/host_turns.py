@@ -90,11 +90,10 @@ class Contestant:
         loss.backward()
 
     def take_turn(self) -> None:
-        befores = (lambda: None, self.sets.exchange, self.backward)
         self.sets.exchange()
         self.optimizer.step()
-        for own, before in zip(self.readings, befores, strict=True):
-            own.extend(host_us(self.optimizer.step, before, 1))
+        for own, prepare in zip(self.readings, (lambda: None, self.sets.exchange, self.backward), strict=True):
+            own.extend(host_us(self.optimizer.step, prepare, 1))
 
 
 def steps(wrapper: str, tokens: Tensor, options: argparse.Namespace) -> None:
