@@ -119,6 +119,8 @@ def _model(options: argparse.Namespace) -> Model:
     width = math.sqrt(options.params / (12 * options.layers))
     embedding = min(options.vocabulary * width, options.params / 2)
     compute_ms = options.compute_ms or 6 * options.params * options.tokens / (options.tflops * 1e12) * 1e3
+    if not math.isfinite(compute_ms):
+        raise ValueError(f"--tflops {options.tflops:g} makes an iteration take forever: give the speed of a GPU in 1e12/s")
     return Model(options.params, round(embedding), options.layers, compute_ms)
 
 
@@ -146,6 +148,7 @@ def report(model: Model, cluster: Cluster, network: str, precision: Precision, p
     over_nodes = cluster.nodes > 1
     strategies = {name: s for name, s in STRATEGIES.items() if over_nodes or s.shards is not Shards.NODE}
     where = f"{cluster.nodes} nodes of {cluster.node}, {network}" if over_nodes else "one node, NVLink"
+    gpus = "1 GPU" if cluster.gpus == 1 else f"{cluster.gpus} GPUs"
     costs, memory = [], []
     for name, strategy in strategies.items():
         c = costs_of(model, cluster, strategy, precision, policy)
@@ -157,7 +160,7 @@ def report(model: Model, cluster: Cluster, network: str, precision: Precision, p
         memory.append([name, *(f"{held / GIB:.2f}" for held in all_held)])
     head = ["strategy", "held, GiB", "gathered, GiB", "a rank sends, GB", "a node sends, GB", "ms", "compute share"]
     return "\n".join([
-        f"{model.params:,} parameters in {precision.name}, {cluster.gpus} GPUs ({where}); forward and backward alone "
+        f"{model.params:,} parameters in {precision.name}, {gpus} ({where}); forward and backward alone "
         f"take {model.compute_ms:.1f} ms. FSDP2 has reshard_after_forward={policy.reshard_after_forward} and gathers "
         f"{8 * policy.gathered_bytes(precision):.0f} bits.",
         "",
@@ -185,10 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = NETWORKS[options.network]
     try:
         precision, cluster = _precision(options), network.cluster(options.gpus, options.gpus_per_node)
+        model = _model(options)
     except ValueError as error:
         parser.error(str(error))
     policy = Policy(options.reshard_after_forward, options.bf16_gathers)
-    print(report(_model(options), cluster, network.what, precision, policy))
+    print(report(model, cluster, network.what, precision, policy))
     return 0
 
 

@@ -237,6 +237,7 @@ def test_options_of_the_command_count(capsys: pytest.CaptureFixture[str]) -> Non
         (["--params", "7e9", "--gpus", "12"], "12 GPUs are not whole nodes of 8 GPUs: give a multiple of 8"),
         (["--params", "7e9", "--gpus", "8", "--network", "wlan"], "argument --network: invalid choice: 'wlan'"),
         (["--params", "7e9", "--gpus", "8", "--tflops", "-1"], "argument --tflops: must be a number > 0"),
+        (["--params", "7e9", "--gpus", "8", "--tflops", "1e-305"], "--tflops 1e-305 makes an iteration take forever"),
         (["--params", "7e9", "--gpus", "8", "--master-weights"], "--master-weights are for bfloat16 weights: give"),
     ],
 )
