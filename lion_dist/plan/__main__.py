@@ -120,7 +120,7 @@ def _model(options: argparse.Namespace) -> Model:
     embedding = min(options.vocabulary * width, options.params / 2)
     compute_ms = options.compute_ms or 6 * options.params * options.tokens / (options.tflops * 1e12) * 1e3
     if not math.isfinite(compute_ms):
-        raise ValueError(f"--tflops {options.tflops:g} makes an iteration take forever: give the speed of a GPU in 1e12/s")
+        raise ValueError(f"--tflops {options.tflops:g} makes an iteration take forever: expected a GPU's speed")
     return Model(options.params, round(embedding), options.layers, compute_ms)
 
 
