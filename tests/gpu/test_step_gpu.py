@@ -20,12 +20,20 @@ from .common import BF16, F16, F32, GPU, LENGTHS, SHIFTS, Guarded, Twins, awkwar
 pytestmark = needs_gpu
 
 
-class Trial:
-    """StepTensors on the GPU between guards, and two copies for the reference: one on the GPU, one on the CPU."""
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
 
-    def __init__(self, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+
+class Trial:
+    """StepTensors on the GPU between guards, and two copies for the reference: one on the GPU, one on the CPU.
+
+    Args:
+        mix: dtypes of parameters, gradients and momenta.
+        odd: whether some gradients are at odd addresses; one is enough for another kernel to step all of them.
+    """
+
+    def __init__(self, mix: Dtypes, odd: bool) -> None:
         self.generator = torch.Generator().manual_seed(1)
-        self.mix = mix
+        self.mix, self.odd = mix, odd
         # Every length meets the aligned path, and one of the unaligned ones.
         self.cases = [(n, s) for i, n in enumerate(LENGTHS) for s in (SHIFTS[0], SHIFTS[1 + i % (len(SHIFTS) - 1)])]
         self.groups = [i % 4 for i in range(len(self.cases))]
@@ -42,7 +50,7 @@ class Trial:
 
     def step(self, hypers: list[HyperParameters], number: int, grad_scale: float | None) -> None:
         """Entry number+1 has no gradient this time."""
-        drawn = [Guarded(awkward(n, self.mix[1], self.generator), s[1]) for n, s in self.cases]
+        drawn = [Guarded(awkward(n, self.mix[1], self.generator), s[1] if self.odd else 0) for n, s in self.cases]
         grads = [None if i == (number + 1) % len(drawn) else g.at for i, g in enumerate(drawn)]
         self.columns.grads = grads
         scale = None if grad_scale is None else torch.tensor(grad_scale, device=GPU)
@@ -82,18 +90,20 @@ def run(trial: Trial, steps: int, grad_scales: tuple[float | None, ...]) -> None
             trial.check(f"step {number}")
 
 
+@pytest.mark.parametrize("odd", [True, False], ids=["odd gradients", "even gradients"])
 @pytest.mark.parametrize("mix", MIXES, ids=name)
-def test_every_mix_of_dtypes_gives_the_references_bits(mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
-    run(Trial(mix), steps=20, grad_scales=(None,))
+def test_every_mix_of_dtypes_gives_the_references_bits(mix: Dtypes, odd: bool) -> None:
+    run(Trial(mix, odd), steps=20, grad_scales=(None,))
 
 
+@pytest.mark.parametrize("odd", [True, False], ids=["odd gradients", "even gradients"])
 @pytest.mark.parametrize(
     "mix", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, F32), (BF16, F32, F16)], ids=name
 )
-def test_a_grad_scale_gives_the_references_bits(mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+def test_a_grad_scale_gives_the_references_bits(mix: Dtypes, odd: bool) -> None:
     """A clipping coefficient, 1, and ones that bring the gradients to denormals, to infinity and to NaN (last:
     nothing is finite after it)."""
-    trial = Trial(mix)
+    trial = Trial(mix, odd)
     run(trial, steps=8, grad_scales=(0.37, 1.0, 1e-38, 1e38))
     run(trial, steps=1, grad_scales=(float("nan"),))
 
