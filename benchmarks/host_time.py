@@ -5,7 +5,7 @@
 
 Models: 146 and 1000 tensors of 8 float32 elements, so that the device never holds up the host; no weight decay.
 Contestants take turns, and a reading is one step with nothing queued on the device (measure.host_us). Hosts differ by
-three times, so compare with the peers of the same run only.
+up to four times, so compare with the peers of the same run only.
 Parts: what a step calls, one after another; the fastest of seven means over many calls. They do not add up to the step,
 in which each finds the processor's caches as the one before it left them.
 """

@@ -3,11 +3,12 @@
     python -m benchmarks.host_turns        a minute on one GPU
     (from the repository's root; --help for sizes)
 
-Hosts differ by three times, and processes on one host by a third. So contestants stay in one process and take turns.
+Hosts differ by up to four times, and processes on one host by a third. So contestants stay in one process and take
+turns.
 Model: as in benchmarks.iteration, on one rank.
 Step: host time of one step with nothing queued on the device (measure.host_us), with gradients that keep their
-    addresses; with those of two backwards in turn; and right after a forward and backward, whose own work leaves the
-    processor's caches without anything of the step.
+    addresses; with those of two backwards in turn; and right after a forward and backward, after which the processor's
+    caches hold little of what a step reads.
 Iteration: the time until the device has finished a turn of `--iterations` iterations, and the host's time in it.
 Ratio: over that of compute alone in the same turn, median [min, max] over the turns.
 """
@@ -26,11 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lion_dist import Lion
-
+from .host_time import CONTESTANTS
 from .llama import LanguageModel, Llama
-from .measure import Spread, freed, host_us, join_group, machine
-from .peer_steps import BETAS, DECAY, LR
+from .measure import Spread, Step, freed, host_us, join_group, machine
+from .peer_steps import DECAY, Group
 from .peers import MODES, shard_fsdp1, shard_fsdp2
 from .step_alone import TwoSets
 from .trainer import Trainer
@@ -47,15 +47,7 @@ def make_model(options: argparse.Namespace) -> LanguageModel:
 # Steps ----------------------------------------------------------------------------------------------
 
 
-def our_lion(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return Lion(groups, lr=LR, betas=BETAS)
-
-
-def fused_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
-
-
-OPTIMIZERS = {"lion_dist": our_lion, "torch.optim.AdamW, fused=True": fused_adamw}
+STEPS = {name: CONTESTANTS[name] for name in ("lion_dist", "torch.optim.AdamW, fused=True")}  # that take DTensors
 
 
 def unsharded(model: LanguageModel) -> LanguageModel:
@@ -71,14 +63,16 @@ WRAPPERS: dict[str, Callable[[LanguageModel], Any]] = {"no FSDP": unsharded, "FS
 
 
 class Contestant:
-    """An optimizer with a model of its own, and its readings."""
+    """A step with a model of its own, and its readings."""
 
-    def __init__(self, wrapper: str, make: Callable[..., Any], tokens: Tensor, options: argparse.Namespace) -> None:
+    def __init__(
+        self, wrapper: str, make: Callable[[list[Group]], Step], tokens: Tensor, options: argparse.Namespace
+    ) -> None:
         model = make_model(options)
-        groups = model.groups(DECAY)  # FSDP1 keeps the objects; FSDP2 has others
+        groups = model.groups(DECAY)  # FSDP1 keeps the objects but not their shapes; FSDP2 has other objects
         self.model, self.tokens = WRAPPERS[wrapper](model), tokens
-        self.optimizer = make(model.groups(DECAY) if wrapper == "FSDP2" else groups)
-        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = model.groups(DECAY) if wrapper == "FSDP2" else groups
+        self.step, self.params = make(groups), [p for group in groups for p in group["params"]]
         self.sets = TwoSets(self.params, self.backward)
         self.readings: tuple[list[float], list[float], list[float]] = ([], [], [])
 
@@ -91,13 +85,13 @@ class Contestant:
 
     def take_turn(self) -> None:
         self.sets.exchange()
-        self.optimizer.step()
+        self.step()
         for own, prepare in zip(self.readings, (lambda: None, self.sets.exchange, self.backward), strict=True):
-            own.extend(host_us(self.optimizer.step, prepare, 1))
+            own.extend(host_us(self.step, prepare, 1))
 
 
 def steps(wrapper: str, tokens: Tensor, options: argparse.Namespace) -> None:
-    contestants = {name: Contestant(wrapper, make, tokens, options) for name, make in OPTIMIZERS.items()}
+    contestants = {name: Contestant(wrapper, make, tokens, options) for name, make in STEPS.items()}
     for turn in range(WARM_UP + options.turns):
         for contestant in contestants.values():
             contestant.take_turn()
