@@ -38,7 +38,8 @@ def clip_grad_norm_(
     narrower group lacks are taken to hold other parameters, as with experts beside dense parameters; give
     ``process_groups`` only for parts of the model on ranks outside the widest group. Each element counts once.
 
-    The norm is a sum of squares in float64, rounded once.
+    The norm is a sum of squares in float64, rounded once. Gradients are multiplied by a float32 coefficient, in float32
+    or in their own dtype if that is wider, and rounded once.
 
     Args:
         parameters: parameters, of which those without a gradient are left out; on one device. Or one or several
@@ -110,9 +111,21 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
         dist.all_reduce(total, group=group)
     norm, coefficient = clip_coefficient(total, max_norm)
     # The gradients themselves: those that are counted may be copies in other placements. Scaling is linear.
-    if grads := [local(p.grad) for p in params if p.grad is not None]:
-        foreach_mul_(grads, coefficient)
+    _scale([local(p.grad) for p in params if p.grad is not None], coefficient)
     return norm
+
+
+def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiplies gradients in place by one scalar, float32, shape (), and rounds each product once.
+
+    GPUs round an operand of shape () to the dtype of the other one first. 16 bits would lose much of the coefficient,
+    so that the clipped norm could exceed the maximum by 0.2 %. An expanded operand takes part in the promotion.
+    """
+    if alike := [g for g in grads if g.dtype == coefficient.dtype]:
+        foreach_mul_(alike, coefficient)
+    for g in grads:
+        if g.dtype != coefficient.dtype:
+            g.mul_(coefficient.expand(g.shape))
 
 
 def _total(params: Sequence[Tensor], grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

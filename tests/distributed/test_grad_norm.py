@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import lion_dist
+from lion_dist.update.reference import clip_coefficient, sum_of_squares
 from tests.asserts import assert_same_bits
+from tests.gpu.common import needs_gpu
 from tests.harness import device_of, run_ranks
 
 # Shapes that split unevenly over two and four ranks, or leave some ranks nothing.
@@ -117,3 +119,21 @@ def test_on_one_device() -> None:
         with pytest.raises(ValueError, match="max_norm must be > 0, got"):
             lion_dist.clip_grad_norm_([p, q], bad)
     assert lion_dist.clip_grad_norm_([], 1.0).item() == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_products_are_rounded_once(device: str) -> None:
+    """In float32 or wider, in every dtype and shape. By itself a GPU rounds the coefficient to 16 bits first."""
+    shapes = ((), (1,), (300, 7), (2, 3, 5))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    given = [torch.randn(shape).to(dtype) for shape in shapes for dtype in dtypes] + [torch.randn(9, 4).bfloat16().t()]
+    params = [nn.Parameter(torch.empty_like(g, device=device)) for g in given]
+    for p, g in zip(params, given, strict=True):
+        p.grad = g.to(device, copy=True)
+    total = torch.stack([sum_of_squares(g) for g in given]).sum()
+    norm, coefficient = clip_coefficient(total, 3.7)
+    assert_same_bits(lion_dist.clip_grad_norm_(params, 3.7).cpu(), norm)
+    for p, g in zip(params, given, strict=True):
+        assert p.grad is not None
+        wide = g.double() if g.dtype == torch.float64 else g.float()
+        assert_same_bits(p.grad.cpu(), (wide * coefficient).to(g.dtype), f"{g.dtype} of shape {tuple(g.shape)}")

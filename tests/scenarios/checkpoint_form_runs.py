@@ -105,6 +105,6 @@ def assert_loaded(
         else:
             start = slices[id(p)].start
             part, own = m.reshape(-1)[start : start + p.numel()], entry["exp_avg"]
-        codes, scale = codecs.encode(part.reshape(-1))
+        codes, scale = codecs.encode(part.reshape(-1).cpu())
         assert_same_bits(flat(own).cpu(), codes, f"{what}: codes of {name}")
         assert_same_bits(entry["exp_avg_scale"].cpu(), scale, f"{what}: scales of {name}")
