@@ -64,12 +64,14 @@ def every_case() -> list[Case]:
 def body_cases(rank: int, world_size: int, cases: dict[tuple[int, int], list[Case]], steps: int) -> None:
     for (replicas, shards), of_mesh in cases.items():
         mesh = mesh_of(replicas, shards)
-        for case in of_mesh if rank < replicas * shards else []:
+        for case in of_mesh:
             train_case(case, mesh, steps)
 
 
-def test_cases(tmp_path: Path) -> None:
-    run_ranks(body_cases, 4, tmp_path, (DEFAULT, 3))
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_cases(world_size: int, tmp_path: Path) -> None:
+    cases = {mesh: of_mesh for mesh, of_mesh in DEFAULT.items() if mesh[0] * mesh[1] == world_size}
+    run_ranks(body_cases, world_size, tmp_path, (cases, 3))
 
 
 @pytest.mark.exhaustive
