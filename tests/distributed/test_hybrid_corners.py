@@ -262,7 +262,7 @@ def body_one_raises(rank: int, world_size: int) -> float:
 
 
 def body_unfrozen_unlike(rank: int, world_size: int) -> None:
-    """On one replica only."""
+    """On one replica only. The host waits, as on CPUs, and every rank refuses the step before a collective fails."""
     twins = Twins(Case(), mesh_of(2, 2))
     twins.step(0)
     frozen = twins.model.get_parameter("units.first.frozen")
@@ -279,9 +279,14 @@ def test_no_sync_left_out(waits: bool, tmp_path: Path) -> None:
     assert max(seconds) < 5 * SHORT.total_seconds()
 
 
+def body_unlike_and_one_raises(rank: int, world_size: int) -> float:
+    body_unfrozen_unlike(rank, world_size)
+    return body_one_raises(rank, world_size)
+
+
 @spawn_only
-def test_one_rank_raises(tmp_path: Path) -> None:
-    seconds = run_ranks(body_one_raises, 4, tmp_path, timeout=SHORT, on_cpu=True)
+def test_unfrozen_unlike_and_one_rank_raises(tmp_path: Path) -> None:
+    seconds = run_ranks(body_unlike_and_one_raises, 4, tmp_path, timeout=SHORT, on_cpu=True)
     assert max(seconds) < 5 * SHORT.total_seconds()
 
 
@@ -341,14 +346,9 @@ def body_bytes(rank: int, world_size: int) -> list[int]:
     return [sum(sizes), kept, sum(local(entry["exp_avg"]).numel() for entry in lion.state.values())]
 
 
-def body_rest(rank: int, world_size: int) -> list[int]:
-    body_unfrozen_unlike(rank, world_size)
-    return body_bytes(rank, world_size)
-
-
-def test_bytes_on_the_wire_and_unfrozen_unlike(tmp_path: Path) -> None:
+def test_bytes_on_the_wire(tmp_path: Path) -> None:
     """Each rank keeps 1 / (replicas * shards) of the momentum, up to padding for alignment; under HSDP, 1 / shards."""
-    on_ranks = run_ranks(body_rest, 4, tmp_path)
+    on_ranks = run_ranks(body_bytes, 4, tmp_path)
     total = 40 * 64 + 33 * 40 + 3 + 1
     assert [sum(counts) for counts in zip(*on_ranks, strict=True)] == [2 * total, total, 2 * total]
     assert all(kept <= total // 4 + 3 * 128 for _, kept, _ in on_ranks)
