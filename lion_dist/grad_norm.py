@@ -8,14 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
-from ._torch_compat import foreach_mul_, foreach_norm
+from ._torch_compat import DisableTorchFunctionSubclass, amp_unscale_, foreach_norm
 from .dtensors import local, local_gradients
 from .hyper_values import to_max_norm
 from .meshes import Placing, groups_to_sum, sum_over_meshes
 from .sharded_access import clip_optimizers
 from .sharded_lion import ShardedLion
+from .sharding.collectives import all_reduced
 from .update.reference import clip_coefficient
 
 
@@ -108,7 +110,7 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
         raise ValueError(f"gradients are on {', '.join(sorted(map(str, devices)))}; expected one device")
     total = _total(params, counted, devices.pop())
     for group in process_groups:
-        dist.all_reduce(total, group=group)
+        total = all_reduced(total, group)
     norm, coefficient = clip_coefficient(total, max_norm)
     # The gradients themselves: those that are counted may be copies in other placements. Scaling is linear.
     _scale([local(p.grad) for p in params if p.grad is not None], coefficient)
@@ -118,14 +120,15 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
 def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies gradients in place by one scalar, float32, shape (), and rounds each product once.
 
-    GPUs round an operand of shape () to the dtype of the other one first. 16 bits would lose much of the coefficient,
-    so that the clipped norm could exceed the maximum by 0.2 %. An expanded operand takes part in the promotion.
+    On GPUs torch's multiplication by a tensor of shape () rounds it to the gradients' dtype first. With 16 bits the
+    clipped norm could exceed the maximum by 0.2 %. GradScaler's operator does not round, but leaves version counters as
+    they are.
     """
-    if alike := [g for g in grads if g.dtype == coefficient.dtype]:
-        foreach_mul_(alike, coefficient)
-    for g in grads:
-        if g.dtype != coefficient.dtype:
-            g.mul_(coefficient.expand(g.shape))
+    if not grads:
+        return
+    with DisableTorchFunctionSubclass():  # a placeholder (sharding/placeholder.py) refuses it in GradScaler's name
+        amp_unscale_(grads, torch.zeros_like(coefficient), coefficient)
+    increment_version(grads)
 
 
 def _total(params: Sequence[Tensor], grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from .dtensors import is_dtensor, local, placed_like
 from .frozen import is_freed, takes_part
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import Box
+from .sharding.collectives import all_reduced
 
 
 class Placing(NamedTuple):
@@ -303,7 +304,7 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
         by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
     for mesh, of_mesh in by_mesh.items():
         if mesh is not None:
-            by_mesh[mesh] = of_mesh = of_mesh.clone()
             for dimension in range(mesh.ndim):
-                dist.all_reduce(of_mesh, group=mesh.get_group(dimension))
+                of_mesh = all_reduced(of_mesh, mesh.get_group(dimension))
+            by_mesh[mesh] = of_mesh
     return torch.stack(list(by_mesh.values())).sum(0)

@@ -151,6 +151,18 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
+def all_reduced(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """A tensor that is reduced over the group, on the device of ``tensor``, which is unchanged.
+
+    It travels on a device of the group: NCCL has none for the sum over gradients that FSDP has moved to the CPU.
+    """
+    types = device_types(group)
+    device = tensor.device if tensor.device.type in types else torch.device(min(types - {"cpu"}, default="cpu"))
+    sent = tensor.to(device, copy=True)
+    dist.all_reduce(sent, op=op, group=group)
+    return sent.to(tensor.device)
+
+
 def start_all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Any:
     """Starts to replace a tensor by its maximum over the group, beside the current stream.
 

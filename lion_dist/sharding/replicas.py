@@ -194,7 +194,7 @@ class DeferredCheck:
             copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             copy.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(numbers.device))
         self._pending.append((event, copy, message))
         return (numbers == numbers[0]).all()
 

@@ -14,11 +14,13 @@ current stream has waited for it; freed earlier, their memory could be handed ou
 IN_FLIGHT buckets are under way, so that what is kept takes bounded memory. Whoever reads `Rounds.grads` calls
 `Rounds.finish` first.
 
-[Note: Streams of FSDP2]
-FSDP2 finishes gradients on a stream of its own and calls the hooks with that stream current. A bucket is launched on
-the stream that is current when its last gradient arrives, or on that of the backward, when it ends, or of the step. So
-every launch and every `finish` makes its stream wait for the others on which gradients have arrived or buckets have
-been launched. FSDP2's stream waits for the backward's before each reduction anyway, and so nothing is slower for it.
+[Note: Streams]
+Autograd calls the hook of a parameter on the stream on which the forward first used it, which is another one for a
+branch of the model that overlaps with the rest. FSDP2 finishes gradients, and calls hooks, on a stream of its own. A
+bucket is launched on the stream that is current when its last gradient arrives, or on that of the backward, when it
+ends, or of the step. So every launch and every `finish` makes its stream wait for the others on which gradients have
+arrived or buckets have been launched. FSDP2's stream waits for the backward's before each reduction anyway, and so
+nothing is slower for it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._torch_compat import foreach_copy_, foreach_zero_
-from ..upload import upload
+from ..upload import current_stream_number, upload
 from .bucket_average import BucketAverage, UnderWay
 from .buckets import complete_order, make_buckets
 from .collectives import Membership, broadcast_from_first
@@ -115,7 +117,7 @@ class Rounds:
         self._params = [t for shard in shards for t in shard.locals]  # for their shapes
         self._numbers = [n for shard in shards for n in shard.numbers]
         self._dtypes = [shard.tail_buffer.dtype for shard in shards for _ in shard.params]
-        self._device = shards[0].tail_buffer.device if shards else None
+        self._device = shards[0].tail_buffer.device if shards else torch.device("cpu")
 
         self._destinations: list[_Destination] = []
         self._tail_buffers: list[Tensor] = []  # one per shard
@@ -142,9 +144,8 @@ class Rounds:
         self._completed_tails: list[list[int]] = []  # for each bucket, the shards whose last tail it has
         self._seen: list[int] | None = []  # the order in which gradients arrive; None once buckets follow it
 
-        # Streams with work of this round, if it may have several; see [Note: Streams of FSDP2].
-        self._several_streams = any(s.placing.mesh is not None and s.device.type == "cuda" for s in shards)
-        self._streams: set[torch.cuda.Stream] = set()
+        self._has_streams = self._device.type == "cuda"
+        self._streams: dict[int, torch.cuda.Stream] = {}  # with work of this round, by number; see [Note: Streams]
 
         self._launched = 0  # number of buckets of the current round
         self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
@@ -220,8 +221,8 @@ class Rounds:
         gradient whose bucket has been launched stays in ``p.grad``."""
         if self._seen is not None:
             self._seen.append(i)
-        if self._several_streams:
-            self._streams.add(torch.cuda.current_stream(self._device))
+        if self._has_streams:
+            self._current_stream()
         bucket = self._bucket_of[i]
         if bucket < self._launched:
             return
@@ -258,14 +259,22 @@ class Rounds:
         while self._under_way and (shard is None or self._under_way[0][0] <= self._last_bucket[shard]):
             self._finish_oldest()
 
+    def _current_stream(self) -> torch.cuda.Stream:
+        """The current stream, which has work of this round from now on."""
+        number = current_stream_number(self._device)
+        stream = self._streams.get(number)
+        if stream is None:
+            stream = self._streams[number] = torch.cuda.current_stream(self._device)
+        return stream
+
     def _join_streams(self) -> None:
-        """Makes the current stream wait for the others of this round. See [Note: Streams of FSDP2]."""
-        if not self._several_streams:
+        """Makes the current stream wait for the others of this round. See [Note: Streams]."""
+        if not self._has_streams:
             return
-        current = torch.cuda.current_stream(self._device)
-        for stream in self._streams - {current}:
-            current.wait_stream(stream)
-        self._streams.add(current)
+        current = self._current_stream()
+        for stream in self._streams.values():
+            if stream is not current:
+                current.wait_stream(stream)
 
     @torch.no_grad()  # a backward with create_graph=True enables gradients
     def _launch(self, takes: bool = True) -> None:
@@ -335,7 +344,7 @@ class Rounds:
         _, oldest = self._under_way.popleft()
         with self._membership.completing("averaging gradients"):
             oldest.wait()
-        if self._several_streams:  # some of them may belong to another stream, which has not waited
-            current = torch.cuda.current_stream(self._device)
+        if len(self._streams) > 1:  # some of them may belong to another stream, which has not waited
+            current = self._current_stream()
             for t in oldest.kept:
                 t.record_stream(current)

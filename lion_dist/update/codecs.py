@@ -111,7 +111,9 @@ def encode(
     size = torch.where(is_number, m.abs(), 0.0)
     blocks = torch.nn.functional.pad(size, (0, -n % BLOCK)).view(-1, BLOCK)
     largest = blocks.amax(1)
-    scale = ((largest / LARGEST_LEVEL).view(torch.int32) & SCALE_MASK).view(torch.float32)
+    # A tensor on the device: torch multiplies by the inverse of a number of the host on GPUs, which is rounded twice.
+    levels = torch.full((), LARGEST_LEVEL, dtype=torch.float32, device=m.device)
+    scale = ((largest / levels).view(torch.int32) & SCALE_MASK).view(torch.float32)
     scale = torch.where(largest > 0, scale.clamp(min=SMALLEST_SCALE), 0.0)
     inverse = 1 / scale
     short = LARGEST_LEVEL * scale * inverse + 1 < LAST_W

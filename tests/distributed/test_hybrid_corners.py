@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
-from lion_dist import Lion, ShardedLion
+from lion_dist import Lion, ShardedLion, clip_grad_norm_
 from lion_dist.sharding import flag_exchange
 from lion_dist.sharding.exchange import FOOTER
 from tests.asserts import bits, momentum_parts
@@ -105,6 +105,10 @@ def clip_norm(model: nn.Module) -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
+def clip_norm_as_for_lion(model: nn.Module) -> None:
+    clip_grad_norm_(model.parameters(), 1.0)
+
+
 def clip_value(model: nn.Module) -> None:
     nn.utils.clip_grad_value_(model.parameters(), 1.0)
 
@@ -117,7 +121,7 @@ def body_tampered(rank: int, world_size: int) -> None:
     def backward() -> None:
         twins.model(step + 50, rank, world_size).backward()
 
-    for tamper in (scale_by_hand, clip_norm, clip_value):
+    for tamper in (scale_by_hand, clip_norm, clip_norm_as_for_lion, clip_value):
         for call in (twins.optimizer.step, lambda: twins.optimizer.clip_grad_norm_(1.0)):
             backward()
             tamper(twins.model)

@@ -1,11 +1,20 @@
-"""A step over FSDP on the host and the device: one launch, no waiting, whether gradients move or not."""
+"""A step over FSDP on the host and the device: one launch, no waiting, whether gradients move or not. Gradients that
+FSDP2 has moved to the CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
 from benchmarks.measure import device_activity
 from benchmarks.step_alone import TwoSets, local_parts, measure_alone, params_of
+from lion_dist import Lion, clip_grad_norm_
 from tests.asserts import assert_same_as
 from tests.harness import device_of
 from tests.scenarios.fsdp_training import Place, Way, backward
@@ -66,3 +75,28 @@ def body_one_launch(rank: int, world_size: int) -> None:
 def test_one_launch_a_step(tmp_path: Path) -> None:
     """One launch for any groups; and the benchmark of a step by itself finds the same."""
     run_on_gpus(body_one_launch, 2, tmp_path)
+
+
+def body_offloaded(rank: int, world_size: int) -> None:
+    """The group has no backend for tensors on the CPU, as after init_process_group("nccl")."""
+    device = device_of(rank, world_size)
+    group = dist.new_group(backend="nccl")
+    assert group is not None
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 6), torch.randn(4, 8)
+    model(x).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    expected = torch.cat([g.flatten() for g in grads]).norm().item()
+    model.zero_grad()
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cuda"), offload_policy=CPUOffloadPolicy())
+    optimizer = Lion(model.parameters())
+    model(x.to(device)).sum().backward()
+    torch.cuda.synchronize()
+    norms = [optimizer.statistics()["l2_norm/grad/global"], clip_grad_norm_(model.parameters(), 0.5).item()]
+    assert norms == pytest.approx([expected] * 2, rel=1e-5)
+    assert clip_grad_norm_(model.parameters(), 0.5).item() == pytest.approx(0.5, rel=1e-5)
+    assert clip_grad_norm_([], 1.0, [group]).item() == 0
+
+
+def test_clipping_and_statistics_of_offloaded_gradients(tmp_path: Path) -> None:
+    run_on_gpus(body_offloaded, 2, tmp_path)

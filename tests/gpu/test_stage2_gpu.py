@@ -1,12 +1,13 @@
-"""Stage 2 on GPUs over NCCL: the host waits for nothing, and memory does not grow."""
+"""Stage 2 on GPUs over NCCL: the host waits for nothing, memory does not grow, and streams wait for each other."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from tests.harness import device_of
@@ -99,6 +100,44 @@ def body_no_growth(rank: int, world_size: int, reduce_dtype: torch.dtype | None)
 @in_16_bits_too
 def test_no_growth_of_memory(reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
     run_on_gpus(body_no_growth, 2, tmp_path, (reduce_dtype,))
+
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        torch.cuda._sleep(500_000_000)
+        return g.clone()
+
+
+def body_branches_on_two_streams(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:
+    """A bucket is launched when its last gradient arrives, while the other stream has yet to compute its own."""
+    device, numel = device_of(rank, world_size), 1 << 20
+    a, b = (nn.Parameter(torch.zeros(numel, device=device)) for _ in range(2))
+    optimizer = ShardedLion([a, b], lr=0.5, reduce_dtype=reduce_dtype)
+    usual, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    for step in range(1, 4):
+        first = b.sum()  # whose gradient comes last
+        side.wait_stream(usual)
+        with torch.cuda.stream(side):
+            stale = torch.full((numel,), -1.0, device=device)
+            del stale  # a's gradient will lie there
+            second = Slow.apply(a).sum()
+        usual.wait_stream(side)
+        (first + second).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in (("a", a), ("b", b)):
+            assert (p == -0.5 * step).all(), f"{name} after step {step}: {p.detach().unique().tolist()}"
+
+
+@in_16_bits_too
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_branches_on_two_streams(world_size: int, reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
+    run_on_gpus(body_branches_on_two_streams, world_size, tmp_path, (reduce_dtype,))
 
 
 def body_gradients_leave(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lion_dist
 from lion_dist.sharding.param_grads import GradState, ParamGrads
 from lion_dist.sharding.sentinel import Sentinel
 
@@ -137,6 +138,10 @@ def clipped_by_norm_one_by_one(p: nn.Parameter) -> None:
     torch.nn.utils.clip_grad_norm_([p], 1e9, foreach=False)
 
 
+def clipped_by_norm_as_a_parameter_of_lion(p: nn.Parameter) -> None:
+    lion_dist.clip_grad_norm_([p], 1e9)
+
+
 def clipped_by_value(p: nn.Parameter) -> None:
     torch.nn.utils.clip_grad_value_([p], 1e9)
 
@@ -148,8 +153,8 @@ def clipped_by_value_one_by_one(p: nn.Parameter) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        replaced, scaled, zeroed_in_place, clipped_by_norm, clipped_by_norm_one_by_one, clipped_by_value,
-        clipped_by_value_one_by_one,
+        replaced, scaled, zeroed_in_place, clipped_by_norm, clipped_by_norm_one_by_one,
+        clipped_by_norm_as_a_parameter_of_lion, clipped_by_value, clipped_by_value_one_by_one,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("numel", [0, 1, 3])  # a parameter without elements may be the smallest
