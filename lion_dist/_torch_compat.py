@@ -29,7 +29,7 @@ __all__ = [
     "ATEN_TO_COPY", "EXTRA_STATE", "FSDP_FLATTENED", "LAST_LR", "LOCAL_TENSOR", "SPEC", "WRAPPER_PREFIXES",
     "DisableTorchFunctionSubclass", "amp_unscale_", "current_autograd_node", "current_graph_task_id",
     "current_raw_stream", "data_getter", "disable_dynamo", "foreach_add_", "foreach_copy_", "foreach_div_",
-    "foreach_norm", "foreach_zero_", "in_compiled_autograd",
+    "foreach_mul_", "foreach_norm", "foreach_zero_", "in_compiled_autograd",
     "is_traceable_wrapper_subclass", "load_state_dict_post_hooks", "load_state_dict_pre_hooks", "make_wrapper_subclass",
     "never_compiled", "non_persistent_buffers", "post_accumulate_grad_hooks", "profiler_enabled",
     "queue_backward_callback", "recompile_limit", "register_pytree_node", "set_grad_enabled", "state_dict_pre_hooks",
@@ -109,6 +109,7 @@ def post_accumulate_grad_hooks(p: Tensor) -> list[Callable[[Tensor], None]]:
 foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_div_: Callable[..., None] = torch._foreach_div_
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
 foreach_norm: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
 foreach_zero_: Callable[..., None] = torch._foreach_zero_
 
@@ -127,9 +128,8 @@ def tensors_alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 # takes 5 us in every step. A build of torch for CPUs has no such function.
 current_raw_stream: Callable[[int | None], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-# Multiplies tensors by a scalar in float32, in one kernel. lion_dist.clip_grad_norm_ scales gradients by it. It is the
-# function that GradScaler.unscale_ calls: the placeholder for gradients that have been reduced raises an error when it
-# is passed to it, which would not reach the reduced gradients.
+# The function that GradScaler.unscale_ calls. The placeholder for gradients that have been reduced raises an error when
+# it is passed to this function, which would not reach the reduced gradients.
 amp_unscale_: Callable[..., None] = torch._amp_foreach_non_finite_check_and_unscale_
 
 # The function that __torch_function__ receives when code reads ``t.data``. Compare with ==: each access makes a new

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
-from ._torch_compat import DisableTorchFunctionSubclass, amp_unscale_, foreach_norm
+from ._torch_compat import foreach_mul_, foreach_norm
 from .dtensors import local, local_gradients
 from .hyper_values import to_max_norm
 from .meshes import Placing, groups_to_sum, sum_over_meshes
@@ -120,15 +119,18 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
 def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies gradients in place by one scalar, float32, shape (), and rounds each product once.
 
-    On GPUs torch's multiplication by a tensor of shape () rounds it to the gradients' dtype first. With 16 bits the
-    clipped norm could exceed the maximum by 0.2 %. GradScaler's operator does not round, but leaves version counters as
-    they are.
+    On GPUs torch rounds a factor of shape () to the dtype of the other one first. With 16 bits the clipped norm could
+    exceed the maximum by 0.2 %. A factor of shape (1,) takes part in the promotion to float32.
     """
-    if not grads:
-        return
-    with DisableTorchFunctionSubclass():  # a placeholder (sharding/placeholder.py) refuses it in GradScaler's name
-        amp_unscale_(grads, torch.zeros_like(coefficient), coefficient)
-    increment_version(grads)
+
+    def is_rounded(g: Tensor) -> bool:
+        return g.device.type != "cpu" and g.element_size() < coefficient.element_size()
+
+    if usual := [g for g in grads if not is_rounded(g)]:
+        foreach_mul_(usual, coefficient)
+    promoting = coefficient.view(1)
+    for g in filter(is_rounded, grads):
+        g.mul_(promoting if g.dim() else coefficient)
 
 
 def _total(params: Sequence[Tensor], grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -28,12 +28,12 @@ def body_counted(rank: int, world_size: int, precisions: Sequence[Precision]) ->
 
 def test_what_is_held_is_what_the_document_says(tmp_path: Path) -> None:
     """In the precision that has every kind of state."""
-    run_ranks(body_counted, 2, tmp_path, (PRECISIONS[-1:],))
+    run_ranks(body_counted, 2, tmp_path, (PRECISIONS[-1:],), on_cpu=True)
 
 
 @pytest.mark.exhaustive
 def test_what_is_held_in_every_precision(tmp_path: Path) -> None:
-    run_ranks(body_counted, 2, tmp_path, (PRECISIONS,))
+    run_ranks(body_counted, 2, tmp_path, (PRECISIONS,), on_cpu=True)
 
 
 def test_the_tables_of_the_document_are_the_arithmetic() -> None:
