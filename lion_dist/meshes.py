@@ -288,6 +288,20 @@ def groups_to_sum(
     return found
 
 
+def device_without_tensors() -> torch.device:
+    """Where a rank that has no tensors makes the numbers that it exchanges: where other ranks are likely to."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def reduced_over(
+    groups: Iterable[dist.ProcessGroup], own: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """Reduces a tensor over one group after another; a collective call for their ranks."""
+    for group in groups:
+        own = all_reduced(own, group, op)
+    return own
+
+
 def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
     """The sum over all ranks of all meshes, each element counting once; a collective call for the ranks of the meshes.
 
@@ -304,7 +318,5 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
         by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
     for mesh, of_mesh in by_mesh.items():
         if mesh is not None:
-            for dimension in range(mesh.ndim):
-                of_mesh = all_reduced(of_mesh, mesh.get_group(dimension))
-            by_mesh[mesh] = of_mesh
+            by_mesh[mesh] = reduced_over(map(mesh.get_group, range(mesh.ndim)), of_mesh)
     return torch.stack(list(by_mesh.values())).sum(0)

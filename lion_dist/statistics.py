@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .members import Members
-from .meshes import Placing, groups_to_sum, sum_over_meshes
+from .meshes import Placing, device_without_tensors, groups_to_sum, reduced_over, sum_over_meshes
 from .param_groups import Group, names_of
-from .sharding.collectives import all_reduced
 from .update import sums
 from .update.backends.batch import Prepared
 from .update.hypers import HyperTables, StepHypers
@@ -166,8 +165,7 @@ def check_same_names(names: Sequence[str], process_groups: Sequence[dist.Process
         return
     number = zlib.crc32("\n".join(names).encode())
     largest = torch.tensor([number, -number], dtype=torch.int64, device=device)
-    for group in process_groups:
-        largest = all_reduced(largest, group, dist.ReduceOp.MAX)
+    largest = reduced_over(process_groups, largest, dist.ReduceOp.MAX)
     if largest[0] != -largest[1]:
         raise ValueError(
             f"the ranks of process_groups give numbers for different names, here {list(names)[:5]}: they must be the "
@@ -197,9 +195,8 @@ def local_statistics(
     rows = Rows.find(groups, params, by)
     process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, prepared)], groups, hypers, None, rows, flips)}
-    device = [*(p.device for p in prepared.tensors.params), torch.device("cpu")][0]
+    device = next((p.device for p in prepared.tensors.params), None) or device_without_tensors()
     check_same_names(rows.names, process_groups, device)
     total = sum_over_meshes((placing, own.to(device)) for placing, own in of_placings.items())
-    for group in process_groups:
-        total = all_reduced(total, group)
+    total = reduced_over(process_groups, total)
     return name_numbers(rows.names, total.cpu())

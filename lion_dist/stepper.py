@@ -14,7 +14,7 @@ from .clipping import Clipping
 from .dtensors import local
 from .grad_source import GradSource
 from .intake import FrozenParams
-from .meshes import Placing, groups_to_sum, sum_over_meshes
+from .meshes import Placing, groups_to_sum, reduced_over, sum_over_meshes
 from .mismatch import mismatch, refusal
 from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
@@ -303,8 +303,7 @@ class Stepper:
     def agree_on(self, total: Tensor, process_groups: Sequence[dist.ProcessGroup]) -> None:
         """Sums over further groups, in place, and gives every rank the same bits."""
         with self._membership.collective() as own:
-            for group in process_groups:
-                all_reduce_sum(total, group)
+            total.copy_(reduced_over(process_groups, total))
             # Groups may add in other orders, and ranks whose coefficients differ by a bit make no step.
             broadcast_from_first([total], own)
 

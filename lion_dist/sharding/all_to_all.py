@@ -53,7 +53,7 @@ def average_rows(outputs: Sequence[Tensor], rows: Tensor, adds: bool) -> None:
         rows: bfloat16, shape (world_size, elements of all outputs).
         adds: whether averages are added to the outputs.
     """
-    # A tensor on the device: torch multiplies by the inverse of a number of the host on GPUs, which is rounded twice.
+    # On GPUs torch multiplies by the reciprocal of a Python number, which rounds twice; by a tensor it divides.
     world_size = torch.full((), float(len(rows)), dtype=torch.float32, device=rows.device)
     for columns, output in zip(rows.split([t.numel() for t in outputs], dim=1), outputs, strict=True):
         total = torch.empty_like(output) if adds else output
@@ -136,11 +136,6 @@ class AllToAllAverage:
         halves, shape = self._halves[bucket], (self._membership.group.size(), self._row_numels[bucket])
         sent, received = (torch.empty(shape, dtype=torch.bfloat16, device=self._device) for _ in range(2))
         halves.round(sent, inputs)
-        if sent.is_cuda:  # the caller drops them, though some may belong to another stream
-            current = torch.cuda.current_stream(self._device)
-            for t in inputs:
-                if t is not None:
-                    t.record_stream(current)
         with self._membership.collective() as group:
             work = start_all_to_all(received, sent, group)
         return _Exchange(self._membership, work, sent, received, lambda: halves.average(received, adds))

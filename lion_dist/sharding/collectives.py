@@ -151,15 +151,22 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
-def all_reduced(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """A tensor that is reduced over the group, on the device of ``tensor``, which is unchanged.
+def all_reduced(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduces a tensor over the group, on a device for which the group has a backend, and leaves it as it is.
 
-    It travels on a device of the group: NCCL has none for the sum over gradients that FSDP has moved to the CPU.
+    NCCL has none for the CPU, where FSDP2 may keep gradients. The tensor then travels on the current GPU.
+
+    Returns:
+        The result, on the device of ``tensor``; ``tensor`` itself in a group of one rank.
     """
+    if group.size() == 1:
+        return tensor
     types = device_types(group)
-    device = tensor.device if tensor.device.type in types else torch.device(min(types - {"cpu"}, default="cpu"))
+    device = tensor.device
+    if device.type not in types:
+        device = torch.device("cpu" if "cpu" in types else min(types))
     sent = tensor.to(device, copy=True)
-    dist.all_reduce(sent, op=op, group=group)
+    dist.all_reduce(sent, op, group=group)
     return sent.to(tensor.device)
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum, auto
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
 from ..dtensors import changes_of, is_dtensor, local, local_gradients, place_gradient
@@ -114,8 +115,13 @@ class ParamGrads:
         if state is GradState.REDUCED:
             self.states[i] = GradState.SPLIT
 
-    def take(self, indices: Iterable[int]) -> list[Tensor | None]:
+    def take(self, indices: Iterable[int], stream: torch.cuda.Stream | None = None) -> list[Tensor | None]:
         """Takes gradients out of ``p.grad``, whose states become ``REDUCED``.
+
+        Args:
+            indices: of the parameters.
+            stream: the current one, on which the caller will read them: their memory may belong to another. None on
+                CPUs.
 
         Returns:
             For each parameter its gradient, of a DTensor what this rank holds, 1-D in the parameter's memory order, or
@@ -136,6 +142,8 @@ class ParamGrads:
                 self._records.pop(i, None)
             if grad.requires_grad:  # after create_graph=True; whoever keeps the gradient shall not keep its graph
                 grad = grad.detach()
+            if stream is not None:
+                (local(grad) if self.sharded else grad).record_stream(stream)
             if self.sharded:
                 (grad,), p = local_gradients([p], [grad]), local(p)
             if grad.is_contiguous() and p.is_contiguous() and grad.shape == p.shape:

@@ -15,12 +15,15 @@ IN_FLIGHT buckets are under way, so that what is kept takes bounded memory. Whoe
 `Rounds.finish` first.
 
 [Note: Streams]
-Autograd calls the hook of a parameter on the stream on which the forward first used it, which is another one for a
-branch of the model that overlaps with the rest. FSDP2 finishes gradients, and calls hooks, on a stream of its own. A
-bucket is launched on the stream that is current when its last gradient arrives, or on that of the backward, when it
-ends, or of the step. So every launch and every `finish` makes its stream wait for the others on which gradients have
-arrived or buckets have been launched. FSDP2's stream waits for the backward's before each reduction anyway, and so
-nothing is slower for it.
+Autograd computes a gradient, and calls its hook, on the stream on which the forward first used the parameter. A branch
+of the model may have a stream of its own, and FSDP2 has one for gradients. A bucket is launched on the stream that is
+current when its last gradient arrives, or on that of the backward, when it ends, or of the step. So every launch and
+every `finish` makes its stream wait for the others on which gradients have arrived or buckets have been launched.
+FSDP2's stream waits for the backward's before each reduction anyway, and nothing is slower for it. Branches wait for
+each other at every bucket.
+
+The memory of a tensor may be used again on the stream on which it was allocated, once it has been freed. So tensors are
+recorded on every other stream that reads them, or that waits for a collective to read them.
 """
 
 from __future__ import annotations
@@ -145,11 +148,13 @@ class Rounds:
         self._seen: list[int] | None = []  # the order in which gradients arrive; None once buckets follow it
 
         self._has_streams = self._device.type == "cuda"
-        self._streams: dict[int, torch.cuda.Stream] = {}  # with work of this round, by number; see [Note: Streams]
+        # Those for which the next launch has to wait, by number; see [Note: Streams].
+        self._streams: dict[int, torch.cuda.Stream] = {}
 
         self._launched = 0  # number of buckets of the current round
         self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
-        self._under_way: deque[tuple[int, UnderWay]] = deque()  # with the index of the bucket
+        # With the index of the bucket and the stream that launched it.
+        self._under_way: deque[tuple[int, torch.cuda.Stream | None, UnderWay]] = deque()
         self._set_order([])
 
     # Buckets ------------------------------------------------------------------------------------
@@ -211,7 +216,6 @@ class Rounds:
             expected: the parameters for whose gradients their buckets wait.
         """
         self.finish()
-        self._streams.clear()
         self.state = RoundState.OPEN
         self._launched = 0
         self._awaited = [set(bucket).intersection(expected) for bucket in self._buckets]
@@ -221,7 +225,7 @@ class Rounds:
         gradient whose bucket has been launched stays in ``p.grad``."""
         if self._seen is not None:
             self._seen.append(i)
-        if self._has_streams:
+        if self._has_streams and current_stream_number(self._device) not in self._streams:
             self._current_stream()
         bucket = self._bucket_of[i]
         if bucket < self._launched:
@@ -260,21 +264,27 @@ class Rounds:
             self._finish_oldest()
 
     def _current_stream(self) -> torch.cuda.Stream:
-        """The current stream, which has work of this round from now on."""
+        """The current stream, for which the next launch will wait."""
         number = current_stream_number(self._device)
-        stream = self._streams.get(number)
-        if stream is None:
-            stream = self._streams[number] = torch.cuda.current_stream(self._device)
-        return stream
+        if number not in self._streams:
+            self._streams[number] = torch.cuda.current_stream(self._device)
+        return self._streams[number]
 
-    def _join_streams(self) -> None:
-        """Makes the current stream wait for the others of this round. See [Note: Streams]."""
+    def _join_streams(self) -> torch.cuda.Stream | None:
+        """Makes the current stream wait for the others. See [Note: Streams].
+
+        Returns:
+            The current stream, which has the work of all from now on; None on CPUs.
+        """
         if not self._has_streams:
-            return
+            return None
         current = self._current_stream()
-        for stream in self._streams.values():
-            if stream is not current:
-                current.wait_stream(stream)
+        if len(self._streams) > 1:
+            for stream in self._streams.values():
+                if stream is not current:
+                    current.wait_stream(stream)
+            self._streams = {current.cuda_stream: current}
+        return current
 
     @torch.no_grad()  # a backward with create_graph=True enables gradients
     def _launch(self, takes: bool = True) -> None:
@@ -286,11 +296,11 @@ class Rounds:
 
     def _send(self, bucket: Sequence[int], takes: bool) -> None:
         number = self._launched
-        self._join_streams()
+        stream = self._join_streams()
         self._launched += 1
         if self._launched == len(self._buckets):
             self.state = RoundState.LAUNCHED
-        grads = self._local.take(bucket) if takes else [None] * len(bucket)
+        grads = self._local.take(bucket, stream) if takes else [None] * len(bucket)
         inputs: list[Tensor | None] = []
         tails: list[Tensor] = []
         staged: list[Tensor] = []
@@ -314,7 +324,7 @@ class Rounds:
             return
         while len(self._under_way) >= IN_FLIGHT:
             self._finish_oldest()
-        self._under_way.append((number, self._average.start(number, inputs, self.has_averages)))
+        self._under_way.append((number, stream, self._average.start(number, inputs, self.has_averages)))
 
     def _check(self, bucket: Sequence[int]) -> None:
         """Raises TypeError for gradients that cannot be reduced into their shards."""
@@ -340,11 +350,9 @@ class Rounds:
         )
 
     def _finish_oldest(self) -> None:
-        # The current stream waits, on which the memory of the tensors that this frees will be used again.
-        _, oldest = self._under_way.popleft()
+        _, launched_on, oldest = self._under_way.popleft()
         with self._membership.completing("averaging gradients"):
             oldest.wait()
-        if len(self._streams) > 1:  # some of them may belong to another stream, which has not waited
-            current = self._current_stream()
+        if self._has_streams and (current := self._current_stream()) != launched_on:
             for t in oldest.kept:
                 t.record_stream(current)

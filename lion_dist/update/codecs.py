@@ -111,7 +111,7 @@ def encode(
     size = torch.where(is_number, m.abs(), 0.0)
     blocks = torch.nn.functional.pad(size, (0, -n % BLOCK)).view(-1, BLOCK)
     largest = blocks.amax(1)
-    # A tensor on the device: torch multiplies by the inverse of a number of the host on GPUs, which is rounded twice.
+    # On GPUs torch multiplies by the reciprocal of a Python number, which rounds twice; by a tensor it divides.
     levels = torch.full((), LARGEST_LEVEL, dtype=torch.float32, device=m.device)
     scale = ((largest / levels).view(torch.int32) & SCALE_MASK).view(torch.float32)
     scale = torch.where(largest > 0, scale.clamp(min=SMALLEST_SCALE), 0.0)

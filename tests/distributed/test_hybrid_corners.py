@@ -266,14 +266,20 @@ def body_one_raises(rank: int, world_size: int) -> float:
 
 
 def body_unfrozen_unlike(rank: int, world_size: int) -> None:
-    """On one replica only. The host waits, as on CPUs, and every rank refuses the step before a collective fails."""
-    twins = Twins(Case(), mesh_of(2, 2))
-    twins.step(0)
-    frozen = twins.model.get_parameter("units.first.frozen")
-    frozen.requires_grad_(rank >= 2)
-    twins.model(1, rank, world_size).backward()
-    with refused(twins.model, ValueError, r"after unfreezing.*requires_grad"):
-        twins.optimizer.step()
+    """On one replica only. Where the host waits, as on CPUs, every rank refuses the step before a collective fails."""
+    for waits in (True, False):
+        twins = twins_for_failures(Case())
+        twins.step(0)  # learns the order of gradients, for which the host waits
+        twins.step(1)
+        frozen = twins.model.get_parameter("units.first.frozen")
+        frozen.requires_grad_(rank >= 2)
+        twins.model(2, rank, world_size).backward()
+        with pytest.MonkeyPatch.context() as patch:
+            if not waits:
+                patch.setattr(flag_exchange, "WAITING_DEVICES", frozenset())
+            kind, match = (ValueError, r"after unfreezing.*requires_grad") if waits else (RuntimeError, "were unfrozen")
+            with refused(twins.model, kind, match):
+                twins.optimizer.step()
 
 
 @spawn_only
@@ -283,14 +289,14 @@ def test_no_sync_left_out(waits: bool, tmp_path: Path) -> None:
     assert max(seconds) < 5 * SHORT.total_seconds()
 
 
-def body_unlike_and_one_raises(rank: int, world_size: int) -> float:
-    body_unfrozen_unlike(rank, world_size)
-    return body_one_raises(rank, world_size)
+@spawn_only
+def test_unfrozen_unlike(tmp_path: Path) -> None:
+    run_ranks(body_unfrozen_unlike, 4, tmp_path, timeout=SHORT, on_cpu=True)
 
 
 @spawn_only
-def test_unfrozen_unlike_and_one_rank_raises(tmp_path: Path) -> None:
-    seconds = run_ranks(body_unlike_and_one_raises, 4, tmp_path, timeout=SHORT, on_cpu=True)
+def test_one_rank_raises(tmp_path: Path) -> None:
+    seconds = run_ranks(body_one_raises, 4, tmp_path, timeout=SHORT, on_cpu=True)
     assert max(seconds) < 5 * SHORT.total_seconds()
 
 

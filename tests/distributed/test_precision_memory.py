@@ -27,7 +27,7 @@ def body_counted(rank: int, world_size: int, precisions: Sequence[Precision]) ->
 
 
 def test_what_is_held_is_what_the_document_says(tmp_path: Path) -> None:
-    """In the precision that has every kind of state."""
+    """In the precision that has every kind of state. What is counted are tensors on the CPU."""
     run_ranks(body_counted, 2, tmp_path, (PRECISIONS[-1:],), on_cpu=True)
 
 

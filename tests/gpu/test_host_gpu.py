@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure import device_activity
 from lion_dist import Lion
+from lion_dist.sharding.replicas import DeferredCheck
 from lion_dist.update.segments import TILE
 
 from .common import BF16, F32, GPU, Twins, needs_gpu, no_host_synchronisation, reuse_freed_memory
@@ -284,3 +285,15 @@ def test_gradients_refilled_in_place() -> None:
             q.grad.fill_(number - 1)
         twins.step()
     twins.assert_equal()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_numbers_of_ranks_on_another_gpu_than_the_current_one() -> None:
+    """The host waits until they have been copied, though nothing runs on the current GPU."""
+    numbers = torch.tensor([1, 2], device="cuda:1")
+    with torch.cuda.device(1):
+        torch.cuda._sleep(SLOW)
+    comparison = DeferredCheck()
+    comparison.compare(numbers, lambda: "step 3")
+    with pytest.raises(ValueError, match=r"ranks \[1\] of the group step 3"):
+        comparison.check(all=True)

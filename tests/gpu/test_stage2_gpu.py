@@ -123,9 +123,9 @@ def body_branches_on_two_streams(rank: int, world_size: int, reduce_dtype: torch
         first = b.sum()  # whose gradient comes last
         side.wait_stream(usual)
         with torch.cuda.stream(side):
-            stale = torch.full((numel,), -1.0, device=device)
-            del stale  # a's gradient will lie there
             second = Slow.apply(a).sum()
+            stale = torch.full((numel,), -1.0, device=device)
+            del stale  # a's gradient may lie there
         usual.wait_stream(side)
         (first + second).backward()
         optimizer.step()

@@ -1,0 +1,117 @@
+"""Which streams of a GPU wait for which, and on which the memory of gradients is recorded. The streams are acted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lion_dist import ShardedLion
+from lion_dist.sharding import rounds
+
+USUAL, SIDE, OTHER = range(3)
+
+
+@dataclass
+class Acted:
+    """Streams that note what is asked of them.
+
+    Attributes:
+        current: number of the current stream.
+        waits: pairs of numbers: the stream that waited, and the one it waited for.
+        recorded: numbers of elements of tensors, with the stream on which each was recorded.
+    """
+
+    current: int = USUAL
+    waits: list[tuple[int, int]] = field(default_factory=list)
+    recorded: set[tuple[int, int]] = field(default_factory=set)
+
+    def stream(self) -> AStream:
+        return AStream(self, self.current)
+
+
+@dataclass
+class AStream:
+    acted: Acted
+    cuda_stream: int
+
+    def wait_stream(self, other: AStream) -> None:
+        self.acted.waits.append((self.cuda_stream, other.cuda_stream))
+
+
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Acted]:
+    """In a group of one rank."""
+    found = Acted()
+    monkeypatch.setattr(rounds, "current_stream_number", lambda device: found.current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found.stream())
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, on: found.recorded.add((t.numel(), on.cuda_stream)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield found
+    dist.destroy_process_group()
+
+
+class On(torch.autograd.Function):
+    """Makes a stream current in the backward, as autograd does before it accumulates a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, acted: Acted, number: int) -> Tensor:
+        ctx.found = acted, number
+        return p.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        acted, number = ctx.found
+        acted.current = number
+        return g.clone(), None, None
+
+
+def make(*sizes: int, bucket_mb: float = 256) -> tuple[list[nn.Parameter], ShardedLion]:
+    params = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = ShardedLion(params, lr=0.5, bucket_mb=bucket_mb)
+    source: Any = optimizer._stepper._grads
+    source._reducer._rounds._has_streams = True
+    return params, optimizer
+
+
+def step(acted: Acted, params: list[nn.Parameter], streams: list[int], optimizer: ShardedLion) -> None:
+    """Gradients arrive in the parameters' order: autograd begins with what the forward has made last."""
+    branches = [On.apply(p, acted, number) for p, number in reversed([*zip(params, streams, strict=True)])]
+    torch.cat(branches).sum().backward()
+    acted.current = USUAL
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_bucket_waits_for_every_stream_that_has_its_gradients(acted: Acted) -> None:
+    """A parameter of 5 elements is copied by the launch and dropped."""
+    params, optimizer = make(256, 5, 384)
+    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
+    # The step waits once, for the stream of the launch, which has waited for the other one.
+    assert acted.waits == [(SIDE, OTHER), (USUAL, SIDE)]
+    assert {(256, SIDE), (5, SIDE), (384, SIDE)} <= acted.recorded
+    assert {(256, USUAL), (384, USUAL)} <= acted.recorded
+    for p in params:
+        assert (p == -0.5).all()
+
+
+def test_buckets_that_are_launched_on_several_streams(acted: Acted) -> None:
+    params, optimizer = make(256, 384, 512, bucket_mb=1e-4)
+    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
+    acted.waits.clear()
+    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
+    assert acted.waits == [(SIDE, USUAL), (OTHER, SIDE), (SIDE, OTHER), (USUAL, SIDE)]
+
+
+def test_one_stream_waits_for_nothing(acted: Acted) -> None:
+    params, optimizer = make(256, 5)
+    for _ in range(3):
+        step(acted, params, [USUAL, USUAL], optimizer)
+    assert not acted.waits
+    assert {number for _, number in acted.recorded} == {USUAL}
