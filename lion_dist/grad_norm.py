@@ -104,7 +104,7 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
     process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     counted = local_gradients(params, [p.grad for p in params])
     devices = {g.device for g in counted if g is not None} or {local(p).device for p in params}
-    devices = devices or {device_without_tensors()}
+    devices = devices or {device_without_tensors(process_groups)}
     if len(devices) > 1:
         raise ValueError(f"gradients are on {', '.join(sorted(map(str, devices)))}; expected one device")
     total = reduced_over(process_groups, _total(params, counted, devices.pop()))

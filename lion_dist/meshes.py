@@ -21,7 +21,7 @@ from .dtensors import is_dtensor, local, placed_like
 from .frozen import is_freed, takes_part
 from .sharding.box_tensor import BoxTensor
 from .sharding.boxes import Box
-from .sharding.collectives import all_reduced
+from .sharding.collectives import all_reduced, device_types
 
 
 class Placing(NamedTuple):
@@ -288,9 +288,12 @@ def groups_to_sum(
     return found
 
 
-def device_without_tensors() -> torch.device:
-    """Where a rank that has no tensors makes the numbers that it exchanges: where other ranks are likely to."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def device_without_tensors(groups: Iterable[dist.ProcessGroup]) -> torch.device:
+    """Where a rank that has no tensors makes the numbers that it exchanges: where those of other ranks probably lie."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and any(accelerator.type in device_types(group) for group in groups):
+        return accelerator
+    return torch.device("cpu")
 
 
 def reduced_over(
@@ -318,5 +321,6 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
         by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
     for mesh, of_mesh in by_mesh.items():
         if mesh is not None:
-            by_mesh[mesh] = reduced_over(map(mesh.get_group, range(mesh.ndim)), of_mesh)
+            sent = of_mesh.to(mesh.device_type)  # on all of its ranks alike, though FSDP2 may keep gradients on the CPU
+            by_mesh[mesh] = reduced_over(map(mesh.get_group, range(mesh.ndim)), sent).to(of_mesh.device)
     return torch.stack(list(by_mesh.values())).sum(0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .dtensors import local
-from .meshes import Placing, groups_to_sum
+from .meshes import Placing, device_without_tensors, groups_to_sum
 from .param_groups import hyper_parameters
 from .sharded_access import agreeing, check_last_steps, params_of, refuse_offloaded
 from .statistics import Groups, Rows, check_arguments, check_same_names, name_numbers
@@ -35,7 +35,7 @@ def sharded_statistics(optimizer: ShardedLion, by: str, flips: bool, process_gro
     rows = Rows.find(groups, [p for params, _ in measured for p in params], by)
     sums = stepper.kept_signs.add_up(measured, groups, hypers, scale, rows, flips) or {Placing(): rows.zeros()}
     params = measured[0][0] if measured else params_of(optimizer)
-    device = local(params[0]).device if params else torch.device("cpu")
+    device = local(params[0]).device if params else device_without_tensors([stepper.group, *process_groups])
     check_same_names(rows.names, process_groups, device)
     total = stepper.total({placing: of_placing.to(device) for placing, of_placing in sums.items()}, stepper.group)
     assert total is not None  # there is a placing

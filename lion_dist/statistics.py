@@ -195,7 +195,7 @@ def local_statistics(
     rows = Rows.find(groups, params, by)
     process_groups = groups_to_sum(process_groups, map(Placing.of, params))
     of_placings = {Placing(): rows.zeros(), **kept.add_up([(params, prepared)], groups, hypers, None, rows, flips)}
-    device = next((p.device for p in prepared.tensors.params), None) or device_without_tensors()
+    device = next((p.device for p in prepared.tensors.params), None) or device_without_tensors(process_groups)
     check_same_names(rows.names, process_groups, device)
     total = sum_over_meshes((placing, own.to(device)) for placing, own in of_placings.items())
     total = reduced_over(process_groups, total)

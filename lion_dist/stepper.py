@@ -14,7 +14,7 @@ from .clipping import Clipping
 from .dtensors import local
 from .grad_source import GradSource
 from .intake import FrozenParams
-from .meshes import Placing, groups_to_sum, reduced_over, sum_over_meshes
+from .meshes import Placing, device_without_tensors, groups_to_sum, reduced_over, sum_over_meshes
 from .mismatch import mismatch, refusal
 from .param_groups import Group, kept_form, state_columns, warn
 from .param_sync import ParamSync, Part, Step
@@ -350,7 +350,8 @@ def clip_together(
     if totals := [m.total for m in measured if m.total is not None]:
         total = torch.stack(totals).sum()
     else:
-        device = next((local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]), "cpu")
+        there = [local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]]
+        device = there[0] if there else device_without_tensors([widest.group, *process_groups])
         total = torch.zeros((), dtype=torch.float64, device=device)
     sharded = [shard for stepper, _, _ in clipped for shard in stepper.shards if shard.placing.mesh is not None]
     if process_groups or (totals and (len(clipped) > 1 or sharded)):

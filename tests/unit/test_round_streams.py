@@ -72,9 +72,9 @@ class On(torch.autograd.Function):
         return g.clone(), None, None
 
 
-def make(*sizes: int, bucket_mb: float = 256) -> tuple[list[nn.Parameter], ShardedLion]:
+def make(*sizes: int, **options: Any) -> tuple[list[nn.Parameter], ShardedLion]:
     params = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    optimizer = ShardedLion(params, lr=0.5, bucket_mb=bucket_mb)
+    optimizer = ShardedLion(params, lr=0.5, **options)
     source: Any = optimizer._stepper._grads
     source._reducer._rounds._has_streams = True
     return params, optimizer
@@ -89,24 +89,32 @@ def step(acted: Acted, params: list[nn.Parameter], streams: list[int], optimizer
     optimizer.zero_grad()
 
 
-def test_a_bucket_waits_for_every_stream_that_has_its_gradients(acted: Acted) -> None:
-    """A parameter of 5 elements is copied by the launch and dropped."""
-    params, optimizer = make(256, 5, 384)
+in_16_bits_too = pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])
+
+
+@in_16_bits_too
+def test_a_bucket_waits_for_every_stream_that_has_its_gradients(acted: Acted, reduce_dtype: torch.dtype | None) -> None:
+    """A parameter of 5 elements is copied by the launch and dropped; 128 are sent in its place."""
+    params, optimizer = make(256, 5, 384, reduce_dtype=reduce_dtype)
     step(acted, params, [SIDE, OTHER, SIDE], optimizer)
     # The step waits once, for the stream of the launch, which has waited for the other one.
     assert acted.waits == [(SIDE, OTHER), (USUAL, SIDE)]
-    assert {(256, SIDE), (5, SIDE), (384, SIDE)} <= acted.recorded
-    assert {(256, USUAL), (384, USUAL)} <= acted.recorded
+    kept = {256, 384, 128} if reduce_dtype is None else {256 + 384 + 128}
+    assert acted.recorded == {(256, SIDE), (5, SIDE), (384, SIDE), *((numel, USUAL) for numel in kept)}
     for p in params:
         assert (p == -0.5).all()
 
 
-def test_buckets_that_are_launched_on_several_streams(acted: Acted) -> None:
-    params, optimizer = make(256, 384, 512, bucket_mb=1e-4)
+@in_16_bits_too
+def test_buckets_that_are_launched_on_several_streams(acted: Acted, reduce_dtype: torch.dtype | None) -> None:
+    params, optimizer = make(256, 384, 512, bucket_mb=1e-4, reduce_dtype=reduce_dtype)
     step(acted, params, [SIDE, OTHER, SIDE], optimizer)
     acted.waits.clear()
+    acted.recorded.clear()
     step(acted, params, [SIDE, OTHER, SIDE], optimizer)
     assert acted.waits == [(SIDE, USUAL), (OTHER, SIDE), (SIDE, OTHER), (USUAL, SIDE)]
+    # Two buckets are under way. The launch of the third finishes the first, on the stream that launched it.
+    assert acted.recorded == {(256, SIDE), (384, OTHER), (512, SIDE), (384, USUAL), (512, USUAL)}
 
 
 def test_one_stream_waits_for_nothing(acted: Acted) -> None:
