@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lion_dist import Lion, ShardedLion, clip_grad_norm_
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks
-from tests.scenarios.hybrid import BF16, F32, FEW, Case, check_whole, local, mesh_of, train_case
+from tests.scenarios.hybrid import BF16, F32, FEW, Case, body_cases, check_whole, local, mesh_of
 
 MASTER, EIGHT = {"master_weights": True}, {"momentum_dtype": "int8"}
 
@@ -59,13 +59,6 @@ def every_case() -> list[Case]:
     cases += [replace(case, reduce_dtype=BF16) for case in cases if case.stage == 2]
     apart = [Case(2, sync, accumulate=way, use="apart") for sync in ("params", "signs") for way in ("", "both")]
     return cases + apart
-
-
-def body_cases(rank: int, world_size: int, cases: dict[tuple[int, int], list[Case]], steps: int) -> None:
-    for (replicas, shards), of_mesh in cases.items():
-        mesh = mesh_of(replicas, shards)
-        for case in of_mesh:
-            train_case(case, mesh, steps)
 
 
 @pytest.mark.parametrize("world_size", [3, 4])

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lion_dist import ShardedLion
 from tests.harness import device_of
+from tests.scenarios.hybrid import Case, body_cases
 
-from .common import needs_gpu, run_on_gpus
+from .common import BF16, needs_gpu, run_on_gpus
 
 pytestmark = needs_gpu
 
@@ -138,6 +139,39 @@ def body_branches_on_two_streams(rank: int, world_size: int, reduce_dtype: torch
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_branches_on_two_streams(world_size: int, reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
     run_on_gpus(body_branches_on_two_streams, world_size, tmp_path, (reduce_dtype,))
+
+
+def body_memory_of_a_branch(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:
+    """The stream that launches a bucket is held up, and has yet to read the gradients of a branch on another stream,
+    which asks for memory meanwhile. A parameter of 5 elements is copied by the launch, and its gradient dropped."""
+    device, sizes = device_of(rank, world_size), (5, 1 << 20)
+    params = [nn.Parameter(torch.zeros(numel, device=device)) for numel in (*sizes, 1 << 20)]
+    optimizer = ShardedLion(params, lr=0.5, reduce_dtype=reduce_dtype)
+    usual, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    for step in range(1, 4):
+        last = Slow.apply(params[-1]).sum()
+        side.wait_stream(usual)
+        with torch.cuda.stream(side):
+            branch = sum(p.sum() for p in params[:-1])
+        usual.wait_stream(side)
+        (last + branch).backward()
+        with torch.cuda.stream(side):
+            _ = [torch.full((numel,), -1.0, device=device) for numel in sizes for _ in range(64 if numel == 5 else 4)]
+        optimizer.step()
+        optimizer.zero_grad()
+        for number, p in enumerate(params):
+            assert (p == -0.5 * step).all(), f"{number} after step {step}: {p.detach().unique().tolist()}"
+
+
+@in_16_bits_too
+def test_memory_of_a_branch(reduce_dtype: torch.dtype | None, tmp_path: Path) -> None:
+    run_on_gpus(body_memory_of_a_branch, 1, tmp_path, (reduce_dtype,))
+
+
+def test_over_fsdp2(tmp_path: Path) -> None:
+    """Gradients come on FSDP2's stream, and are those of one process."""
+    cases = [Case(clip=5.0), Case(accumulate="optimizer", reduce_dtype=BF16)]
+    run_on_gpus(body_cases, 2, tmp_path, ({(2, 1): cases, (1, 2): cases}, 3))
 
 
 def body_gradients_leave(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> None:

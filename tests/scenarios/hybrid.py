@@ -7,7 +7,7 @@ Every rank of the mesh has a part of the batch of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -339,6 +339,14 @@ def train_case(case: Case, mesh: DeviceMesh, steps: int) -> None:
         twins.check_state("in the end")
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def body_cases(rank: int, world_size: int, cases: Mapping[tuple[int, int], Sequence[Case]], steps: int) -> None:
+    """Cases by their meshes of all ranks: (replicas, shards)."""
+    for (replicas, shards), of_mesh in cases.items():
+        mesh = mesh_of(replicas, shards)
+        for case in of_mesh:
+            train_case(case, mesh, steps)
 
 
 @contextmanager
