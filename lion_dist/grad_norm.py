@@ -117,18 +117,18 @@ def _clip_parameters(params: Sequence[Any], max_norm: float, process_groups: Ite
 def _scale(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies gradients in place by one scalar, float32, shape (), and rounds each product once.
 
-    On GPUs torch rounds a factor of shape () to the dtype of a tensor that has dimensions. In 16 bits it is then off by
-    up to 0.2 %. Where both have dimensions, or neither has, types are promoted: the product is one of float32.
+    On GPUs torch rounds a factor of shape () to the dtype of a tensor that has dimensions. In bfloat16 the factor is
+    then off by up to 0.2 %. Where both have dimensions, or neither has, torch promotes and multiplies in float32.
     """
-    wide: list[Tensor] = []
+    together: list[Tensor] = []
     of_one_dimension = coefficient.view(1)
     for g in grads:
         if g.device.type == "cpu" or g.element_size() >= coefficient.element_size():
-            wide.append(g)
+            together.append(g)
         else:
             g.mul_(of_one_dimension if g.dim() else coefficient)
-    if wide:
-        foreach_mul_(wide, coefficient)
+    if together:
+        foreach_mul_(together, coefficient)
 
 
 def _total(params: Sequence[Tensor], grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -289,7 +289,8 @@ def groups_to_sum(
 
 
 def device_without_tensors(groups: Iterable[dist.ProcessGroup]) -> torch.device:
-    """Where a rank that has no tensors makes the numbers that it exchanges: where those of other ranks probably lie."""
+    """The device on which a rank without tensors makes the numbers that it exchanges over these groups: the accelerator
+    if one of the groups has a backend for it, since the tensors of the other ranks are probably there, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and any(accelerator.type in device_types(group) for group in groups):
         return accelerator
@@ -321,6 +322,6 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
         by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
     for mesh, of_mesh in by_mesh.items():
         if mesh is not None:
-            sent = of_mesh.to(mesh.device_type)  # on all of its ranks alike, though FSDP2 may keep gradients on the CPU
+            sent = of_mesh.to(mesh.device_type)  # the same on all of its ranks; FSDP2 may keep gradients on the CPU
             by_mesh[mesh] = reduced_over(map(mesh.get_group, range(mesh.ndim)), sent).to(of_mesh.device)
     return torch.stack(list(by_mesh.values())).sum(0)

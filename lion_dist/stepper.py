@@ -350,8 +350,8 @@ def clip_together(
     if totals := [m.total for m in measured if m.total is not None]:
         total = torch.stack(totals).sum()
     else:
-        there = [local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]]
-        device = there[0] if there else device_without_tensors([widest.group, *process_groups])
+        devices = [local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]]
+        device = devices[0] if devices else device_without_tensors([widest.group, *process_groups])
         total = torch.zeros((), dtype=torch.float64, device=device)
     sharded = [shard for stepper, _, _ in clipped for shard in stepper.shards if shard.placing.mesh is not None]
     if process_groups or (totals and (len(clipped) > 1 or sharded)):

@@ -152,9 +152,10 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def all_reduced(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduces a tensor over the group, on a device for which the group has a backend, and leaves it as it is.
+    """Reduces a copy of a tensor over the group.
 
-    NCCL has none for the CPU, where FSDP2 may keep gradients. The tensor then travels on the current GPU.
+    The copy is on a device for which the group has a backend. NCCL has none for the CPU, where FSDP2 may keep
+    gradients: their sum is reduced on the current GPU.
 
     Returns:
         The result, on the device of ``tensor``; ``tensor`` itself in a group of one rank.

@@ -15,15 +15,15 @@ IN_FLIGHT buckets are under way, so that what is kept takes bounded memory. Whoe
 `Rounds.finish` first.
 
 [Note: Streams]
-Autograd computes a gradient, and calls its hook, on the stream on which the forward first used the parameter. A branch
-of the model may have a stream of its own, and FSDP2 has one for gradients. A bucket is launched on the stream that is
-current when its last gradient arrives, or on that of the backward, when it ends, or of the step. So every launch and
-every `finish` makes its stream wait for the others on which gradients have arrived or buckets have been launched.
-FSDP2's stream waits for the backward's before each reduction anyway, and nothing is slower for it. Branches wait for
-each other at every bucket.
+Gradients arrive on several streams. Autograd accumulates a gradient, and calls its hook, on the stream on which the
+forward first used the parameter, and a branch of the model may run on a side stream. FSDP2 reduces gradients, and calls
+their hooks, on a separate stream. A bucket is launched on the stream that is current when its last gradient arrives,
+when the backward ends, or in the step. So every launch and every `finish` makes the current stream wait for the others
+on which gradients have arrived or buckets have been launched. FSDP2's stream waits for the backward's before each
+reduction anyway, so this costs no time under FSDP2. Branches of a model wait for each other at every bucket.
 
-The memory of a tensor may be used again on the stream on which it was allocated, once it has been freed. So tensors are
-recorded on every other stream that reads them, or that waits for a collective to read them.
+torch's allocator reuses freed memory on the stream on which it was allocated, without waiting for other streams. So a
+tensor is recorded (`Tensor.record_stream`) on every other stream that reads it or waits for a collective that reads it.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def test_two_halves_give_the_references_bits(kind: Kind) -> None:
 
 
 def test_every_scale_is_that_of_the_cpu() -> None:
-    """A scale of each 16-bit significand, many exponents, infinities. The kernel's quotients are of its own making, and
-    torch's on a GPU are not rounded as the definition says where the divisor is a number of the host."""
+    """A scale of each 16-bit significand, many exponents, infinities. The kernel corrects its quotients itself. On a
+    GPU torch does not divide by a Python number, but multiplies by its reciprocal."""
     blocks = 1 << 17
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0x7F900000, (blocks,), generator=generator, dtype=torch.int32)

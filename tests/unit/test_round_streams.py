@@ -1,4 +1,4 @@
-"""Which streams of a GPU wait for which, and on which the memory of gradients is recorded. The streams are acted."""
+"""Which streams of a GPU wait for which, and on which the memory of gradients is recorded. The streams are fakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USUAL, SIDE, OTHER = range(3)
 
 
 @dataclass
-class Acted:
+class FakeStreams:
     """Streams that note what is asked of them.
 
     Attributes:
@@ -32,23 +32,23 @@ class Acted:
     waits: list[tuple[int, int]] = field(default_factory=list)
     recorded: set[tuple[int, int]] = field(default_factory=set)
 
-    def stream(self) -> AStream:
-        return AStream(self, self.current)
+    def stream(self) -> FakeStream:
+        return FakeStream(self, self.current)
 
 
 @dataclass
-class AStream:
-    acted: Acted
+class FakeStream:
+    streams: FakeStreams
     cuda_stream: int
 
-    def wait_stream(self, other: AStream) -> None:
-        self.acted.waits.append((self.cuda_stream, other.cuda_stream))
+    def wait_stream(self, other: FakeStream) -> None:
+        self.streams.waits.append((self.cuda_stream, other.cuda_stream))
 
 
 @pytest.fixture
-def acted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Acted]:
+def streams(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeStreams]:
     """In a group of one rank."""
-    found = Acted()
+    found = FakeStreams()
     monkeypatch.setattr(rounds, "current_stream_number", lambda device: found.current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found.stream())
     monkeypatch.setattr(Tensor, "record_stream", lambda t, on: found.recorded.add((t.numel(), on.cuda_stream)))
@@ -61,14 +61,14 @@ class On(torch.autograd.Function):
     """Makes a stream current in the backward, as autograd does before it accumulates a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, acted: Acted, number: int) -> Tensor:
-        ctx.found = acted, number
+    def forward(ctx: Any, p: Tensor, streams: FakeStreams, number: int) -> Tensor:
+        ctx.found = streams, number
         return p.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        acted, number = ctx.found
-        acted.current = number
+        streams, number = ctx.found
+        streams.current = number
         return g.clone(), None, None
 
 
@@ -80,11 +80,11 @@ def make(*sizes: int, **options: Any) -> tuple[list[nn.Parameter], ShardedLion]:
     return params, optimizer
 
 
-def step(acted: Acted, params: list[nn.Parameter], streams: list[int], optimizer: ShardedLion) -> None:
+def step(streams: FakeStreams, params: list[nn.Parameter], arrive_on: list[int], optimizer: ShardedLion) -> None:
     """Gradients arrive in the parameters' order: autograd begins with what the forward has made last."""
-    branches = [On.apply(p, acted, number) for p, number in reversed([*zip(params, streams, strict=True)])]
+    branches = [On.apply(p, streams, number) for p, number in reversed([*zip(params, arrive_on, strict=True)])]
     torch.cat(branches).sum().backward()
-    acted.current = USUAL
+    streams.current = USUAL
     optimizer.step()
     optimizer.zero_grad()
 
@@ -93,33 +93,35 @@ in_16_bits_too = pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])
 
 
 @in_16_bits_too
-def test_a_bucket_waits_for_every_stream_that_has_its_gradients(acted: Acted, reduce_dtype: torch.dtype | None) -> None:
+def test_a_bucket_waits_for_every_stream_that_has_its_gradients(
+    streams: FakeStreams, reduce_dtype: torch.dtype | None
+) -> None:
     """A parameter of 5 elements is copied by the launch and dropped; 128 are sent in its place."""
     params, optimizer = make(256, 5, 384, reduce_dtype=reduce_dtype)
-    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
+    step(streams, params, [SIDE, OTHER, SIDE], optimizer)
     # The step waits once, for the stream of the launch, which has waited for the other one.
-    assert acted.waits == [(SIDE, OTHER), (USUAL, SIDE)]
+    assert streams.waits == [(SIDE, OTHER), (USUAL, SIDE)]
     kept = {256, 384, 128} if reduce_dtype is None else {256 + 384 + 128}
-    assert acted.recorded == {(256, SIDE), (5, SIDE), (384, SIDE), *((numel, USUAL) for numel in kept)}
+    assert streams.recorded == {(256, SIDE), (5, SIDE), (384, SIDE), *((numel, USUAL) for numel in kept)}
     for p in params:
         assert (p == -0.5).all()
 
 
 @in_16_bits_too
-def test_buckets_that_are_launched_on_several_streams(acted: Acted, reduce_dtype: torch.dtype | None) -> None:
+def test_buckets_that_are_launched_on_several_streams(streams: FakeStreams, reduce_dtype: torch.dtype | None) -> None:
     params, optimizer = make(256, 384, 512, bucket_mb=1e-4, reduce_dtype=reduce_dtype)
-    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
-    acted.waits.clear()
-    acted.recorded.clear()
-    step(acted, params, [SIDE, OTHER, SIDE], optimizer)
-    assert acted.waits == [(SIDE, USUAL), (OTHER, SIDE), (SIDE, OTHER), (USUAL, SIDE)]
+    step(streams, params, [SIDE, OTHER, SIDE], optimizer)
+    streams.waits.clear()
+    streams.recorded.clear()
+    step(streams, params, [SIDE, OTHER, SIDE], optimizer)
+    assert streams.waits == [(SIDE, USUAL), (OTHER, SIDE), (SIDE, OTHER), (USUAL, SIDE)]
     # Two buckets are under way. The launch of the third finishes the first, on the stream that launched it.
-    assert acted.recorded == {(256, SIDE), (384, OTHER), (512, SIDE), (384, USUAL), (512, USUAL)}
+    assert streams.recorded == {(256, SIDE), (384, OTHER), (512, SIDE), (384, USUAL), (512, USUAL)}
 
 
-def test_one_stream_waits_for_nothing(acted: Acted) -> None:
+def test_one_stream_waits_for_nothing(streams: FakeStreams) -> None:
     params, optimizer = make(256, 5)
     for _ in range(3):
-        step(acted, params, [USUAL, USUAL], optimizer)
-    assert not acted.waits
-    assert {number for _, number in acted.recorded} == {USUAL}
+        step(streams, params, [USUAL, USUAL], optimizer)
+    assert not streams.waits
+    assert {number for _, number in streams.recorded} == {USUAL}
