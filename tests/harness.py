@@ -9,12 +9,13 @@ test fails with every rank's traceback. A deadline dumps every rank's stack and 
 nothing else, so it is many times what a loaded machine needs, and shorter than pytest's own (pyproject.toml), which
 shows no rank's stack.
 
-Backend: NCCL where there is a GPU for each rank, else gloo. On gloo ranks see no GPU at all. Only tests of what a GPU
-alone can show (``share_gpus``) have several ranks on one: NCCL takes each for a host of its own, and they talk over
-sockets. A GPU serves the processes on it in turn, so that one collective then takes tens of milliseconds, and more
-where other tests use the same GPU. NCCL averages by multiplying with 1 / world_size first, which is exact for powers
-of two alone: as these tests compare bits, other numbers of ranks meet on gloo. Under ``torchrun -m pytest`` the
-function runs on the ranks that torchrun made, if they are as many as the test wants; else the test is skipped.
+Backend: NCCL alone, as in most training programs, where there is a GPU for each rank, else gloo. On gloo ranks see no
+GPU at all. Only tests of what a GPU alone can show (``share_gpus``) have several ranks on one: NCCL takes each for a
+host of its own, and they talk over sockets. A GPU serves the processes on it in turn, so that one collective then takes
+tens of milliseconds, and more where other tests use the same GPU. NCCL averages by multiplying with 1 / world_size
+first, which is exact for powers of two alone: as these tests compare bits, other numbers of ranks meet on gloo. Under
+``torchrun -m pytest`` the function runs on the ranks that torchrun made, if they are as many as the test wants; else
+the test is skipped.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _init(rank: int, world_size: int, rendezvous: str, timeout: timedelta) -> No
         torch.cuda.set_device(device)
         if torch.cuda.device_count() < world_size:
             os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -131,7 +131,8 @@ def body_meshes(rank: int, world_size: int, out: Path) -> None:
             assert p.device_mesh.mesh.tolist() == shards, name
             assert p.placements == (Shard(0),), name
         assert dist.get_process_group_ranks(strategy.optimizer.process_group) == replicas
-        momenta = torch.tensor(sum(part.numel() for part in momentum_parts(strategy.optimizer)))
+        numel = sum(part.numel() for part in momentum_parts(strategy.optimizer))
+        momenta = torch.tensor(numel, device=device_of(rank, world_size))
         dist.all_reduce(momenta)
         assert momenta == sum(whole.values()), "each element on one rank"
 
