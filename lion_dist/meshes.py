@@ -288,6 +288,12 @@ def groups_to_sum(
     return found
 
 
+def device_on(mesh: Any, device: torch.device) -> torch.device:
+    """Where tensors that are on this device are communicated over a mesh: there, even if another GPU is the current
+    one; the current GPU for tensors on the CPU, if the mesh is of GPUs."""
+    return device if device.type == mesh.device_type else torch.device(mesh.device_type)
+
+
 def device_without_tensors(groups: Iterable[dist.ProcessGroup]) -> torch.device:
     """The device on which a rank without tensors makes the numbers that it exchanges over these groups: the accelerator
     if one of the groups has a backend for it, since the tensors of the other ranks are probably there, else the CPU."""
@@ -322,6 +328,7 @@ def sum_over_meshes(of_placings: Iterable[tuple[Placing, Tensor]]) -> Tensor:
         by_mesh[placing.mesh] = by_mesh[placing.mesh] + counted if placing.mesh in by_mesh else counted
     for mesh, of_mesh in by_mesh.items():
         if mesh is not None:
-            sent = of_mesh.to(mesh.device_type)  # the same on all of its ranks; FSDP2 may keep gradients on the CPU
+            # The same on all of its ranks; FSDP2 may keep gradients on the CPU.
+            sent = of_mesh.to(device_on(mesh, of_mesh.device))
             by_mesh[mesh] = reduced_over(map(mesh.get_group, range(mesh.ndim)), sent).to(of_mesh.device)
     return torch.stack(list(by_mesh.values())).sum(0)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .dtensors import is_dtensor, placed_like
+from .dtensors import is_dtensor, local, placed_like
 from .lion_state import order_free
+from .meshes import device_on
 from .param_groups import Group
 from .sharded_access import agreeing, check_last_steps
 from .sharded_state import ordered, own_part
@@ -117,7 +118,7 @@ def _over_mesh(t: Tensor, p: Any, wants: bool) -> Tensor:
     """
     if not is_dtensor(p) or (not t.dim() and p.dim()):
         return t.contiguous()
-    part = (t.float() if t.dtype == torch.int16 else t).to(p.device_mesh.device_type)
+    part = (t.float() if t.dtype == torch.int16 else t).to(device_on(p.device_mesh, local(p).device))
     shards: Any = placed_like(part, p)
     whole: Tensor = shards.full_tensor()
     return whole.cpu().contiguous() if wants else whole

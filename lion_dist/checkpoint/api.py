@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -49,7 +50,7 @@ def save(
 
     A collective call. Each rank writes its own part, block by block, and the checkpoint appears by one rename once it
     is whole. The states of the random number generators of every rank are saved too: Python's, and torch's on the CPU
-    and on the current GPU.
+    and on the model's GPU.
 
     Independent jobs may save into one folder at the same time. If two save to one path, one of them raises.
 
@@ -80,8 +81,9 @@ def save(
         TypeError: A value has a type that a checkpoint cannot hold.
         OSError: A file cannot be written.
     """
-    saving, _ = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group)
-    saving.write()
+    with _on_gpu_of(model):
+        saving, _ = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group)
+        saving.write()
 
 
 def async_save(
@@ -122,8 +124,9 @@ def async_save(
         TypeError: As for `save`.
         OSError: As for `save`, or an earlier save has failed.
     """
-    saving, writing_ranks = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group, beside=True)
-    saving.stage()
+    with _on_gpu_of(model):
+        saving, writing_ranks = _begin(path, model, optimizer, schedulers, extra, keep_last, process_group, beside=True)
+        saving.stage()
     global _running
     _running = PendingSave(saving, writing_ranks)
     return _running
@@ -250,7 +253,7 @@ def load(
         return reader, [f"path {os.fspath(path)!r}", f"manifest {reader.digest}"]
 
     reader = ranks.agree("lion_dist.checkpoint.load()", check)
-    with ExitStack() as undo:
+    with _on_gpu_of(model), ExitStack() as undo:
         undo.callback(reader.close)
         if isinstance(optimizer, Lion):  # before `init_state`, which makes its missing state
             remember(undo, optimizer)
@@ -262,6 +265,16 @@ def load(
         undo.pop_all()
         reader.close()
     return extra
+
+
+@contextmanager
+def _on_gpu_of(model: nn.Module) -> Iterator[None]:
+    """Makes the GPU of a model's parameters the current one, if they are on a GPU. Over NCCL torch exchanges objects on
+    the current GPU, which must be another one for each rank, and it is the current GPU's generator that is saved."""
+    params = model.parameters() if isinstance(model, nn.Module) else ()
+    gpu = next((p.device for p in params if p.is_cuda), None)
+    with nullcontext() if gpu is None else torch.cuda.device(gpu):
+        yield
 
 
 def _check_inputs(model: nn.Module, optimizer: Optimizer | None) -> None:

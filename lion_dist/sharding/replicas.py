@@ -161,10 +161,13 @@ def describe_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[
 def broadcast_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Overwrites tensors, which may have gaps, with those of the group's first rank; a collective call."""
     for t in tensors:
+        if not t.numel():
+            continue
         sent = t.contiguous()  # itself, or a copy where a tensor has gaps
-        broadcast_from_first([sent], group)
+        broadcast_from_first([flat_bytes(sent)], group)  # no backend carries every dtype
         if sent is not t:
             t.copy_(sent)
+    torch.autograd.graph.increment_version(list(tensors))  # autograd does not notice writes to their bytes
 
 
 class DeferredCheck:

@@ -11,8 +11,17 @@ gradients are complete. All ranks cut their buckets by the order in which gradie
 [Note: Tensors under way]
 A collective reads its inputs and writes its outputs beside the current stream. Both are kept in `UnderWay` until the
 current stream has waited for it; freed earlier, their memory could be handed out again and overwritten. At most
-IN_FLIGHT buckets are under way, so that what is kept takes bounded memory. Whoever reads `Rounds.grads` calls
-`Rounds.finish` first.
+IN_FLIGHT buckets are under way, so that what is kept takes bounded memory, except where a launch must not wait (next
+note). Whoever reads `Rounds.grads` calls `Rounds.finish` first.
+
+[Note: Waiting in a backward]
+A launch that waits for the oldest bucket waits until the other ranks have launched it. A rank that has yet to reach a
+parameter of the bucket, and whose pass never does, launches it when its pass ends, or in the step. If that rank waits
+for this one before then, neither goes on. Within one optimizer this cannot happen, since all ranks launch its buckets
+in one order. It can where several ShardedLions reduce gradients over several ranks: each of two ranks waits in its
+backward for a bucket of another optimizer. So launches wait for nothing there, and up to all of a round's buckets are
+under way. The collectives that a model makes in its backward have the same effect, but nothing shows them to this
+module; docs/sharded.md says what their users can do.
 
 [Note: Streams]
 Gradients arrive on several streams. Autograd accumulates a gradient, and calls its hook, on the stream on which the
@@ -28,6 +37,7 @@ tensor is recorded (`Tensor.record_stream`) on every other stream that reads it 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -49,6 +59,9 @@ from .shard import Shard
 # Number of buckets under way before a launch waits for the oldest. With 256 MiB each, two are enough for the gradients
 # of a compiled block, which arrive all at once.
 IN_FLIGHT = 2
+
+# Those of the optimizers that reduce gradients over several ranks; see [Note: Waiting in a backward].
+_memberships: weakref.WeakSet[Membership] = weakref.WeakSet()
 
 
 class RoundState(Enum):
@@ -155,6 +168,9 @@ class Rounds:
         self._awaited: list[set[int]] = []  # for each bucket, the parameters whose gradients have yet to arrive
         # With the index of the bucket and the stream that launched it.
         self._under_way: deque[tuple[int, torch.cuda.Stream | None, UnderWay]] = deque()
+        self._in_flight = IN_FLIGHT  # how many may be under way in the current round
+        if shards and world_size > 1:
+            _memberships.add(membership)
         self._set_order([])
 
     # Buckets ------------------------------------------------------------------------------------
@@ -218,7 +234,13 @@ class Rounds:
         self.finish()
         self.state = RoundState.OPEN
         self._launched = 0
+        self._in_flight = len(self._buckets) if self._is_one_of_several() else IN_FLIGHT
         self._awaited = [set(bucket).intersection(expected) for bucket in self._buckets]
+
+    def _is_one_of_several(self) -> bool:
+        """Whether other optimizers reduce gradients over several ranks, as this one does."""
+        own = self._membership
+        return own in _memberships and any(m is not own and not m.failure for m in _memberships)
 
     def arrived(self, i: int) -> None:
         """Takes note that the gradient of a parameter lies in ``p.grad``, and launches buckets that are complete. A
@@ -322,7 +344,7 @@ class Rounds:
         inputs += [self._tail_buffers[shard] for shard in self._completed_tails[number]]
         if not inputs:
             return
-        while len(self._under_way) >= IN_FLIGHT:
+        while len(self._under_way) >= self._in_flight:
             self._finish_oldest()
         self._under_way.append((number, stream, self._average.start(number, inputs, self.has_averages)))
 

@@ -93,6 +93,12 @@ def body_buffers(rank: int, world_size: int) -> None:
     optimizer.broadcast_buffers([gaps[:, ::2], torch.empty(0, device=device)])
     assert_same_bits(gaps[:, ::2], torch.zeros_like(gaps[:, ::2]), "a buffer with gaps")
     assert_same_bits(gaps[:, 1::2], torch.full_like(gaps[:, 1::2], rank), "between them")
+    for dtype in (torch.bool, torch.int16, torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.complex64):
+        buffer, firsts = (torch.tensor([1, r, 0], device=device).to(dtype) for r in (rank, 0))
+        version = buffer._version
+        optimizer.broadcast_buffers([buffer])
+        assert_same_bits(buffer, firsts, str(dtype))
+        assert buffer._version > version
     with pytest.raises(ValueError, match=r"buffer 0: shape \(1,\)"):
         optimizer.broadcast_buffers([torch.zeros(1 + rank, device=device)])
 
