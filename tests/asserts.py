@@ -118,7 +118,11 @@ def assert_loaded(optimizer: torch.optim.Optimizer, given: Any, momentum_of: Cal
                 assert own is None or not own.any(), (number, j)
             else:
                 assert own is not None, (number, j)
-                dtype = to_dtype(group.get("momentum_dtype", live["momentum_dtype"])) or saved.dtype
+                dtype = to_dtype(group.get("momentum_dtype", live["momentum_dtype"]))
+                if dtype == torch.int8:  # whether momenta have 8 bits is the optimizer's own, and here they have not
+                    dtype = to_dtype(live["momentum_dtype"])
+                    assert dtype != torch.int8
+                dtype = dtype or saved.dtype
                 assert_same_bits(own.detach().cpu(), saved.detach().to(dtype), f"group {number}, parameter {j}")
         for key in ("lr", "weight_decay"):
             if key in group:

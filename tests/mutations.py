@@ -78,6 +78,8 @@ def _places(tree: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 def _change(value: Any, rng: random.Random) -> Any:
     """A value that somebody may have made of this one."""
     if isinstance(value, Tensor) and rng.random() < 0.7:
+        if value.is_meta:  # made so by an earlier change, and it has no values to change
+            return value
         return rng.choice(_TENSORS)(value.detach())
     if type(value) in (list, tuple) and value and rng.random() < 0.7:
         items = list(value)
