@@ -36,12 +36,12 @@ class Measured:
     """The gradients of an optimizer, measured to be clipped.
 
     Attributes:
-        total: float64, shape (): their sum of squares over all ranks, as they would be stepped with; None if the
-            optimizer has no shards.
+        sums: by the placing of the parameters the sum of squares of this rank's part of the gradients, as they would be
+            stepped with: float64, shape ().
         scale: float32, shape (): the factor by which they are clipped already; None is 1.
     """
 
-    total: Tensor | None
+    sums: dict[Placing, Tensor]
     scale: Tensor | None
 
 
@@ -259,8 +259,8 @@ class Stepper:
         """The ranks that hold the replicas."""
         return self._membership.group
 
-    def measure(self, groups: Sequence[Group], adopt: Adopt, widest: dist.ProcessGroup) -> Measured:
-        """The gradients' sum of squares over all ranks; see `clip_together`, and `step` for the other arguments."""
+    def measure(self, groups: Sequence[Group], adopt: Adopt) -> Measured:
+        """Brings the gradients to their owners and measures them; see `step` for the arguments."""
         self._membership.check()
         before = self._reduce_unless_clipped(adopt)
         tensors, _ = self._tensors(groups)  # the norm is not a matter of groups; step() refuses them, on every rank
@@ -269,7 +269,7 @@ class Stepper:
             self._grads.check(tensors)
         else:  # what counts is the gradient as it would be stepped
             sums = {placing: total * before.scale.double().square() for placing, total in sums.items()}
-        return Measured(self.total(sums, widest), None if before is None else before.scale)
+        return Measured(sums, None if before is None else before.scale)
 
     def _sums_of_squares(self, tensors: Sequence[StepTensors]) -> dict[Placing, Tensor]:
         """The sum of squares of this rank's part of the gradients, by the placing of the parameters: float64, shape
@@ -285,7 +285,7 @@ class Stepper:
         return {placing: torch.stack(of_placing).sum() for placing, of_placing in sums.items()}
 
     def total(self, sums: Mapping[Placing, Tensor], widest: dist.ProcessGroup) -> Tensor | None:
-        """The sum over all ranks, of the parameters' meshes too; None if there are no shards."""
+        """The sum over all ranks, of the parameters' meshes too: float64, shape (). None if there are no shards."""
         if not sums:
             return None
         own = self.group
@@ -346,8 +346,10 @@ def clip_together(
     widest = _widest([stepper for stepper, _, _ in clipped])
     placings = [shard.placing for stepper, _, _ in clipped for shard in stepper.shards]
     process_groups = groups_to_sum(process_groups, placings, [stepper.group for stepper, _, _ in clipped])
-    measured = [stepper.measure(groups, adopt, widest.group) for stepper, groups, adopt in clipped]
-    if totals := [m.total for m in measured if m.total is not None]:
+    # All of them before any sum: a sum goes over the widest group, on which a rank may have a round yet to begin.
+    measured = [stepper.measure(groups, adopt) for stepper, groups, adopt in clipped]
+    sums = [stepper.total(m.sums, widest.group) for (stepper, _, _), m in zip(clipped, measured, strict=True)]
+    if totals := [own for own in sums if own is not None]:
         total = torch.stack(totals).sum()
     else:
         devices = [local(p).device for _, groups, _ in clipped for group in groups for p in group["params"]]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lion_dist import ShardedLion
+from lion_dist import ShardedLion, clip_grad_norm_
 from lion_dist.sharding.bucket_average import ReduceScatterAverage
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks, spawn_only
@@ -144,6 +144,34 @@ def test_how_many_buckets_are_under_way(tmp_path: Path) -> None:
     run_ranks(body_bound, 2, tmp_path)
 
 
+def body_clipped_together(rank: int, world_size: int, pairs: bool) -> None:
+    """Whichever comes first, also where a pass reached no parameter of the optimizer with the wider group."""
+    device = device_of(rank, world_size)
+    everyone, narrow = dist.new_group(timeout=PATIENCE), [[r, r + 1] for r in range(0, world_size, 2)]
+    parts = narrow if pairs else [[r] for r in range(world_size)]
+    own = [dist.new_group(part, timeout=PATIENCE) for part in parts][rank // (2 if pairs else 1)]
+    trained = []
+    for first in (0, 1):
+        dense, experts = make_params(1, device), make_params(2, device)
+        optimizers = [ShardedLion(dense, lr=LR, process_group=everyone)]
+        optimizers.append(ShardedLion(experts, lr=LR, process_group=own))
+        for step in range(3):
+            loss_of(experts if rank == 1 and step else [*dense, *experts], [], rank).backward()
+            clip_grad_norm_([optimizers[first], optimizers[1 - first]], 1e-3)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append([p.detach() for p in [*dense, *experts]])
+    for i, (p, expected) in enumerate(zip(*trained, strict=True)):
+        assert_same_bits(p, expected, f"parameter {i}")
+
+
+@spawn_only
+@pytest.mark.parametrize(("world_size", "pairs"), [(2, False), (4, True)], ids=["alone", "pairs"])
+def test_clipped_together_in_any_order(world_size: int, pairs: bool, tmp_path: Path) -> None:
+    run_ranks(body_clipped_together, world_size, tmp_path, (pairs,))
+
+
 class SummedGradient(torch.autograd.Function):
     """What passes through it unchanged has its gradient summed over the ranks, as in SyncBatchNorm."""
 
@@ -160,19 +188,23 @@ class SummedGradient(torch.autograd.Function):
 
 
 def body_model_that_communicates(rank: int, world_size: int, reaches_all: bool) -> None:
-    """What docs/sharded.md advises: one bucket of everything, or a share in the loss for what a rank does not use."""
+    """What docs/sharded.md advises: every parameter used between the same communications, or one bucket."""
     device = device_of(rank, world_size)
-    models, groups = dist.new_group(timeout=PATIENCE), [dist.new_group(timeout=PATIENCE) for _ in range(2)]
+    communication = dist.new_group(timeout=PATIENCE)
     trained: list[list[Tensor]] = []
-    for bucket_mb, group in zip((1.0, TINY if reaches_all else 1.0), groups, strict=True):
+    for bucket_mb in (1.0, TINY if reaches_all else 1.0):
         params = make_params(1, device)
+        group = dist.new_group(timeout=PATIENCE)
         optimizer = ShardedLion(params, lr=LR, process_group=group, bucket_mb=bucket_mb)
-        for step, reached in enumerate(EXPERTS):
-            first = SummedGradient.apply(torch.ones(257, device=device) * params[0], models)
-            loss = loss_of([first], [params[e] for e in reached[rank] if e], rank)
-            for e in MISSED[step][rank] if reaches_all else ():
-                loss = loss + 0.0 * params[e].sum()
-            loss.backward()
+        for reached in reversed(EXPERTS):  # the first rank's first backward finds some idle
+            h = torch.linspace(0.5, 1.5, 257, device=device, requires_grad=True) + rank
+            for e, p in enumerate(params):
+                if e in reached[rank]:
+                    h = h * p
+                elif reaches_all:
+                    h = h + 0.0 * p
+                h = SummedGradient.apply(h, communication)
+            h.sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         optimizer.check_replicas()
