@@ -289,8 +289,8 @@ def groups_to_sum(
 
 
 def device_on(mesh: Any, device: torch.device) -> torch.device:
-    """Where tensors that are on this device are communicated over a mesh: there, even if another GPU is the current
-    one; the current GPU for tensors on the CPU, if the mesh is of GPUs."""
+    """The device on which a tensor of ``device`` is communicated over a mesh: ``device`` itself, also if another GPU is
+    the current one. A tensor on the CPU is communicated on the current GPU if the mesh is of GPUs."""
     return device if device.type == mesh.device_type else torch.device(mesh.device_type)
 
 

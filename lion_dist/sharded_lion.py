@@ -70,8 +70,8 @@ class ShardedLion(Optimizer):
             a step raises (in stage 1 only when the group times out). A parameter for which no rank has a gradient is
             not stepped. GradScaler and torch's clip_grad_norm_ are refused: use bfloat16 or stage 1, and this class's
             `clip_grad_norm_`. Optimizers that take part in one backward need process groups of their own.
-        bucket_mb: MiB of gradients that stage 2 reduces together, in the order in which they arrived on the first rank
-            in its first backward. Up to three exist at a time if every parameter is used; all, beside other optimizers.
+        bucket_mb: MiB of gradients that stage 2 reduces together, in their order in the first rank's first backward. At
+            most three exist at a time if every parameter is used and no other ShardedLion reduces over several ranks.
         reduce_dtype: how stage 2 averages. torch.bfloat16 (or its name): each rank rounds its gradients to bfloat16 and
             sends them, and their owner adds them up in float32, in the order of the ranks. That halves the bytes of
             float32 gradients, and gives bfloat16 ones float32 averages. A bucket under way then takes 4 bytes an

@@ -163,7 +163,8 @@ def broadcast_dense(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None
     for t in tensors:
         if not t.numel():
             continue
-        sent = t.contiguous()  # itself, or a copy where a tensor has gaps
+        # The tensor itself, or a copy if it has gaps, or bits that a view conjugates or negates.
+        sent = t.resolve_conj().resolve_neg().contiguous()
         broadcast_from_first([flat_bytes(sent)], group)  # no backend carries every dtype
         if sent is not t:
             t.copy_(sent)

@@ -99,6 +99,10 @@ def body_buffers(rank: int, world_size: int) -> None:
         optimizer.broadcast_buffers([buffer])
         assert_same_bits(buffer, firsts, str(dtype))
         assert buffer._version > version
+    buffer = torch.tensor([1 + 1j], device=device)
+    buffer = buffer.conj() if rank else buffer  # the same memory, read in another way
+    optimizer.broadcast_buffers([buffer])
+    assert buffer.tolist() == [1 + 1j]
     with pytest.raises(ValueError, match=r"buffer 0: shape \(1,\)"):
         optimizer.broadcast_buffers([torch.zeros(1 + rank, device=device)])
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lion_dist import ShardedLion, clip_grad_norm_
+from lion_dist import Lion, ShardedLion, clip_grad_norm_
 from lion_dist.sharding.bucket_average import ReduceScatterAverage
 from tests.asserts import assert_same_bits
 from tests.harness import device_of, run_ranks, spawn_only
@@ -132,11 +132,13 @@ def body_bound(rank: int, world_size: int) -> None:
         del again
         assert most_of(optimizer, params) == 2
         gc.disable()  # an optimizer that is deleted leaves no cycle of references
-        other = ShardedLion(make_params(5, device), lr=LR, process_group=dist.new_group())
-        assert most_of(optimizer, params) == COUNT
-        del other
-        assert most_of(optimizer, params) == 2
-        gc.enable()
+        try:
+            other = ShardedLion(make_params(5, device), lr=LR, process_group=dist.new_group())
+            assert most_of(optimizer, params) == COUNT
+            del other
+            assert most_of(optimizer, params) == 2
+        finally:
+            gc.enable()
         del by_itself, stage_1
 
 
@@ -145,7 +147,7 @@ def test_how_many_buckets_are_under_way(tmp_path: Path) -> None:
 
 
 def body_clipped_together(rank: int, world_size: int, pairs: bool) -> None:
-    """Whichever comes first, also where a pass reached no parameter of the optimizer with the wider group."""
+    """Both orders give the same bits, also if a pass reached no parameter of the optimizer with the wider group."""
     device = device_of(rank, world_size)
     everyone, narrow = dist.new_group(timeout=PATIENCE), [[r, r + 1] for r in range(0, world_size, 2)]
     parts = narrow if pairs else [[r] for r in range(world_size)]
@@ -173,7 +175,7 @@ def test_clipped_together_in_any_order(world_size: int, pairs: bool, tmp_path: P
 
 
 class SummedGradient(torch.autograd.Function):
-    """What passes through it unchanged has its gradient summed over the ranks, as in SyncBatchNorm."""
+    """Returns its input, and sums the gradient over the ranks in the backward, as SyncBatchNorm does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -188,29 +190,37 @@ class SummedGradient(torch.autograd.Function):
 
 
 def body_model_that_communicates(rank: int, world_size: int, reaches_all: bool) -> None:
-    """What docs/sharded.md advises: every parameter used between the same communications, or one bucket."""
+    """Both recipes of docs/sharded.md give the bits of a Lion that steps the averages: one bucket, and the use of every
+    parameter between the same communications."""
     device = device_of(rank, world_size)
-    communication = dist.new_group(timeout=PATIENCE)
-    trained: list[list[Tensor]] = []
-    for bucket_mb in (1.0, TINY if reaches_all else 1.0):
-        params = make_params(1, device)
-        group = dist.new_group(timeout=PATIENCE)
-        optimizer = ShardedLion(params, lr=LR, process_group=group, bucket_mb=bucket_mb)
-        for reached in reversed(EXPERTS):  # the first rank's first backward finds some idle
-            h = torch.linspace(0.5, 1.5, 257, device=device, requires_grad=True) + rank
-            for e, p in enumerate(params):
-                if e in reached[rank]:
-                    h = h * p
-                elif reaches_all:
-                    h = h + 0.0 * p
-                h = SummedGradient.apply(h, communication)
-            h.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        optimizer.check_replicas()
-        trained.append([p.detach() for p in params])
-    for i, (p, expected) in enumerate(zip(*trained, strict=True)):
-        assert_same_bits(p, expected, f"parameter {i}")
+    communication, group = dist.new_group(timeout=PATIENCE), dist.new_group(timeout=PATIENCE)
+    params, expected = make_params(1, device), make_params(1, device)
+    optimizer = ShardedLion(params, lr=LR, process_group=group, bucket_mb=TINY if reaches_all else 1.0)
+    lion = Lion(expected, lr=LR)
+
+    def backward(used: list[nn.Parameter], reached: list[int]) -> None:
+        h = torch.linspace(0.5, 1.5, 257, device=device, requires_grad=True) + rank
+        for e, p in enumerate(used):
+            if e in reached:
+                h = h * p
+            elif reaches_all:
+                h = h + 0.0 * p
+            h = SummedGradient.apply(h, communication)
+        h.sum().backward()
+
+    for reached in reversed(EXPERTS):  # the first rank's first backward finds some idle
+        backward(params, reached[rank])
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(expected, reached[rank])
+        for p in expected:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad, group=communication)
+            p.grad /= world_size
+        lion.step()
+        lion.zero_grad()
+        for i, (p, q) in enumerate(zip(params, expected, strict=True)):
+            assert_same_bits(p.detach(), q.detach(), f"parameter {i}")
 
 
 @spawn_only

@@ -1,4 +1,4 @@
-"""Ranks whose tensors are on another GPU than the current one, as where nobody has called torch.cuda.set_device."""
+"""Ranks whose tensors are on another GPU than the current one, as in programs without torch.cuda.set_device."""
 
 from __future__ import annotations
 

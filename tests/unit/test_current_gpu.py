@@ -1,4 +1,4 @@
-"""Which GPU is used where the current one is another: without a GPU, by fake tensors."""
+"""Parameters on another GPU than the current one. The tensors are fakes, so that no GPU is needed."""
 
 from __future__ import annotations
 
